@@ -1,0 +1,22 @@
+"""The two ways in which kitbench stops: the user's input is at fault (exit code 2), or a run failed (exit code 3)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(Exception):
+    """Bad input or usage. The message is one sentence: what was found, what was expected, what to do. Exit code 2."""
+
+
+class RunError(Exception):
+    """A run that was rightly asked for did not succeed. Exit code 3."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence that refuses `word`: the nearest known one, and all that are known."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Known: {', '.join(names) if names else 'none'}."
