@@ -1,0 +1,171 @@
+"""KiT: k-nearest-neighbour patch attention.
+
+Paper: "KNN Local Attention for Image Restoration" (Lee, Choi, Sohn, Min), CVPR 2022, DOI 10.1109/CVPR52688.2022.00218.
+Operator: the map is cut into P x P patches; locality sensitive hashing finds for each patch the k most similar patches
+    of the image, itself first; the positions of the patch attend all positions of those k patches ("pair-wise local
+    attention"), with one softmax for each pair of patches and the pairs weighted by their log-sum-exp, which is one
+    softmax over the k P^2 keys.
+Cost: 4 H W C^2 for the projections, 2 k P^2 H W C for the attention, and the retrieval: hashing rounds (nb/2) H W C /
+    P^2 and re-ranking 3 chunk rounds H W C / P^2 multiply-adds with the mean descriptor.  Linear in H and W (exact
+    retrieval: (HW/P^2)^2 C).
+Departures: only the abstract of the paper could be read.  Every choice below that is a setting is our reading of that
+    abstract: patch side, k, hashing, descriptor, aggregation, support.  So are the shifted grid in alternate blocks (a
+    cyclic roll by P/2, the map taken as a torus) and the relative position bias shared by all neighbours.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from kitbench.attention import layout, reference, retrieval
+
+
+class Attention(nn.Module):
+    """k-nearest-neighbour patch attention: [B, H, W, C] normalised tokens -> [B, H, W, C]; float32, float64, bfloat16.
+
+    dim: channels C.  heads: number of heads, a divisor of dim.  shift: roll the patch grid by patch // 2.
+    patch: side P of a patch.  k: neighbours of a patch, itself among them; at most the number of patches is used.
+    method of retrieval: 'lsh'; 'exact'; 'random' (the same for all images of a batch); 'chunk-only' (lsh without
+    adjacent chunks).
+    descriptor: 'mean' over the positions of a patch, or 'flat', all of them.  rounds, chunk: of the hashing.
+    aggregate: of the pairs, by 'similarity' (log-sum-exp), 'mean', or 'descriptor' (softmax of cosine / tau).
+    support: a position attends the whole 'patch', or the size x size neighbourhood of its 'aligned' position in it.
+    Raises ValueError for settings out of range.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        shift: bool = False,
+        patch: int = 8,
+        k: int = 4,
+        retrieval: Literal["lsh", "exact", "random", "chunk-only"] = "lsh",
+        descriptor: Literal["mean", "flat"] = "mean",
+        rounds: int = 4,
+        chunk: int = 32,
+        aggregate: Literal["similarity", "mean", "descriptor"] = "similarity",
+        tau: float = 0.1,
+        support: Literal["patch", "aligned"] = "patch",
+        size: int = 3,
+    ) -> None:
+        super().__init__()
+        check_settings(dim, heads, patch, k, rounds, chunk, tau, size)
+        self.dim, self.heads, self.patch, self.k = dim, heads, patch, k
+        self.roll = patch // 2 if shift else 0
+        self.search, self.descriptor, self.rounds, self.chunk = retrieval, descriptor, rounds, chunk
+        self.aggregate, self.tau = aggregate, tau
+        self.margin = size // 2 if support == "aligned" else 0
+        self.support = support
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        if support == "aligned":
+            self.bias = layout.PositionBias(layout.footprint_index(patch, size), size * size, heads)
+        else:
+            self.bias = layout.PositionBias(layout.relative_index(patch), (2 * patch - 1) ** 2, heads)
+        self.rotations: Tensor
+        self.salt: Tensor
+        if retrieval in ("lsh", "chunk-only"):
+            width = dim if descriptor == "mean" else patch * patch * dim
+            self.register_buffer("rotations", torch.randn(rounds, width, MAX_HALF))
+        if retrieval == "random":
+            self.register_buffer("salt", torch.randint(2**62, (k,)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width, channels = x.shape
+        if self.roll:
+            x = x.roll((-self.roll, -self.roll), (1, 2))
+        patches = layout.cut(x, self.patch)
+        count = patches.shape[1]
+        real = layout.real_positions(height, width, self.patch, 0, x.device)
+        neighbours, weights = self.neighbours(patches, real)
+        first = torch.arange(batch, device=x.device)[:, None, None] * count
+        neighbours = (neighbours + first).view(batch * count, -1)
+
+        split = (3, self.heads, channels // self.heads)
+        if self.support == "aligned":
+            tokens = self.qkv(x)
+            q = layout.cut(tokens[..., :channels], self.patch).flatten(0, 1).unflatten(-1, split[1:])
+            halo = layout.cut_halo(tokens[..., channels:], self.patch, self.margin).flatten(0, 1)
+            k, v = halo.unflatten(-1, (2, *split[1:])).unbind(-3)
+        else:
+            q, k, v = self.qkv(patches).flatten(0, 1).unflatten(-1, split).unbind(-3)
+        key_real = layout.real_positions(height, width, self.patch, self.margin, x.device)
+        query_label = key_label = None
+        if key_real is not None:
+            key_label = key_real.repeat(batch, 1)
+            query_label = torch.ones(batch * count, self.patch**2, dtype=torch.bool, device=x.device)
+        out = reference.patch_attention(q, k, v, neighbours, self.bias(), query_label, key_label, weights)
+        y = self.proj(layout.join(out.reshape(batch, count, -1, channels), self.patch, height, width))
+        return y.roll((self.roll, self.roll), (1, 2)) if self.roll else y
+
+    @torch.no_grad()
+    def neighbours(self, patches: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Neighbours int64 [B, N, k] of patches [B, N, T, C], and their weights [B * N, k], None for 'similarity'."""
+        batch, count = patches.shape[:2]
+        k = min(self.k, count)
+        with torch.autocast(patches.device.type, enabled=False):
+            descriptors = retrieval.describe(patches, real, self.descriptor)
+            if self.search == "exact":
+                found = retrieval.exact(descriptors, k)
+            elif self.search == "random":
+                salt = torch.randint(2**62, (self.k,), device=patches.device) if self.training else self.salt
+                found = retrieval.random_neighbours(count, k, salt).expand(batch, -1, -1)
+            else:
+                rotations = torch.randn_like(self.rotations) if self.training else self.rotations
+                found = retrieval.lsh(descriptors, k, rotations, self.chunk, self.search == "lsh")
+            if self.aggregate == "similarity":
+                return found, None
+            if self.aggregate == "mean":
+                return found, torch.full((batch * count, k), 1 / k, device=patches.device)
+            chosen = descriptors[torch.arange(batch, device=found.device)[:, None, None], found]  # [B, N, k, D]
+            cosine = torch.einsum("bnd,bnkd->bnk", descriptors, chosen)
+            return found, (cosine / self.tau).softmax(-1).flatten(0, 1)
+
+    def macs(self, height: int, width: int) -> int:
+        """Multiply-adds of one forward pass of one image: projections, attention, retrieval."""
+        rows, columns = layout.grid(height, width, self.patch)
+        count, positions = rows * columns, self.patch**2
+        k = min(self.k, count)
+        keys = (self.patch + 2 * self.margin) ** 2
+        cut_before = self.support == "patch"  # whether q, k and v are computed on the padding too
+        projected = count * positions if cut_before else height * width
+        total = 3 * projected * self.dim**2 + height * width * self.dim**2
+        total += 2 * count * positions * k * keys * self.dim
+        width_of_descriptor = self.dim if self.descriptor == "mean" else positions * self.dim
+        total += self.retrieval_macs(count, width_of_descriptor)
+        if self.aggregate == "descriptor":
+            total += count * k * width_of_descriptor
+        return total
+
+    def retrieval_macs(self, count: int, width: int) -> int:
+        """Multiply-adds of the search among `count` patches with descriptors of `width` numbers."""
+        if self.search == "random":
+            return 0
+        reach = 3 * self.chunk if self.search == "lsh" else self.chunk
+        if self.search == "exact" or count <= reach:
+            return count * count * width
+        ranked = -(-count // self.chunk) * self.chunk
+        return self.rounds * width * (count * (retrieval.buckets(count, self.chunk) // 2) + ranked * reach)
+
+
+MAX_HALF = retrieval.MAX_BUCKETS // 2
+
+
+def check_settings(dim: int, heads: int, patch: int, k: int, rounds: int, chunk: int, tau: float, size: int) -> None:
+    """Raise ValueError, saying what was found and what is expected, for the settings of KiT that are out of range."""
+    if heads < 1 or dim % heads:
+        raise ValueError(f"heads must divide dim, but dim is {dim} and heads is {heads}")
+    for name, value in (("patch", patch), ("k", k), ("rounds", rounds)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, but is {value}")
+    if chunk < k:
+        raise ValueError(f"chunk must be at least k, to offer k neighbours, but chunk is {chunk} and k is {k}")
+    if not tau > 0:
+        raise ValueError(f"tau must be positive, but is {tau}")
+    if size < 1 or size % 2 == 0:
+        raise ValueError(f"size must be odd and positive, but is {size}")
