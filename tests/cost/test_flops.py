@@ -1,0 +1,216 @@
+"""Multiply-adds: the counters against closed forms, and against what they are known to miss."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kitbench import methods
+from kitbench.cost.flops import Count, count, count_fvcore, count_module, reconcile
+
+METHODS = [
+    ("kit", {}),
+    ("kit", {"retrieval": "exact"}),
+    ("kit", {"support": "aligned"}),
+    ("global", {"form": "sdpa"}),
+    ("global", {"form": "materialised"}),
+    ("window", {}),
+    ("local", {}),
+    ("kit-random", {}),
+    ("conv", {}),
+]
+
+
+def attention(name, dim=32, heads=2, **settings):
+    torch.manual_seed(0)
+    return methods.load(name).build(dim, heads, False, **settings).eval()
+
+
+@pytest.mark.parametrize(("name", "settings"), METHODS)
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 40), (35, 50)])
+def test_both_counters_agree_with_the_closed_form(name, settings, height, width):
+    module = attention(name, **settings)
+    closed = module.macs(height, width)
+    found = count_module(module, (1, height, width, 32))
+    assert reconcile(closed, found.macs, found.uncounted) is None
+    by_fvcore, unsupported = count_fvcore(module, torch.zeros(1, height, width, 32))
+    assert reconcile(closed, by_fvcore, dict.fromkeys(unsupported, 0)) is None
+    assert not unsupported
+
+
+@pytest.mark.parametrize(("name", "settings"), METHODS)
+def test_fake_and_real_tensors_count_the_same(name, settings):
+    module = attention(name, **settings)
+    with torch.no_grad():
+        assert count(module, torch.randn(1, 40, 48, 32)) == count_module(module, (1, 40, 48, 32))
+
+
+@pytest.mark.parametrize(("name", "settings"), METHODS)
+def test_a_training_step_takes_three_to_three_and_a_half_forward_passes(name, settings):
+    module = attention(name, **settings)
+    forward = count_module(module, (2, 32, 32, 32)).macs
+    assert 2.9 < count_module(module.train(), (2, 32, 32, 32), train=True).macs / forward < 3.55
+
+
+def test_counting_is_exact_at_any_size_and_computes_nothing():
+    module = attention("global", 32, 1)
+    assert count_module(module, (1, 4096, 4096, 32)).macs == module.macs(4096, 4096)
+
+
+N, S, D = 64, 49, 32
+FORMS = {
+    "products and sum": lambda q, k: (q[:, None] * k).sum(-1),
+    "products and sum through views": lambda q, k: (q[:, None] * k).view(-1, D).sum(1),
+    "products and mean": lambda q, k: (q[:, None] * k).mean(-1),
+    "matmul": lambda q, k: k @ q[:, :, None],
+    "einsum": lambda q, k: torch.einsum("nd,nsd->ns", q, k),
+    "bmm": lambda q, k: torch.bmm(k, q[:, :, None]),
+    "a loop of additions": lambda q, k: sum((q[:, i : i + 1] * k[:, :, i] for i in range(D)), torch.zeros(N, S)),
+    "addcmul": lambda q, k: [torch.zeros(N, S, D).addcmul(q[:, None].expand_as(k), k)],
+    "cdist": lambda q, k: torch.cdist(q[:, None], k),
+    "conv1d": lambda q, k: F.conv1d(k.reshape(1, N * S, D), q.repeat_interleave(S, 0)[:, None], groups=N * S),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_product_written_in_many_ways_counts_the_same(form):
+    q, k = torch.randn(N, D), torch.randn(N, S, D)
+    assert count(FORMS[form], q, k).macs == N * S * D
+
+
+def test_large_euclidean_distances_count_one_multiply_add_a_coordinate():
+    assert count(torch.cdist, torch.randn(100, 32), torch.randn(200, 32)).macs == 100 * 200 * 32
+
+
+def test_fused_and_materialised_attention_count_the_same():
+    q, k, v = torch.randn(2, 3, 40, 16), torch.randn(2, 3, 56, 16), torch.randn(2, 3, 56, 16)
+    bias = torch.zeros(40, 56, requires_grad=True)  # a bias that needs a gradient takes the materialising path
+    fused = count(F.scaled_dot_product_attention, q, k, v)
+    plain = count(F.scaled_dot_product_attention, q, k, v, bias)
+    assert fused.macs == plain.macs == 2 * 2 * 3 * 40 * 56 * 16
+    assert fused.exponentials == plain.exponentials == 2 * 3 * 40 * 56
+    assert not any("dot_product" in name for name in plain.by_operator)
+
+
+def test_grouped_convolutions_count_their_groups_backwards_too():
+    layer = nn.Conv2d(32, 32, 3, padding=1, groups=32)
+    forward = 16 * 16 * 32 * 9
+    assert count_module(layer, (1, 32, 16, 16)).macs == forward
+    assert count_module(layer, (1, 32, 16, 16), train=True).macs == 3 * forward
+
+
+def test_sorts_and_gathers_are_listed_apart():
+    x = torch.randn(10, 1024)
+    assert count(lambda: x.sort(-1)).comparisons == 10 * 1024 * 10
+    assert count(lambda: x.topk(8, -1)).comparisons == 10 * 1024 * 4
+    assert count(lambda: x.index_select(1, torch.arange(4))).gathered_bytes == 10 * 4 * 4
+    assert count(lambda: x.sort(-1)).macs == 0
+
+
+class Scaled(nn.Module):
+    """A gate: products that are never added."""
+
+    def forward(self, x):
+        return x * x.flip(1)
+
+
+def test_products_that_are_never_added_are_reported_not_counted():
+    found = count(Scaled(), torch.randn(4, 8))
+    assert found.macs == 0
+    assert found.uncounted == {"aten.mul": 32}
+
+
+@torch.library.custom_op("kitbench_test::hidden_product", mutates_args=())
+def hidden_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return a @ b
+
+
+@hidden_product.register_fake
+def _(a, b):
+    return a.new_empty(a.shape[0], b.shape[1])
+
+
+class Hidden(nn.Module):
+    """An operator that changed to something that no counter sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 16))
+
+    def forward(self, x):
+        return hidden_product(x, self.weight.detach())
+
+    def macs(self, height):
+        return height * 16 * 16
+
+
+def test_an_operator_that_nobody_counts_is_named():
+    module = Hidden()
+    found = count_module(module, (4, 16))
+    note = reconcile(module.macs(4), found.macs, found.uncounted)
+    assert note is not None
+    assert "kitbench_test.hidden_product" in note
+    assert count_fvcore(module, torch.randn(4, 16)) == (0, {"kitbench_test::hidden_product"})
+
+
+def test_a_wrong_closed_form_is_said_to_be_wrong():
+    note = reconcile(200, 100, {})
+    assert note is not None
+    assert "the closed form is wrong" in note
+    assert reconcile(1000, 1009, {}) is None
+    assert reconcile(1000, 989, {}) is not None
+
+
+def test_macs_and_flops_are_told_apart():
+    assert Count(macs=5_000_000_000).gmacs == 5
+    assert Count(macs=5_000_000_000).gflops == 10
+
+
+class ViT(nn.Module):
+    """ViT-B/16 at 224: 16.87 GMAC in its published figures (17.6 with what is not a multiply-add)."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 768, 16, 16)
+        self.blocks = nn.Sequential(*[ViTBlock(768, 12) for _ in range(12)])
+        self.head = nn.Linear(768, 1000)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([x[:, :1], x], 1)  # in the place of the class token
+        return self.head(self.blocks(x)[:, 0])
+
+
+class ViTBlock(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp(x)
+
+
+def test_vit_base_counts_its_published_figure():
+    """timm's table (vit_base_patch16_224): 17.58 GMAC with the attention's products, 16.87 without them (fvcore)."""
+    with torch.device("meta"):
+        model = ViT()
+    found = count_module(model, (1, 3, 224, 224))
+    assert found.gmacs == pytest.approx(17.58, abs=0.02)
+    attention_products = found.by_operator["aten.bmm"]  # on the meta device the fused kernel is not chosen
+    assert (found.macs - attention_products) / 1e9 == pytest.approx(16.87, abs=0.02)
+
+
+def test_importing_fvcore_warns_of_nothing():
+    code = "from kitbench.cost.flops import count_fvcore; from torch import nn, zeros; "
+    code += "assert count_fvcore(nn.Linear(2, 3), zeros(1, 2))[0] == 6"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
