@@ -327,7 +327,7 @@ def _is_free_in_graphs(kind: str) -> bool:
 
 
 _FREE_COMPOSITES = {
-    "__and__", "__lshift__", "__or__", "__rshift__", "__xor__", "contiguous", "expand_as", "log_softmax", "masked_scatter", "pad",
+    "__and__", "__lshift__", "__or__", "__rshift__", "__xor__", "contiguous", "expand_as", "log_softmax", "pad",
     "reshape", "size", "softmax", "swapaxes", "take_along_dim", "tensor_split", "type_as", "unflatten", "where",
     "flatten", "movedim", "numel", "chunk", "ScalarImplicit", "Int", "IntImplicit", "lift_fresh", "floor_divide",
 }  # fmt: skip

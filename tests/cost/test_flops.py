@@ -172,7 +172,7 @@ def test_macs_and_flops_are_told_apart():
 
 
 class ViT(nn.Module):
-    """ViT-B/16 at 224: 16.87 GMAC in its published figures (17.6 with what is not a multiply-add)."""
+    """ViT-B/16 (Dosovitskiy et al., ICLR 2021)."""
 
     def __init__(self):
         super().__init__()
@@ -201,13 +201,13 @@ class ViTBlock(nn.Module):
 
 
 def test_vit_base_counts_its_published_figure():
-    """timm's table (vit_base_patch16_224): 17.58 GMAC with the attention's products, 16.87 without them (fvcore)."""
+    """timm's vit_base_patch16_224: 17.58 GMAC; 16.87 by fvcore, without attention's products, 0.02 for layer norms."""
     with torch.device("meta"):
         model = ViT()
     found = count_module(model, (1, 3, 224, 224))
     assert found.gmacs == pytest.approx(17.58, abs=0.02)
     attention_products = found.by_operator["aten.bmm"]  # on the meta device the fused kernel is not chosen
-    assert (found.macs - attention_products) / 1e9 == pytest.approx(16.87, abs=0.02)
+    assert (found.macs - attention_products) / 1e9 == pytest.approx(16.85, abs=0.01)
 
 
 def test_importing_fvcore_warns_of_nothing():
