@@ -42,8 +42,8 @@ class LPIPS(nn.Module):
     """Learned perceptual distance; smaller is more alike, 0 for equal images.
 
     net: backbone, "squeeze", "alex" or "vgg". weights: the backbone's file, or a folder that holds it; by default what
-    the environment variable KITBENCH_LPIPS_WEIGHTS names, then the cache of torch hub. Raises InputError where the heads
-    or the backbone are missing or are not what they should be.
+    the environment variable KITBENCH_LPIPS_WEIGHTS names, then the cache of torch hub. Raises InputError where heads or
+    backbone are missing or are not what they should be.
     """
 
     shift: Tensor
@@ -66,7 +66,7 @@ class LPIPS(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Distance of each pair: a, b float [B, 3, H, W] in [0, 1], 32 pixels a side or more -> [B]. Raises InputError."""
+        """Distance of each pair: a, b float [B, 3, H, W] in [0, 1], 32 pixels a side or more -> [B]. InputError else."""
         if a.shape != b.shape or a.dim() != 4 or a.shape[1] != 3 or min(a.shape[2:]) < SMALLEST:
             raise InputError(
                 f"LPIPS compares two colour batches [B, 3, H, W] of one shape, {SMALLEST} pixels a side or more; "
