@@ -66,7 +66,7 @@ class LPIPS(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Distance of each pair: a, b float [B, 3, H, W] in [0, 1], 32 pixels a side or more -> [B]. InputError else."""
+        """Distance of each pair: a, b float [B, 3, H, W] in [0, 1], 32 pixels a side at least -> [B]. InputError."""
         if a.shape != b.shape or a.dim() != 4 or a.shape[1] != 3 or min(a.shape[2:]) < SMALLEST:
             raise InputError(
                 f"LPIPS compares two colour batches [B, 3, H, W] of one shape, {SMALLEST} pixels a side or more; "
