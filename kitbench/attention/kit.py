@@ -20,7 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from kitbench.attention import layout, reference, retrieval
+from kitbench.attention import layout, retrieval
+from kitbench.attention.operator import patch_attention
 
 
 class Attention(nn.Module):
@@ -86,20 +87,17 @@ class Attention(nn.Module):
         first = torch.arange(batch, device=x.device)[:, None, None] * count
         neighbours = (neighbours + first).view(batch * count, -1)
 
-        split = (3, self.heads, channels // self.heads)
+        q, k, v = layout.project(self.qkv, x if self.support == "aligned" else patches)
         if self.support == "aligned":
-            tokens = self.qkv(x)
-            q = layout.cut(tokens[..., :channels], self.patch).flatten(0, 1).unflatten(-1, split[1:])
-            halo = layout.cut_halo(tokens[..., channels:], self.patch, self.margin).flatten(0, 1)
-            k, v = halo.unflatten(-1, (2, *split[1:])).unbind(-3)
-        else:
-            q, k, v = self.qkv(patches).flatten(0, 1).unflatten(-1, split).unbind(-3)
+            q = layout.cut(q, self.patch)
+            k, v = layout.cut_halo(k, self.patch, self.margin), layout.cut_halo(v, self.patch, self.margin)
+        q, k, v = (table.flatten(0, 1).unflatten(-1, (self.heads, -1)) for table in (q, k, v))  # [B * N, ., h, d]
         key_real = layout.real_positions(height, width, self.patch, self.margin, x.device)
         query_label = key_label = None
         if key_real is not None:
             key_label = key_real.repeat(batch, 1)
             query_label = torch.ones(batch * count, self.patch**2, dtype=torch.bool, device=x.device)
-        out = reference.patch_attention(q, k, v, neighbours, self.bias(), query_label, key_label, weights)
+        out = patch_attention(q, k, v, neighbours, self.bias(), query_label, key_label, weights)
         y = self.proj(layout.join(out.reshape(batch, count, -1, channels), self.patch, height, width))
         return y.roll((self.roll, self.roll), (1, 2)) if self.roll else y
 

@@ -83,6 +83,13 @@ def footprint_index(patch: int, size: int) -> Tensor:
     return index.reshape(patch * patch, edge * edge)
 
 
+def project(qkv: torch.nn.Linear, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three thirds of a linear map [..., C] -> [..., 3C] as three contiguous tensors: neighbours are read by whole rows."""
+    weights, biases = qkv.weight.chunk(3), qkv.bias.chunk(3)
+    q, k, v = (F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+    return q, k, v
+
+
 class PositionBias(torch.nn.Module):
     """Learned relative position bias: `forward()` gives [heads, T, S], -inf where a query does not attend a key.
 
