@@ -14,6 +14,10 @@ class RunError(Exception):
     """A run that was rightly asked for did not succeed. Exit code 3."""
 
 
+class Interrupted(RunError):
+    """Ctrl-C or SIGTERM: the state was saved, and the same command goes on. Exit code 3."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """The end of a sentence that refuses `word`: the nearest known one, and all that are known."""
     names = sorted(known)

@@ -1,0 +1,14 @@
+"""noisy: the input itself, unrestored.
+
+Paper: none. Operator: the identity. Cost: none. It shows, under the very protocol of the table (clipping and rounding
+included), what every other row gained.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def restore(image: np.ndarray, sigma: float) -> np.ndarray:
+    """The image itself: float32 [H, W, C], nominal range 0..1 but not clipped."""
+    return image

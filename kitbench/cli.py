@@ -1,0 +1,197 @@
+"""The command line: parse, call, print. Heavy rooms are imported inside the commands, so --help answers at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kitbench import __version__
+from kitbench.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FAILED = 3
+
+
+class Cli(click.Group):
+    """Turns what kitbench refuses into one sentence and exit code 2, and what failed into exit code 3."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            click.secho(f"kitbench: {error}", fg="red", err=True)
+            ctx.exit(2)
+        except RunError as error:
+            click.secho(f"kitbench: {error}", fg="red", err=True)
+            ctx.exit(FAILED)
+
+
+@click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+def cli() -> None:
+    """Which attention should restore my images, and does the k-NN one keep its promises?
+
+    Trains and evaluates KiT (k-NN local attention) against global, window and local attention under identical recipes.
+    Exit codes: 0 fine, 1 a check failed, 2 usage or bad input, 3 a run failed or was interrupted.
+    """
+
+
+DATA = click.option(
+    "--data", type=click.Path(path_type=Path), envvar="KITBENCH_DATA", show_envvar=True,
+    help="Folder that holds data sets; without it, photographs that ship with scikit-image.",
+)  # fmt: skip
+
+
+@cli.command()
+@click.option("--suite", required=True, help="A suite's name (kitbench list), or the path of a .toml file.")
+@click.option("--preset", help="smoke, quick or full; the suite's own default without it.")
+@click.option(
+    "--method", "method", multiple=True, help="Run only this method: a name, or the path of a .py file. Repeatable."
+)
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change one setting, e.g. recipe.steps=2000. Repeatable.",
+)
+@click.option("--seeds", help="Seeds, e.g. 0,1,2.")
+@DATA
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("results"), show_default=True, help="Folder for the runs."
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--workers", type=click.IntRange(0, 64), default=0, show_default=True, help="Processes that prepare batches."
+)
+@click.option(
+    "--lpips-weights",
+    metavar="FILE",
+    envvar="KITBENCH_LPIPS_WEIGHTS",
+    show_envvar=True,
+    help="Backbone weights for LPIPS.",
+)
+def run(
+    suite: str,
+    preset: str | None,
+    method: tuple[str, ...],
+    overrides: tuple[str, ...],
+    seeds: str | None,
+    data: Path | None,
+    out: Path,
+    device: str,
+    workers: int,
+    lpips_weights: str | None,
+) -> None:
+    """Train and compare the methods of a suite; what is stored already is not run again."""
+    from kitbench.suite import load
+
+    resolved = load(suite, preset, overrides, method, _seeds(seeds))
+    from kitbench import run as job
+    from kitbench.verdict.table import render
+
+    console = _console()
+    options = job.Options(out, data, device, workers, lpips_weights)
+    try:
+        complete, failed = job.run(resolved, options, console)
+    except RunError as error:
+        raise RunError(f"{error}. {job.how_to_go_on()}") from error
+    if complete:
+        click.echo()
+        click.echo(render(complete, "terminal", resolved.protocol.stamp), color=console.is_terminal or None)
+        for folder in complete:
+            click.echo(f"wrote {folder.path}")
+        click.echo(f"The table again, from the stored runs: python -m kitbench table {out} --format markdown")
+    if failed:
+        raise RunError(f"{len(failed)} of the suite's runs failed: " + "; ".join(failed))
+
+
+def _seeds(text: str | None) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError as error:
+        raise InputError(f"--seeds takes whole numbers like 0,1,2; found {text!r}.") from error
+
+
+@cli.command()
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["markdown", "latex", "csv", "json", "terminal"]),
+    default="terminal",
+    show_default=True,
+)
+@click.option("--protocol", help="Only rows of this protocol (id, or id.vN).")
+@click.option("--out", type=click.Path(path_type=Path), help="Write to this file instead of the terminal.")
+def table(paths: tuple[Path, ...], form: Any, protocol: str | None, out: Path | None) -> None:
+    """Build a table from stored runs: folders of runs, or folders that hold such folders."""
+    from kitbench.store import find, writable, write_atomic
+    from kitbench.verdict.table import render
+
+    text = render(find(paths), form, protocol)
+    if out is None:
+        click.echo(text, nl=False)
+    else:
+        writable(out.parent)
+        write_atomic(out, text.encode())
+        click.echo(f"wrote {out}")
+
+
+@cli.command(name="list")
+@DATA
+def list_(data: Path | None) -> None:
+    """Show suites, methods, data sets (present or not), recipes and protocols."""
+    from rich.table import Table
+
+    from kitbench import methods, suite
+    from kitbench.data.cards import cards, locate
+
+    console = _console()
+
+    def show(title: str, columns: list[str], lines: list[list[str]]) -> None:
+        grid = Table(title=title, title_justify="left", box=None, pad_edge=False, expand=False)
+        for column in columns:
+            grid.add_column(column, overflow="fold")
+        for line in lines:
+            grid.add_row(*line)
+        console.print(grid)
+        console.print()
+
+    names = suite.suite_names()
+    raws = {name: suite.read_toml(name, "suites", Path()) for name in names}
+    show("Suites", ["name", "presets", "about"], [[n, ", ".join(r["presets"]), r["title"]] for n, r in raws.items()])
+    show(
+        "Methods",
+        ["name", "kind", "about"],
+        [
+            [n, "trained" if trained else "training-free", text.splitlines()[0]]
+            for n, (trained, text) in methods.cards().items()
+        ],
+    )
+    where = {name: locate(card, data) for name, card in cards().items()}
+    show(
+        f"Data sets (data folder: {data or 'none; give one with --data or KITBENCH_DATA'})",
+        ["name", "images", "present", "about"],
+        [
+            [n, str(c.count), "with scikit-image" if c.package and where[n] else "yes" if where[n] else "no", c.title]
+            for n, c in cards().items()
+        ],
+    )
+    show(
+        "Recipes",
+        ["name", "time", "hardware", "about"],
+        [[r.name, r.card.time, r.card.hardware, r.card.summary] for r in suite.recipes()],
+    )
+    show("Protocols", ["name", "about"], [[p.stamp, p.summary] for p in suite.protocols()])
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=140)

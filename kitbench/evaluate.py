@@ -1,0 +1,120 @@
+"""Evaluation: a protocol in, scores out. One image at a time, the noise of each a pure function of what it is."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kitbench import metrics
+from kitbench.data.batches import add_noise
+from kitbench.data.cards import Photograph
+from kitbench.methods import Restore
+from kitbench.seeds import generator
+from kitbench.store import Score
+from kitbench.suite import Protocol
+
+if TYPE_CHECKING:
+    from kitbench.lpips import LPIPS
+
+
+def noisy(photo: Photograph, data_set: str, sigma: float, protocol: Protocol) -> np.ndarray:
+    """The noisy input, float32 [H, W, C], not clipped.
+
+    `hash`: seeded by (data set, image, sigma). `numpy0`: as in KAIR's test scripts, np.random.seed(0) before every
+    image and Gaussian noise in float64 over [H, W, C].
+    """
+    clean = photo.pixels.astype(np.float32) / 255
+    if protocol.noise_seed == "numpy0":
+        legacy = np.random.RandomState(0)  # the point of this protocol is the legacy stream
+        return (clean + legacy.normal(0, sigma / 255, clean.shape)).astype(np.float32)
+    return add_noise(clean, sigma, generator("noise", data_set, photo.name, f"{sigma:g}"))
+
+
+def network(model: nn.Module, device: torch.device, protocol: Protocol, precision: str) -> Restore:
+    """A trained network as a function of one image: float32 [H, W, C] to the same, whole or in the protocol's tiles."""
+
+    def restore(image: np.ndarray, sigma: float) -> np.ndarray:
+        x = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None].to(device)
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            y = tiled(model, x, protocol.tile, protocol.overlap) if protocol.tile else model(x)
+        return y[0].float().permute(1, 2, 0).cpu().numpy()
+
+    return restore
+
+
+def tiled(model: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int) -> Tensor:
+    """Restore [B, C, H, W] in square tiles that overlap, blended by linear ramps whose weights sum to one."""
+    height, width = x.shape[-2:]
+    result, weight = torch.zeros_like(x), x.new_zeros(1, 1, height, width)
+    for top in starts(height, tile, overlap):
+        for left in starts(width, tile, overlap):
+            part = x[..., top : top + tile, left : left + tile]
+            h, w = part.shape[-2:]
+            ramp = _ramp(top, h, height, overlap, x)[:, None] * _ramp(left, w, width, overlap, x)
+            result[..., top : top + h, left : left + w] += model(part) * ramp
+            weight[..., top : top + h, left : left + w] += ramp
+    return result / weight
+
+
+def starts(size: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles begin: every tile - overlap pixels, the last one moved back to end at the border."""
+    if size <= tile:
+        return [0]
+    return [*range(0, size - tile, tile - overlap), size - tile]
+
+
+def _ramp(start: int, length: int, size: int, overlap: int, like: Tensor) -> Tensor:
+    """Weight along one axis of a tile: 1, falling linearly over the overlap on each side inside the image."""
+    distance = torch.arange(length, dtype=like.dtype, device=like.device)
+    ramp = torch.ones_like(distance)
+    if start > 0:
+        ramp = torch.minimum(ramp, (distance + 1) / (overlap + 1))
+    if start + length < size:
+        ramp = torch.minimum(ramp, (length - distance) / (overlap + 1))
+    return ramp
+
+
+def scores(
+    restore: Restore,
+    photographs: list[Photograph],
+    data_set: str,
+    sigma: float,
+    protocol: Protocol,
+    lpips: LPIPS | None,
+) -> Iterator[Score]:
+    """Restore and score the images of a set, one by one."""
+    for photo in photographs:
+        image = noisy(photo, data_set, sigma, protocol)
+        clock = time.perf_counter()
+        restored = restore(image, sigma)
+        seconds = time.perf_counter() - clock
+        yield score(restored, photo, protocol, lpips, seconds)
+
+
+def score(restored: np.ndarray, photo: Photograph, protocol: Protocol, lpips: LPIPS | None, seconds: float) -> Score:
+    """Score one restored image, float [H, W, C] nominally in [0, 1], against the photograph."""
+    unit = np.clip(restored, 0, 1)
+    prediction = np.rint(unit * 255).astype(np.uint8) if protocol.rounding == "8bit" else unit.astype(np.float64) * 255
+    target = photo.pixels if protocol.rounding == "8bit" else photo.pixels.astype(np.float64)
+    inside = slice(protocol.border, -protocol.border or None)
+    prediction, target = prediction[inside, inside], target[inside, inside]
+    distance = None
+    if lpips is not None:
+        pair = [torch.from_numpy(i.astype(np.float32).transpose(2, 0, 1)[None] / 255) for i in (prediction, target)]
+        distance = float(lpips(*(i.expand(1, 3, -1, -1) for i in pair)))
+    if protocol.space == "y" and target.shape[2] == 3:
+        prediction, target = metrics.luma(prediction), metrics.luma(target)
+    psnr = metrics.psnr(prediction, target)
+    return Score(
+        image=photo.name,
+        psnr=psnr if math.isfinite(psnr) else None,
+        ssim=metrics.ssim(prediction, target),
+        lpips=distance,
+        seconds=seconds,
+    )

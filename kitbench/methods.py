@@ -1,0 +1,187 @@
+"""Finding a method by name or by file, and proving before any training that it keeps the one signature.
+
+A method is a Python file that opens with a card (its docstring) and defines either `class Attention` (trained inside
+the shared backbone; the contract is in `kitbench.attention`) or `restore(image, sigma)` (training-free). Shipped ones are
+`kitbench/attention/kit.py` and the files of `baselines/`; any other path to a .py file works the same.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from kitbench.errors import InputError, nearest
+
+if typing.TYPE_CHECKING:
+    from torch import nn
+
+Restore = Callable[[np.ndarray, float], np.ndarray]
+
+
+def shipped() -> dict[str, str]:
+    """Module of every shipped method, by name (`global_.py` is `global`, `kit_random.py` is `kit-random`)."""
+    modules = {"kit": "kitbench.attention.kit"}
+    for file in resources.files("kitbench.baselines").iterdir():
+        if file.name.endswith(".py") and file.name != "__init__.py":
+            stem = file.name.removesuffix(".py")
+            modules[stem.rstrip("_").replace("_", "-")] = f"kitbench.baselines.{stem}"
+    return dict(sorted(modules.items()))
+
+
+def cards() -> dict[str, tuple[bool, str]]:
+    """For every shipped method: whether it is trained, and its card. Read from the source; nothing is imported."""
+    found = {}
+    for name, module in shipped().items():
+        package, _, stem = module.rpartition(".")
+        tree = ast.parse(resources.files(package).joinpath(f"{stem}.py").read_text("utf-8"))
+        trained = any(isinstance(node, ast.ClassDef) and node.name == "Attention" for node in tree.body)
+        found[name] = (trained, ast.get_docstring(tree) or "")
+    return found
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A method as found: its card, its settings with their defaults, and what it is built from."""
+
+    name: str
+    card: str
+    attention: type[nn.Module] | None = None
+    restore: Restore | None = None
+    source_sha256: str | None = None
+    """Of a user's file, whose text decides its numbers; None for shipped methods, whose version `NUMERICS` tells."""
+    settings: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    """Annotation and default of each setting."""
+
+    def resolve(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """All settings, given ones and defaults. Raises InputError for an unknown key or a value of the wrong type."""
+        resolved = {key: default for key, (_, default) in self.settings.items()}
+        for key, value in given.items():
+            if key not in self.settings:
+                raise InputError(f"Method {self.name!r} has no setting {key!r}; {nearest(key, self.settings)}")
+            try:
+                resolved[key] = TypeAdapter(self.settings[key][0]).validate_python(
+                    value, strict=not isinstance(value, int)
+                )
+            except ValidationError as error:
+                message = error.errors(include_url=False)[0]["msg"]
+                raise InputError(
+                    f"Method {self.name!r}: {key} is {value!r}: {message[0].lower()}{message[1:]}."
+                ) from error
+        return resolved
+
+    def build(self, dim: int, heads: int, shift: bool, **settings: Any) -> nn.Module:
+        """An attention for `dim` channels and `heads` heads. Raises InputError where a setting is out of range."""
+        assert self.attention is not None, f"{self.name} is training-free"
+        try:
+            return self.attention(dim, heads, shift=shift, **settings)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"Method {self.name!r} cannot be built with {settings}: {error}") from error
+
+
+def load(name: str, label: str | None = None) -> Loaded:
+    """A shipped method by its name, or the user's own by the path of its file. Raises InputError."""
+    if name.endswith(".py"):
+        path = Path(name)
+        if not path.is_file():
+            raise InputError(
+                f"Method file {name} does not exist; give the path of a Python file with a class Attention."
+            )
+        module, sha256 = _import_file(path), hashlib.sha256(path.read_bytes()).hexdigest()
+    elif name in shipped():
+        module, sha256 = importlib.import_module(shipped()[name]), None
+    else:
+        raise InputError(f"Unknown method {name!r}; {nearest(name, shipped())} Or give a path to a .py file.")
+    attention, restore = getattr(module, "Attention", None), getattr(module, "restore", None)
+    if attention is None and restore is None:
+        raise InputError(
+            f"Method file {name} defines neither `class Attention` nor `def restore(image, sigma)`; add one."
+        )
+    return Loaded(
+        name=label or name,
+        card=inspect.getdoc(module) or "",
+        attention=attention,
+        restore=None if attention else restore,
+        source_sha256=sha256,
+        settings=_settings(attention, name) if attention else {},
+    )
+
+
+def _import_file(path: Path) -> ModuleType:
+    name = f"kitbench_method_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a stranger's file raises is that file's fault
+        raise InputError(f"Method file {path} cannot be imported: {type(error).__name__}: {error}.") from error
+    return module
+
+
+def _settings(attention: type, name: str) -> dict[str, tuple[Any, Any]]:
+    """Keyword-only arguments of the constructor, also of those that a subclass passes on by `**settings`."""
+    if not inspect.isclass(attention):
+        raise InputError(
+            f"Method {name}: `Attention` must be a class (a torch.nn.Module), found {type(attention).__name__}."
+        )
+    found: dict[str, tuple[Any, Any]] = {}
+    for owner in attention.__mro__:
+        if "__init__" not in vars(owner) or owner.__module__.startswith("torch."):
+            continue
+        hints, signature = typing.get_type_hints(vars(owner)["__init__"]), inspect.signature(vars(owner)["__init__"])
+        for parameter in signature.parameters.values():
+            if parameter.kind is parameter.KEYWORD_ONLY and parameter.name != "shift" and parameter.name not in found:
+                default = None if parameter.default is parameter.empty else parameter.default
+                found[parameter.name] = (hints.get(parameter.name, Any), default)
+        if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+            break
+    parameters = inspect.signature(attention).parameters
+    if not {"shift"} & set(parameters) and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise InputError(
+            f"Method {name}: Attention.__init__ must take (dim, heads, *, shift=False, ...), "
+            f"found {inspect.signature(attention)}."
+        )
+    return found
+
+
+def check(method: Loaded, levels: Mapping[int, tuple[int, int, int]], settings: Mapping[str, Any]) -> None:
+    """Run the attention forward and backward at each level's (channels, heads, side) before any training.
+
+    Raises InputError where it fails, returns another shape or dtype than it got, or something that is not finite.
+    """
+    import torch
+
+    for level, (dim, heads, side) in levels.items():
+        for shift in (False, True):
+            module = method.build(dim, heads, shift, **settings)
+            where = f"Method {method.name!r}, level {level} (input [2, {side}, {side + 1}, {dim}], {heads} heads)"
+            x = torch.randn(2, side, side + 1, dim, generator=torch.Generator().manual_seed(0), requires_grad=True)
+            try:
+                y = module(x)
+                returned = tuple(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__
+                if returned != tuple(x.shape) or y.dtype != x.dtype:
+                    raise InputError(
+                        f"{where}: forward returned {returned} {getattr(y, 'dtype', '')}, expected the shape it got, "
+                        f"{tuple(x.shape)} {x.dtype}; return one value per position and channel."
+                    )
+                if not bool(torch.isfinite(y).all()):
+                    raise InputError(f"{where}: forward returned values that are not finite (NaN or infinity).")
+                y.square().mean().backward()
+            except InputError:
+                raise
+            except Exception as error:  # a method is a stranger's code: its fault is told, not traced
+                raise InputError(f"{where} failed: {type(error).__name__}: {error}.") from error

@@ -1,0 +1,65 @@
+"""Progress of long work: a bar on a terminal, sparse lines elsewhere; both with the time left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Update = Callable[[int, str], None]
+"""Called with (how much is done, what to say of it)."""
+LINE_SECONDS = 20.0
+
+
+@contextmanager
+def progress(console: Console, title: str, total: int) -> Iterator[Update]:
+    """Show work of `total` parts while the block runs; the block calls what it is given."""
+    if not console.is_terminal:
+        yield _lines(console, title, total)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(title, total=total, text="")
+        yield lambda done, text: bar.update(task, completed=done, text=text)
+
+
+def _lines(console: Console, title: str, total: int) -> Update:
+    """A line at the first call, at the last, and between them when LINE_SECONDS have gone by."""
+    first: tuple[int, float] | None = None
+    last = 0.0
+
+    def update(done: int, text: str) -> None:
+        nonlocal first, last
+        now = time.monotonic()
+        if first is None:
+            first = (done, now)
+        elif done < total and now - last < LINE_SECONDS:
+            return
+        last = now
+        left = ""
+        if first[0] < done < total:
+            left = f"  {duration((now - first[1]) / (done - first[0]) * (total - done))} left"
+        console.print(f"{title}  {done}/{total}  {text}{left}", highlight=False)
+
+    return update
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `3 min 20 s`, `2 h 5 min`."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -1,0 +1,1 @@
+"""Protocols, as TOML files that people read and copy; no code."""

@@ -1,0 +1,1 @@
+"""Recipes, as TOML files that people read and copy; no code."""

@@ -1,0 +1,452 @@
+"""The main job: a suite's cells, one after another, each trained, evaluated and stored; then their table.
+
+Everything that can be refused is refused before anything is written: suite, data, methods, device, results folder.
+"""
+
+from __future__ import annotations
+
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from rich.console import Console
+
+from kitbench import evaluate, methods
+from kitbench.backbone import UNet, attention_levels
+from kitbench.cell import Cell
+from kitbench.cost.flops import count_module, reconcile
+from kitbench.cost.memory import peak_bytes
+from kitbench.data.batches import Batches
+from kitbench.data.cards import Photograph, assert_disjoint, card, locate, pixel_sha256, read
+from kitbench.environment import choose_device, command_line, device_name, environment, make_repeatable
+from kitbench.errors import InputError, Interrupted, RunError
+from kitbench.lpips import LPIPS, available
+from kitbench.progress import duration, progress
+from kitbench.seeds import derive
+from kitbench.store import Cost, Evaluation, Run, RunFolder, Training, replace_with, writable
+from kitbench.suite import Mode, Suite, digest
+from kitbench.train import loss_of, train
+
+RESOLUTION = 256
+"""Side in pixels of the image that GMACs are stated for."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line decides beside the suite."""
+
+    out: Path
+    data: Path | None
+    device: str
+    workers: int
+    lpips_weights: str | None
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The images of one colour mode, by set."""
+
+    train: dict[str, list[Photograph]]
+    test: dict[str, list[Photograph]]
+
+    @property
+    def training(self) -> list[Photograph]:
+        return [photo for photos in self.train.values() for photo in photos]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one method costs here, measured before training."""
+
+    cost: Cost
+    step_seconds: float
+    image_seconds: float
+    """One forward of a training batch, a pixel."""
+
+
+class Job:
+    """A suite made ready to run on this machine: data read and checked, methods loaded and proved."""
+
+    def __init__(self, suite: Suite, options: Options) -> None:
+        self.suite, self.options = suite, options
+        self.device = choose_device(options.device)
+        make_repeatable(suite.recipe)
+        self.methods = {name: methods.load(method.attention, name) for name, method in suite.methods.items()}
+        self.references = {name: methods.load(name) for name in suite.references}
+        for name, loaded in self.methods.items():
+            if loaded.attention is None:
+                raise InputError(f"Method {name!r} is training-free; name it in `references`, not in `methods`.")
+        for name, loaded in self.references.items():
+            if loaded.restore is None:
+                raise InputError(f"Method {name!r} is trained; name it in `methods`, not in `references`.")
+        self.settings = {name: loaded.resolve(suite.methods[name].settings) for name, loaded in self.methods.items()}
+        self.absent: dict[str, str] = {}
+        source = suite.data.folder if options.data is not None else suite.data.embedded
+        self.sets: dict[Mode, Sets] = {mode: self._read(mode, getattr(source, mode)) for mode in source.modes}
+        levels = attention_levels(suite.backbone, suite.recipe.crop)
+        for name, loaded in self.methods.items():
+            methods.check(loaded, levels, self.settings[name])
+        for sets in self.sets.values():
+            Batches(sets.training, suite.task, suite.recipe, 0)  # refuses images smaller than the crop
+        writable(options.out)
+        self.lpips: LPIPS | None = None
+        self.lpips_note: str | None = None
+        if suite.protocol.lpips != "none":
+            self.lpips_note = available(suite.protocol.lpips, options.lpips_weights)
+            if self.lpips_note is None:
+                self.lpips = LPIPS(suite.protocol.lpips, options.lpips_weights)
+        self.cells = list(self._cells())
+
+    def _read(self, mode: Mode, sets: Any) -> Sets:
+        """Training sets must all be there; test sets that are not are named and left out, as long as one is there."""
+        root = self.options.data
+        if root is not None and not root.is_dir():
+            raise InputError(
+                f"Data folder {root} does not exist; give a folder that holds data sets (kitbench list names them)."
+            )
+        present = []
+        for name in sets.test:
+            if locate(card(name), root) is None:
+                self.absent[name] = f"not in {root}; get it from {card(name).home}"
+            else:
+                present.append(name)
+        if not present:
+            raise InputError(
+                f"None of the test sets {', '.join(sets.test)} is in {root}; get one, "
+                f"or change data.folder.{mode}.test."
+            )
+        train = {name: read(card(name), root, mode) for name in sets.train}
+        test = {name: read(card(name), root, mode) for name in present}
+        assert_disjoint(train, test)
+        return Sets(train, test)
+
+    def _cells(self) -> Iterator[Cell]:
+        for mode, sets in self.sets.items():
+            train_sha256 = digest([photo.sha256 for photo in sets.training])
+            for name in self.references:
+                yield Cell(self.suite, mode, name, name, None, {}, None, "cpu", None)
+            for seed in self.suite.seeds:
+                for name, loaded in self.methods.items():
+                    # A user's file is known by its content, wherever it lies.
+                    attention = loaded.source_sha256 or self.suite.methods[name].attention
+                    yield Cell(
+                        self.suite, mode, name, attention, loaded.source_sha256, self.settings[name], seed,
+                        device_name(self.device), train_sha256,
+                    )  # fmt: skip
+
+    def build(self, cell: Cell) -> UNet:
+        """The shared backbone with the cell's attention in it, initialised from the cell's seed."""
+        channels = 3 if cell.mode == "colour" else 1
+        seed = derive(cell.seed, "model")
+        return UNet(channels, self.suite.backbone, self.methods[cell.method], cell.settings, seed)
+
+    def units(self, cell: Cell) -> list[tuple[str, float]]:
+        """The evaluations of a cell: every test set at every sigma."""
+        return [(name, sigma) for name in self.sets[cell.mode].test for sigma in self.suite.task.sigma_test]
+
+    def missing(self, cell: Cell, folder: RunFolder) -> list[tuple[str, float]]:
+        """The evaluations that are not stored yet, or that LPIPS can now be added to."""
+        absent = []
+        for name, sigma in self.units(cell):
+            sha256 = set_sha256(self.sets[cell.mode].test[name])
+            found = folder.evaluation(name, sha256, sigma, self.suite.protocol.stamp)
+            if found is None or (found.lpips_note is not None and self.lpips is not None):
+                absent.append((name, sigma))
+        return absent
+
+    def probe(self, cell: Cell) -> Probe:
+        """Cost of a method: counted on fake tensors; memory and time from a few steps on the device."""
+        recipe, channels = self.suite.recipe, 3 if cell.mode == "colour" else 1
+        model = self.build(cell)
+        closed = model.macs(RESOLUTION, RESOLUTION)
+        counted = count_module(model.eval(), (1, channels, RESOLUTION, RESOLUTION))
+        if closed is None:
+            note: str | None = "counted only: the attention states no closed form (macs)"
+            if counted.uncounted:
+                note = f"{note}; nobody counted {', '.join(sorted(counted.uncounted))}"
+        else:
+            note = reconcile(closed, counted.macs, counted.uncounted)
+        model.to(self.device).train()
+        optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.lr)
+        x = torch.rand(recipe.batch, channels, recipe.crop, recipe.crop, device=self.device)
+
+        def step() -> None:
+            optimiser.zero_grad(set_to_none=True)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+                y = model(x)
+            loss_of(y.float() - x, recipe).backward()
+            optimiser.step()
+
+        def forward() -> None:
+            with torch.inference_mode():
+                model(x)
+
+        step()
+        peak = peak_bytes(step, self.device)
+        step_seconds, forward_seconds = (self._seconds(fn) for fn in (step, forward))
+        return Probe(
+            Cost(
+                parameters=sum(p.numel() for p in model.parameters()),
+                attention_parameters=sum(p.numel() for _, a in model.attentions() for p in a.parameters()),
+                resolution=RESOLUTION,
+                macs=closed,
+                macs_counted=counted.macs,
+                macs_note=note,
+                train_peak_bytes=peak,
+                memory_note=None,
+            ),
+            step_seconds,
+            forward_seconds / x[:, 0].numel(),
+        )
+
+    def _seconds(self, fn: Callable[[], None], runs: int = 3) -> float:
+        times = []
+        for _ in range(runs):
+            clock = time.perf_counter()
+            fn()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            times.append(time.perf_counter() - clock)
+        return statistics.median(times)
+
+
+def set_sha256(photographs: list[Photograph]) -> str:
+    """Of a set's images, by name and content."""
+    return digest([[photo.name, photo.sha256] for photo in photographs])
+
+
+def run(suite: Suite, options: Options, console: Console) -> tuple[list[RunFolder], list[str]]:
+    """Run every cell of the suite that is not stored yet.
+
+    Returns the folders of all cells that are complete, and a sentence for each that failed. Raises InputError before
+    anything is written, and Interrupted (state saved) on Ctrl-C or SIGTERM.
+    """
+    job = Job(suite, options)
+    folders = {cell: RunFolder(options.out / cell.folder) for cell in job.cells}
+    todo = [
+        cell
+        for cell in job.cells
+        if not (folders[cell].trained or not cell.trained) or job.missing(cell, folders[cell])
+    ]
+    with console.status("measuring what each method costs"):
+        probes = {cell.method: job.probe(cell) for cell in {c.method: c for c in todo if c.trained}.values()}
+    announce(job, todo, probes, console)
+    failed: list[str] = []
+    with interruptible() as stopping:
+        for number, cell in enumerate(todo, 1):
+            seed = f" seed {cell.seed}" if cell.trained else ""
+            title = f"[{number}/{len(todo)}] {cell.mode} {cell.method}{seed}"
+            try:
+                with folders[cell].lock():
+                    run_cell(job, cell, folders[cell], probes.get(cell.method), title, console, stopping)
+            except Interrupted:
+                raise
+            except (RunError, RuntimeError, OSError) as error:
+                # One method's failure (out of memory, a full disk, its own code) must not take the others with it.
+                failed.append(f"{cell.folder}: {type(error).__name__}: {str(error).splitlines()[0]}")
+                console.print(f"[red]failed[/red] {failed[-1]}", highlight=False)
+    complete = [folders[cell] for cell in job.cells if not job.missing(cell, folders[cell])]
+    return complete, failed
+
+
+def run_cell(
+    job: Job,
+    cell: Cell,
+    folder: RunFolder,
+    probe: Probe | None,
+    title: str,
+    console: Console,
+    stopping: Callable[[], bool],
+) -> None:
+    """Train the cell from where it stands, then do the evaluations that are missing."""
+    suite, sets = job.suite, job.sets[cell.mode]
+    if (folder.path / "run.json").is_file():
+        if folder.run.key != cell.key:
+            raise RunError(f"{folder.path} holds another run (key {folder.run.key[:12]}); choose another --out")
+    else:
+        folder.write("run.json", _record(job, cell))
+    if cell.trained:
+        restore = _trained(job, cell, folder, probe, title, console, stopping)
+    else:
+        found = job.references[cell.method].restore
+        assert found is not None
+        restore = found
+    missing = job.missing(cell, folder)
+    total = sum(len(sets.test[name]) for name, _ in missing)
+    with progress(console, f"{title} scoring", total) as update:
+        done = 0
+        for name, sigma in missing:
+            scores = []
+            for score in evaluate.scores(restore, sets.test[name], name, sigma, suite.protocol, job.lpips):
+                if stopping():
+                    raise Interrupted(f"stopped while scoring {folder.path.name}; the same command goes on there")
+                scores.append(score)
+                done += 1
+                update(done, f"{name} sigma {sigma:g}: {'inf' if score.psnr is None else f'{score.psnr:.2f} dB'}")
+            record = Evaluation(
+                key=cell.key, data_set=name, data_sha256=set_sha256(sets.test[name]), sigma=sigma,
+                protocol=suite.protocol, stamp=suite.protocol.stamp, lpips_note=job.lpips_note, scores=tuple(scores),
+            )  # fmt: skip
+            path = folder.evaluation_path(name, sigma, suite.protocol.stamp)
+            folder.write(str(path.relative_to(folder.path)), record)
+
+
+def _trained(
+    job: Job,
+    cell: Cell,
+    folder: RunFolder,
+    probe: Probe | None,
+    title: str,
+    console: Console,
+    stopping: Callable[[], bool],
+) -> methods.Restore:
+    """The cell's trained network as a function of an image: from its stored weights, or trained now."""
+    suite, model = job.suite, job.build(cell)
+    if folder.trained:
+        if not folder.weights.is_file():
+            raise RunError(
+                f"{folder.weights} is missing, so it cannot be evaluated anew; delete the folder to train again"
+            )
+        model.load_state_dict(safetensors.torch.load_file(folder.weights))
+    else:
+        assert probe is not None
+        batches = Batches(job.sets[cell.mode].training, suite.task, suite.recipe, derive(cell.seed, "data"))
+        clock = time.perf_counter()
+        with progress(console, title, suite.recipe.steps) as update:
+            loss, rates = train(
+                model, batches, suite.recipe, job.device, folder, job.options.workers,
+                lambda done, loss, psnr: update(done, f"loss {loss:.4f}  {psnr:.2f} dB"), stopping,
+            )  # fmt: skip
+        state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        replace_with(folder.weights, lambda aside: safetensors.torch.save_file(state, aside))
+        training = Training(
+            steps=suite.recipe.steps,
+            seconds=time.perf_counter() - clock,
+            seconds_per_step=statistics.median(rates),
+            loss=loss,
+            weights_sha256=state_sha256(state),
+            cost=probe.cost,
+        )
+        folder.write("training.json", training)
+        folder.checkpoint.unlink(missing_ok=True)
+    model.to(job.device).eval()
+    return evaluate.network(model, job.device, suite.protocol, suite.recipe.precision)
+
+
+def state_sha256(state: dict[str, torch.Tensor]) -> str:
+    """Of all weights by name: equal if and only if they are bit-identical."""
+    return digest({name: pixel_sha256(tensor.detach().cpu().numpy()) for name, tensor in state.items()})
+
+
+def _record(job: Job, cell: Cell) -> Run:
+    trained = cell.trained
+    loaded = job.methods[cell.method] if trained else job.references[cell.method]
+    return Run(
+        key=cell.key,
+        comparison=cell.comparison,
+        identity=cell.identity(),
+        suite=job.suite.name,
+        preset=job.suite.preset,
+        mode=cell.mode,
+        method=cell.method,
+        attention=cell.attention,
+        card=loaded.card,
+        settings=cell.settings,
+        seed=cell.seed,
+        device=cell.device,
+        task=job.suite.task,
+        backbone=job.suite.backbone if trained else None,
+        recipe=job.suite.recipe if trained else None,
+        train_sets={n: set_sha256(p) for n, p in job.sets[cell.mode].train.items()} if trained else {},
+        environment=environment(job.device),
+    )
+
+
+def announce(job: Job, todo: list[Cell], probes: dict[str, Probe], console: Console) -> None:
+    """Say what is about to be done, and how long it may take."""
+    suite, recipe = job.suite, job.suite.recipe
+
+    def say(label: str, text: str) -> None:
+        console.print(f"[bold]{label:<10}[/bold]{text}", highlight=False, soft_wrap=True)
+
+    say("suite", f"{suite.name}, preset {suite.preset}: {suite.title}")
+    for mode, sets in job.sets.items():
+        both = [
+            ", ".join(f"{name} ({len(photos)})" for name, photos in part.items()) for part in (sets.train, sets.test)
+        ]
+        say(
+            "data",
+            f"{mode}: train on {both[0]}; test on {both[1]} at sigma {', '.join(f'{s:g}' for s in suite.task.sigma_test)}",
+        )
+    for name, why in job.absent.items():
+        say("", f"without {name}: {why}")
+    backbone = suite.backbone
+    levels = ", ".join(map(str, sorted(set(backbone.attention_levels))))
+    say(
+        "backbone",
+        f"width {backbone.width}, blocks {list(backbone.blocks)}, attention at levels {levels} of {len(backbone.blocks)}",
+    )
+    say(
+        "recipe",
+        f"{recipe.name}: {recipe.steps} steps of {recipe.batch} crops of {recipe.crop} px, {recipe.precision}; {recipe.card.time}",
+    )
+    say("protocol", f"{suite.protocol.stamp}: {suite.protocol.summary}")
+    if job.lpips_note:
+        say("lpips", f"n/a: {job.lpips_note}")
+    say("device", f"{device_name(job.device)}, {torch.get_num_threads()} threads")
+    if job.device.type == "cuda" and suite.preset == "quick":
+        say("", "this machine has a CUDA device: --preset full runs the paper's recipe as we read it")
+    stored = len(job.cells) - len(todo)
+    if stored:
+        say("stored", f"{stored} of {len(job.cells)} runs are complete in {job.options.out} and are not run again")
+    seconds = 0.0
+    for name, probe in probes.items():
+        cost, mine = probe.cost, [cell for cell in todo if cell.method == name]
+        pixels = sum(
+            photo.pixels[..., 0].size * len(suite.task.sigma_test)
+            for cell in mine for photos in job.sets[cell.mode].test.values() for photo in photos
+        )  # fmt: skip
+        training = sum(not (job.options.out / cell.folder / "training.json").is_file() for cell in mine)
+        expected = training * probe.step_seconds * recipe.steps + pixels * probe.image_seconds
+        seconds += expected
+        macs = cost.macs if cost.macs is not None else cost.macs_counted
+        mark = f"; {cost.macs_note}" if cost.macs_note else ""
+        say(
+            "method",
+            f"{name}: {cost.parameters:,} parameters ({cost.attention_parameters:,} in the attention), "
+            f"{(macs or 0) / 1e9:.2f} GMACs at {cost.resolution} px{mark}, about {duration(expected)}",
+        )
+    if todo:
+        say("expected", f"about {duration(seconds)} for {len(todo)} runs")
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM ask for a stop at the next step, where the state is saved; a second Ctrl-C stops at once."""
+    asked = False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked = True
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def how_to_go_on() -> str:
+    return f"Go on with the same command: {command_line()}"

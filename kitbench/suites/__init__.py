@@ -1,0 +1,1 @@
+"""Suites, as TOML files that people read and copy; no code."""

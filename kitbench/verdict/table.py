@@ -1,0 +1,327 @@
+"""Tables, from stored runs alone: the same runs give the same bytes.
+
+`rows` is the long form (a row per method, data set, sigma and protocol: the mean over seeds of the mean over images).
+The wide form prints methods down, data sets and sigmas across, a block per comparison: only runs that share everything
+but the attention stand in one block, best in bold, second underlined. Rows of two protocols are refused.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pandas as pd
+from tabulate import tabulate
+
+from kitbench.errors import InputError
+from kitbench.store import Evaluation, Run, RunFolder, Training
+
+Format = Literal["markdown", "latex", "csv", "json", "terminal"]
+NOT_MEASURED = "n/a"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One evaluation with the run it belongs to."""
+
+    run: Run
+    training: Training | None
+    evaluation: Evaluation
+
+
+def entries(runs: Sequence[RunFolder], protocol: str | None) -> list[Entry]:
+    """All stored evaluations, of one protocol. Raises InputError where there are two and none was chosen."""
+    found = [
+        Entry(record, folder.training, evaluation)
+        for folder in runs
+        for record in [folder.run]
+        for evaluation in folder.evaluations()
+    ]
+    stamps = sorted({entry.evaluation.stamp for entry in found})
+    if protocol is not None:
+        chosen = [entry for entry in found if protocol in (entry.evaluation.stamp, entry.evaluation.protocol.id)]
+        if not chosen:
+            raise InputError(f"No row was scored under protocol {protocol!r}; found: {', '.join(stamps) or 'none'}.")
+        found = chosen
+        stamps = sorted({entry.evaluation.stamp for entry in found})
+    if len(stamps) > 1:
+        raise InputError(
+            f"Rows of different protocols cannot stand in one table: found {' and '.join(stamps)}; "
+            f"choose one with --protocol."
+        )
+    if not found:
+        raise InputError("These runs hold no evaluation yet; let `kitbench run` finish first.")
+    contents: dict[str, str] = {}
+    for entry in found:
+        name, content = f"{entry.evaluation.data_set} ({entry.run.mode})", entry.evaluation.data_sha256
+        if contents.setdefault(name, content) != content:
+            raise InputError(
+                f"Two versions of data set {name} ({contents[name][:8]}, {content[:8]}) cannot stand in one table."
+            )
+    return found
+
+
+def rows(runs: Sequence[RunFolder], protocol: str | None = None) -> pd.DataFrame:
+    """The long form, sorted. PSNR in dB, memory in bytes, times in seconds, GMACs at `resolution` px."""
+    found = entries(runs, protocol)
+    labels = _labels(found)
+    groups: dict[tuple[Any, ...], list[Entry]] = {}
+    for entry in found:
+        key = (
+            entry.run.comparison, entry.run.mode, labels[entry.run.key, entry.run.method],
+            entry.evaluation.data_set, entry.evaluation.sigma,
+        )  # fmt: skip
+        groups.setdefault(key, []).append(entry)
+    table = pd.DataFrame([_row(key, group) for key, group in groups.items()])
+    order = table["comparison"].map(_comparison_order(found))
+    trained = table["seeds"] != "-"
+    # References stand first, the weakest (the noisy input) on top; trained methods by name.
+    weakest = table.groupby("method")["psnr_db"].transform("mean").where(~trained, 0)
+    return (
+        table.assign(_order=order, _trained=trained, _weakest=weakest)
+        .sort_values(["mode", "_order", "_trained", "_weakest", "method", "data_set", "sigma"], kind="stable")
+        .drop(columns=["_order", "_trained", "_weakest"])
+        .reset_index(drop=True)
+    )
+
+
+def _row(key: tuple[Any, ...], group: list[Entry]) -> dict[str, Any]:
+    comparison, mode, method, data_set, sigma = key
+    group = sorted(group, key=lambda entry: entry.run.seed or 0)
+    first = group[0]
+    cost = first.training.cost if first.training else None
+    macs = None if cost is None else cost.macs if cost.macs is not None else cost.macs_counted
+    lpips = [_mean([score.lpips for score in entry.evaluation.scores]) for entry in group]
+    peaks = [entry.training.cost.train_peak_bytes for entry in group if entry.training]
+    return {
+        "comparison": comparison[:10],
+        "suite": first.run.suite,
+        "recipe": first.run.recipe.name if first.run.recipe else "",
+        "device": first.run.device,
+        "mode": mode,
+        "method": method,
+        "data_set": data_set,
+        "sigma": sigma,
+        "psnr_db": _mean([_psnr(entry) for entry in group]),
+        "ssim": _mean([_mean([score.ssim for score in entry.evaluation.scores]) for entry in group]),
+        "lpips": _mean(lpips),
+        "images": len(first.evaluation.scores),
+        "seeds": ",".join(str(entry.run.seed) for entry in group) if cost else "-",
+        "parameters": cost.parameters if cost else None,
+        "gmacs": macs / 1e9 if macs is not None else None,
+        "gmacs_note": cost.macs_note if cost else None,
+        "resolution": cost.resolution if cost else None,
+        "train_peak_bytes": _mean(peaks),
+        "seconds_per_step": _mean([entry.training.seconds_per_step for entry in group if entry.training]),
+        "protocol": first.evaluation.stamp,
+        "runs": ",".join(entry.run.key[:10] for entry in group),
+    }
+
+
+def _psnr(entry: Entry) -> float:
+    """Mean over images; infinite where an image was restored exactly."""
+    return math.fsum(math.inf if s.psnr is None else s.psnr for s in entry.evaluation.scores) / len(
+        entry.evaluation.scores
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Mean of all values; None where there is none, or where one of them was not measured."""
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _labels(found: Sequence[Entry]) -> dict[tuple[str, str], str]:
+    """What each run is called: its method, with the settings behind it where two runs differ by these only."""
+    by_name: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for entry in found:
+        run = entry.run
+        variants = by_name.setdefault((run.comparison, run.method), {})
+        variants[json.dumps([run.attention, run.settings], sort_keys=True)] = {
+            "attention": run.attention[:8],
+            **run.settings,
+        }
+    labels = {}
+    for entry in found:
+        run = entry.run
+        variants = by_name[run.comparison, run.method]
+        own = {"attention": run.attention[:8], **run.settings}
+        differing = [key for key in own if len({str(variant.get(key)) for variant in variants.values()}) > 1]
+        behind = ", ".join(f"{key} {own[key]}" for key in differing)
+        labels[run.key, run.method] = f"{run.method} ({behind})" if behind else run.method
+    return labels
+
+
+def _comparison_order(found: Sequence[Entry]) -> dict[str, str]:
+    """Blocks stand in the order of suite, recipe and key, whatever the order of the folders."""
+    return {
+        entry.run.comparison[
+            :10
+        ]: f"{entry.run.suite}/{entry.run.recipe.name if entry.run.recipe else ''}/{entry.run.comparison}"
+        for entry in found
+    }
+
+
+def render(runs: Sequence[RunFolder], form: Format, protocol: str | None = None) -> str:
+    """The table of these runs in one of the formats, ending in a newline."""
+    table = rows(runs, protocol)
+    if form == "csv":
+        text = io.StringIO()
+        table.to_csv(text, index=False, lineterminator="\n", float_format="%.6g")
+        return text.getvalue()
+    if form == "json":
+        records = json.loads(table.to_json(orient="records", double_precision=10))
+        return json.dumps(records, indent=1) + "\n"
+    described = {entry.run.comparison[:10]: entry.run for entry in entries(runs, protocol)}
+    blocks = []
+    for mode in dict.fromkeys(table["mode"]):
+        here = table[table["mode"] == mode]
+        comparisons = [name for name in dict.fromkeys(here["comparison"]) if name] or [""]
+        for comparison in comparisons:
+            block = here[here["comparison"].isin([comparison, ""])]
+            blocks.append(_block(block, described[comparison], form))
+    return "\n".join(blocks)
+
+
+def _block(block: pd.DataFrame, run: Run, form: Format) -> str:
+    styles = _STYLES[form]
+    columns = list(dict.fromkeys(zip(block["data_set"], block["sigma"], strict=True)))
+    shows_lpips = block["lpips"].notna().any()
+    metrics = [("psnr_db", 2, True), ("ssim", 4, True)] + ([("lpips", 4, False)] if shows_lpips else [])
+    ranks = {
+        (column, metric): _ranked(block, column, metric, digits, higher)
+        for column in columns
+        for metric, digits, higher in metrics
+    }
+    names = ["PSNR dB", "SSIM", "LPIPS"][: len(metrics)]
+    resolution = block["resolution"].dropna()
+    at = f" at {resolution.iloc[0]:.0f} px" if len(resolution) else ""
+    header = ["Method", *(f"{name} σ{sigma:g}: {' / '.join(names)}" for name, sigma in columns)]
+    header += ["Parameters", f"GMACs{at}", "Peak memory of a step (MiB)", "s a step", "Seeds", "Protocol"]
+    lines, notes = [], {}
+    for method, own in block.groupby("method", sort=False):
+        cells = []
+        for column in columns:
+            match = own[(own["data_set"] == column[0]) & (own["sigma"] == column[1])]
+            parts = []
+            for metric, digits, _ in metrics:
+                value = match[metric].iloc[0] if len(match) else None
+                text = _number(value, digits)
+                best, second = ranks[column, metric]
+                parts.append(styles.bold(text) if text == best else styles.underline(text) if text == second else text)
+            cells.append(" / ".join(parts))
+        first = own.iloc[0]
+        mark = ""
+        if isinstance(first["gmacs_note"], str):
+            mark = "*"
+            notes[str(method)] = first["gmacs_note"]
+        cells += [
+            _number(first["parameters"], 0),
+            _number(first["gmacs"], 2) + mark,
+            _number(None if pd.isna(first["train_peak_bytes"]) else first["train_peak_bytes"] / 2**20, 1),
+            _number(first["seconds_per_step"], 3),
+            str(first["seeds"]),
+            str(first["protocol"]),
+        ]
+        lines.append([styles.escape(str(method)), *cells])
+    caption = _caption(run)
+    if form == "latex":
+        return _latex(caption, header, lines, notes)
+    text = f"{styles.bold(caption)}\n\n" + _grid(header, lines, form) + "\n"
+    return text + "".join(
+        f"\n\\* {method}: {note}.\n" if form == "markdown" else f"* {method}: {note}.\n"
+        for method, note in notes.items()
+    )
+
+
+def _caption(run: Run) -> str:
+    if run.recipe is None or run.backbone is None:
+        return f"{run.suite}, {run.mode}: training-free references"
+    recipe, backbone = run.recipe, run.backbone
+    return (
+        f"{run.suite}, {run.mode}, recipe {recipe.name} ({recipe.steps} steps of {recipe.batch} x {recipe.crop} px), "
+        f"width {backbone.width}, attention at levels {', '.join(map(str, backbone.attention_levels))}, on {run.device}"
+    )
+
+
+def _ranked(
+    block: pd.DataFrame, column: tuple[str, float], metric: str, digits: int, higher: bool
+) -> tuple[str, str | None]:
+    """The best and the second value of a column, as printed: equal prints share a rank."""
+    match = block[(block["data_set"] == column[0]) & (block["sigma"] == column[1])][metric].dropna()
+    values = sorted({round(float(value), digits) for value in match}, reverse=higher)
+    return (_number(values[0], digits) if values else "", _number(values[1], digits) if len(values) > 1 else None)
+
+
+def _number(value: Any, digits: int) -> str:
+    if value is None or pd.isna(value):
+        return NOT_MEASURED
+    return "inf" if math.isinf(value) else f"{value:,.{digits}f}"
+
+
+@dataclass(frozen=True)
+class Styles:
+    bold: Callable[[str], str]
+    underline: Callable[[str], str]
+    escape: Callable[[str], str]
+
+
+_TEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "σ": r"$\sigma$=",
+} | {letter: rf"\{letter}" for letter in "_%&#${}"}
+
+
+def _tex(text: str) -> str:
+    return "".join(_TEX.get(letter, letter) for letter in text)
+
+
+_STYLES = {
+    "markdown": Styles(lambda t: f"**{t}**", lambda t: f"<u>{t}</u>", lambda t: t.replace("|", "\\|")),
+    "latex": Styles(lambda t: f"\\textbf{{{t}}}", lambda t: f"\\underline{{{t}}}", _tex),
+    "terminal": Styles(lambda t: f"\033[1m{t}\033[0m", lambda t: f"\033[4m{t}\033[0m", lambda t: t),
+}
+
+
+def _grid(header: list[str], lines: list[list[str]], form: Format) -> str:
+    if form == "markdown":
+        return tabulate(
+            lines, header, tablefmt="pipe", disable_numparse=True, colalign=["left", *["right"] * (len(header) - 1)]
+        )
+    narrow = [
+        name.replace(": ", ":\n").replace(" of a step (MiB)", "\na step (MiB)").replace(" at ", "\nat ")
+        for name in header
+    ]
+    return tabulate(
+        lines, narrow, tablefmt="simple", disable_numparse=True, colalign=["left", *["right"] * (len(header) - 1)]
+    )
+
+
+def _latex(caption: str, header: list[str], lines: list[list[str]], notes: dict[str, str]) -> str:
+    """A booktabs table; needs \\usepackage{booktabs} and \\usepackage{graphicx}."""
+    body = [" & ".join(line[:1] + [cell.replace("%", r"\%") for cell in line[1:]]) + r" \\" for line in lines]
+    below = [rf"\\ {{\footnotesize * {_tex(method)}: {_tex(note)}.}}" for method, note in notes.items()]
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{_tex(caption)}}}",
+            r"\resizebox{\linewidth}{!}{%",
+            rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
+            r"\toprule",
+            " & ".join(map(_tex, header)) + r" \\",
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}}",
+            *below,
+            r"\end{table}",
+            "",
+        ]
+    )
