@@ -84,7 +84,7 @@ def footprint_index(patch: int, size: int) -> Tensor:
 
 
 def project(qkv: torch.nn.Linear, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The three thirds of a linear map [..., C] -> [..., 3C] as three contiguous tensors: neighbours are read by whole rows."""
+    """The three thirds of a linear map [..., C] -> [..., 3C], each contiguous: neighbours are read by whole rows."""
     weights, biases = qkv.weight.chunk(3), qkv.bias.chunk(3)
     q, k, v = (F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
     return q, k, v

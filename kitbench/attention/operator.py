@@ -1,13 +1,14 @@
-"""Patch attention as one registered operator: `kitbench::patch_attention`, equal to reference.patch_attention, and fast.
+"""Patch attention as one registered operator: `kitbench::patch_attention`, equal to the reference, and fast.
 
-Read reference.py first: it defines what is computed, and the tests hold this file to it.  Registered with torch.library, so
-that autograd, torch.compile, fake tensors and both FLOP counters know it under one name.
+Read reference.py first: it defines what is computed, and the tests hold this file to it.  Registered with
+torch.library, so that autograd, torch.compile, fake tensors and both FLOP counters know it under one name.
 
-How: query patches are taken a few dozen at a time.  Their neighbours' keys and values are gathered by whole patch rows into
-buffers that stay in the cache, attended, and dropped; the backward pass gathers them again.  Only q, k, v, the output and one
-log-sum-exp a query are kept.  On the CPU the forward pass is the fused attention kernel of torch.  The backward pass is
-written with batched products, because the fused one gives no gradient for a learned bias.  On CUDA, triton_kernels.py reads
-the neighbours by index, without gathering, where it can; `gather_reason` says why it cannot.
+How: query patches are taken a few dozen at a time.  Their neighbours' keys and values are gathered by whole patch
+rows into buffers that stay in the cache, attended, and dropped; the backward pass gathers them again.  Only q, k, v,
+the output and one log-sum-exp a query are kept.  On the CPU the forward pass is the fused attention kernel of torch.
+The backward pass is written with batched products, because the fused one gives no gradient for a learned bias.  On
+CUDA, triton_kernels.py reads the neighbours by index, without gathering, where it can; `gather_reason` says why it
+cannot.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,8 +39,8 @@ def patch_attention(
     """Attention of the T positions of each of M patches over the S positions of each of its n neighbours: [M, T, h, d].
 
     q: [M, T, h, d]; k, v: [M, S, h, d]; float32, float64 or bfloat16.  neighbours: int64 [M, n], rows of k and v;
-    None means each patch itself.  bias [h, T, S], labels, weights: as in reference.patch_attention.  Every query must be
-    allowed at least one key.  Gradients flow to q, k, v and bias.  Raises ValueError for shapes that do not fit.
+    None means each patch itself.  bias [h, T, S], labels, weights: as in reference.patch_attention.  Every query must
+    be allowed at least one key.  Gradients flow to q, k, v and bias.  Raises ValueError for shapes that do not fit.
     """
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         found = ", ".join(str(list(table.shape)) for table in (q, k, v))
@@ -107,9 +109,9 @@ def _backward(
     """Gradients of q, k, v and bias."""
     pattern = Pattern(neighbours, bias, query_label, key_label, weights)
     dtype, scale = lse.dtype, 1 / math.sqrt(q.shape[-1])
-    dq = q.new_empty(q.shape)
+    dq = torch.empty(q.shape, dtype=dtype, device=q.device)
     dk, dv = (torch.zeros(k.shape, dtype=dtype, device=k.device) for _ in range(2))
-    dbias = torch.zeros(bias.shape, dtype=dtype, device=q.device)
+    dmask = torch.zeros(pattern.repeated_bias.shape, dtype=dtype, device=q.device)
     for part in pattern.chunks(q.shape[0]):
         upstream, mask, log_sum = grad[part].to(dtype), pattern.mask(part), lse[part].flatten(0, 1)
         queries = pattern.repeat(q[part].to(dtype) * scale)
@@ -117,22 +119,26 @@ def _backward(
         delta = (upstream * out[part]).sum(-1)  # [c, T, h]
         if weights is not None:
             upstream = (upstream[:, None] * pattern.shares(part)[..., None, None]).flatten(0, 1)
+        dqueries = dq[part] if weights is None else torch.empty_like(queries)
         dkeys, dvalues = torch.empty_like(keys), torch.empty_like(values)
         for head in range(q.shape[2]):
             qh, kh, vh, gh = (table[:, :, head] for table in (queries, keys, values, upstream))
-            probability = torch.baddbmm(mask[:, head] - log_sum[:, head, :, None], qh, kh.mT).exp_()  # [b, T, K]
-            dvalues[:, :, head] = torch.bmm(probability.mT, gh)
+            probability = (mask[:, head] - log_sum[:, head, :, None]).baddbmm_(qh, kh.mT).exp_()  # [b, T, K]
+            torch.bmm(probability.mT, gh, out=dvalues[:, :, head])
             if weights is None:
                 dlogits = torch.baddbmm(-delta[:, :, head, None], gh, vh.mT).mul_(probability)
             else:
                 dlogits = torch.bmm(gh, vh.mT).mul_(probability)
                 dlogits.addcmul_(probability, dlogits.sum(-1, keepdim=True), value=-1)
-            dbias[head] += dlogits.sum(0).unflatten(-1, (-1, k.shape[1])).sum(1)
-            dq[part, :, head] = torch.bmm(dlogits, kh).mul_(scale).unflatten(0, (-1, pattern.groups)).sum(1)
-            dkeys[:, :, head] = torch.bmm(dlogits.mT, qh)
+            dmask[head] += dlogits.sum(0)
+            torch.bmm(dlogits, kh, out=dqueries[:, :, head])
+            torch.bmm(dlogits.mT, qh, out=dkeys[:, :, head])
+        if weights is not None:
+            dq[part] = dqueries.unflatten(0, (-1, pattern.groups)).sum(1)
         pattern.scatter(dk, dkeys, part)
         pattern.scatter(dv, dvalues, part)
-    return dq, dk.to(k.dtype), dv.to(v.dtype), dbias.to(bias.dtype)
+    dbias = dmask.unflatten(-1, (-1, k.shape[1])).sum(-2)
+    return dq.mul_(scale).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbias.to(bias.dtype)
 
 
 @dataclass(frozen=True)
@@ -156,6 +162,11 @@ class Pattern:
     def groups(self) -> int:
         return 1 if self.weights is None else self.count
 
+    @cached_property
+    def repeated_bias(self) -> Tensor:
+        """The bias of each of the K keys of a softmax, [h, T, K]."""
+        return self.bias.repeat(1, 1, self.count // self.groups)
+
     def chunks(self, patches: int) -> Iterator[slice]:
         """Slices of the query patches, as many at a time as have CHUNK_LOGITS logits in one head."""
         step = max(1, CHUNK_LOGITS // (self.bias[0].numel() * self.count))
@@ -173,15 +184,17 @@ class Pattern:
         if self.neighbours is None:
             table[part] = rows
         else:
-            table.index_add_(0, self.neighbours[part].flatten(), rows.view(-1, *table.shape[1:]))
+            # Two-dimensional: with more dimensions index_add_ takes a path that is several times slower.
+            table = table.flatten(1)
+            table.index_add_(0, self.neighbours[part].flatten(), rows.view(-1, table.shape[1]))
 
     def repeat(self, rows: Tensor) -> Tensor:
         """Rows [c, ...] once for each softmax that they take part in: [b, ...]."""
         return rows if self.groups == 1 else rows.repeat_interleave(self.groups, dim=0)
 
     def mask(self, part: slice) -> Tensor:
-        """What is added to the logits, [b or 1, h, T, K]: the bias, the same for every neighbour; -inf where labels differ."""
-        mask = self.bias.repeat(1, 1, self.count // self.groups)[None]
+        """What is added to the logits, [b or 1, h, T, K]: the bias; -inf where labels differ."""
+        mask = self.repeated_bias[None]
         allowed = self.allowed(part)
         if allowed is None:
             return mask
