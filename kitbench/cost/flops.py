@@ -18,6 +18,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -30,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from kitbench.cost.memory import fake_copy
+from kitbench.cost.memory import OpenOperators, fake_copy
 
 aten = torch.ops.aten
 
@@ -65,14 +66,15 @@ class Count:
         return 2 * self.macs / 1e9
 
 
-def count(fn: Callable[..., object], *args: Any) -> Count:
+def count(fn: Callable[..., object], *args: Any, inside: bool = False) -> Count:
     """Run `fn(*args)` under torch's FlopCounterMode and count its multiply-adds, backward passes inside it included.
 
+    inside: count what runs in the bodies of own operators, in the place of the formulas registered for them.
     Works on real tensors, on meta tensors and under FakeTensorMode. Raises whatever `fn` raises.
     """
     observer = _Observer()
     counter = FlopCounterMode(display=False, custom_mapping=_formulas())
-    with observer, counter:
+    with observer, counter, OpenOperators() if inside else nullcontext():
         fn(*args)
     by_operator = Counter({str(op): flops // 2 for op, flops in counter.get_flop_counts().get("Global", {}).items()})
     by_operator += observer.contractions
@@ -86,10 +88,11 @@ def count(fn: Callable[..., object], *args: Any) -> Count:
     )
 
 
-def count_module(module: nn.Module, shape: tuple[int, ...], train: bool = False) -> Count:
+def count_module(module: nn.Module, shape: tuple[int, ...], train: bool = False, inside: bool = False) -> Count:
     """Count one forward pass of `module` on a float32 input of `shape`, without computing anything (fake tensors).
 
     train: count a training step in its stead, forward and backward of the mean square, gradient of the input included.
+    inside: see `count`.
     """
     with FakeTensorMode() as mode:
         fake = fake_copy(module, mode)
@@ -101,7 +104,7 @@ def count_module(module: nn.Module, shape: tuple[int, ...], train: bool = False)
             if train:
                 y.square().mean().backward()
 
-        return count(step)
+        return count(step, inside=inside)
 
 
 def count_fvcore(module: nn.Module, *args: Tensor) -> tuple[int, set[str]]:
@@ -149,7 +152,7 @@ def _outer(base: Any, a: Any, b: Any, *args: Any, out_shape: Any = None, **kwarg
     return 2 * prod(out_shape)
 
 
-def _addbmm(base: Any, a: Any, b: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _added_product(base: Any, a: Any, b: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return 2 * prod(a) * b[-1]
 
 
@@ -187,7 +190,9 @@ def _formulas() -> dict[Any, Callable[..., int]]:
         aten.addr: _outer,
         aten.addcmul: _outer,
         aten.addcmul_: _outer,
-        aten.addbmm: _addbmm,
+        aten.addbmm: _added_product,
+        aten.baddbmm_: _added_product,
+        aten.addmm_: _added_product,
     }
     missing = {op: formula for op, formula in ours.items() if op not in flop_registry}
     return missing | {aten.convolution_backward: _convolution_backward}

@@ -17,12 +17,14 @@ import itertools
 import os
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -98,6 +100,17 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
+class OpenOperators(TorchDispatchMode):
+    """Runs the Python body of own operators (`torch.library.custom_op`) where the modes entered before can see it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operator = OPDEFS.get(f"{func.namespace}::{func._opname}")
+        if operator is None:
+            return func(*args, **(kwargs or {}))
+        with self:
+            return operator._init_fn(*args, **(kwargs or {}))
+
+
 class LiveStorages(TorchDispatchMode):
     """Tracks the bytes of the storages made inside it that are still alive: `live` now, `highest` so far.
 
@@ -137,15 +150,18 @@ def _between_autograd_nodes() -> bool:
     return torch._C._current_graph_task_id() != -1 and torch._C._current_autograd_node() is None
 
 
-def predict_peak_bytes(step: Callable[[nn.Module, Tensor], object], module: nn.Module, shape: tuple[int, ...]) -> int:
+def predict_peak_bytes(
+    step: Callable[[nn.Module, Tensor], object], module: nn.Module, shape: tuple[int, ...], inside: bool = True
+) -> int:
     """Predicted peak bytes of `step(module, x)` on the CPU, above the level at entry, without computing anything.
 
-    x is float32 of `shape`. The size does not matter: 4096 x 4096 takes as long as 64 x 64. `module` is not changed.
+    x is float32 of `shape`. `module` is not changed. inside: follow the bodies of own operators, loops included;
+    without it their temporaries are missed, and 4096 x 4096 takes as long as 64 x 64.
     """
     with FakeTensorMode() as mode:
         x = torch.empty(shape)
         fake = fake_copy(module, mode)
-        with LiveStorages() as storages:
+        with LiveStorages() as storages, OpenOperators() if inside else nullcontext():
             result = step(fake, x)
         del result
     return storages.highest

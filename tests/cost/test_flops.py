@@ -57,6 +57,17 @@ def test_a_training_step_takes_three_to_three_and_a_half_forward_passes(name, se
     assert 2.9 < count_module(module.train(), (2, 32, 32, 32), train=True).macs / forward < 3.55
 
 
+@pytest.mark.parametrize(("name", "settings"), METHODS)
+@pytest.mark.parametrize("train", [False, True])
+def test_own_operators_compute_what_their_formulas_say(name, settings, train):
+    """Opened, an operator's body is counted product by product: it cannot change unseen by its formula."""
+    module = attention(name, **settings).train(train)
+    stated = count_module(module, (1, 64, 40, 32), train)
+    found = count_module(module, (1, 64, 40, 32), train, inside=True)
+    assert reconcile(stated.macs, found.macs, found.uncounted) is None
+    assert not any(operator.startswith("kitbench") for operator in found.by_operator)
+
+
 def test_counting_is_exact_at_any_size_and_computes_nothing():
     module = attention("global", 32, 1)
     assert count_module(module, (1, 4096, 4096, 32)).macs == module.macs(4096, 4096)
