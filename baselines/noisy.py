@@ -1,7 +1,10 @@
 """noisy: the input itself, unrestored.
 
-Paper: none. Operator: the identity. Cost: none. It shows, under the very protocol of the table (clipping and rounding
-included), what every other row gained.
+Paper: none.
+Operator: the identity. It shows, under the very protocol of the table (clipping and rounding included), what every other
+    row gained.
+Cost: none.
+Departures: none.
 """
 
 from __future__ import annotations

@@ -316,7 +316,9 @@ def parse(model: type[M], raw: object, where: str) -> M:
 
 def _sentence(model: type[BaseModel], error: ValidationError, where: str) -> str:
     """The first fault of a validation report, with its place, what was found and what was expected."""
-    fault = error.errors(include_url=False)[0]
+    # An unknown key is told before the key that is missing for it.
+    faults = sorted(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
+    fault = faults[0]
     place = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         owner = _model_at(model, [str(part) for part in fault["loc"][:-1]])

@@ -1,0 +1,81 @@
+"""What the tests share: the environment of the command line, a tiny suite, and the real images where they are present."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+TINY = """
+name = "tiny"
+title = "as small as a suite can be"
+default_preset = "only"
+references = ["noisy"]
+protocol = { from = "awgn8", lpips = "none" }
+seeds = [0]
+[task]
+kind = "denoise"
+sigma_train = [10, 55]
+sigma_test = [25]
+[data.embedded]
+modes = ["colour"]
+colour = { train = ["skimage-train"], test = ["skimage-test"] }
+gray = { train = ["skimage-train"], test = ["skimage-gray"] }
+[data.folder]
+modes = ["colour", "gray"]
+colour = { train = ["BSDS500"], test = ["CBSD68", "Kodak24"] }
+gray = { train = ["BSDS500"], test = ["Set12"] }
+[backbone]
+width = 8
+head_dim = 8
+blocks = [1, 1]
+attention_levels = [2]
+[methods.kit]
+patch = 4
+[methods.conv]
+[presets.only]
+recipe = { from = "smoke", steps = 12, batch = 2, crop = 32, checkpoint_every = 4 }
+"""
+
+Kitbench = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The real benchmark images: KITBENCH_DATA, or ../shared/data beside the checkout."""
+    root = Path(os.environ.get("KITBENCH_DATA", ROOT.parent / "shared" / "data"))
+    if not (root / "CBSD68").is_dir():
+        pytest.skip(f"real images are not in {root}; name their folder in KITBENCH_DATA")
+    return root
+
+
+def run_kitbench(folder: Path, *arguments: str, code: int | None = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -m kitbench ARGUMENTS` as a user types it, in a folder; fails the test on another exit code or a traceback."""
+    done = subprocess.run(
+        [sys.executable, "-m", "kitbench", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={k: v for k, v in os.environ.items() if k != "KITBENCH_DATA"} | {"OMP_NUM_THREADS": "1"} | environment,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    assert code is None or done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture
+def kitbench(tmp_path: Path) -> Kitbench:
+    """The real command line in a temporary folder that holds tiny.toml."""
+    (tmp_path / "tiny.toml").write_text(TINY)
+    return lambda *arguments, code=0, **environment: run_kitbench(tmp_path, *arguments, code=code, **environment)
