@@ -130,7 +130,7 @@ def save(
     """Checkpoint: weights, optimiser state and running sums; the number of steps done and the log in the metadata."""
     tensors = {f"model.{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}
     for number, state in optimiser.state_dict()["state"].items():
-        tensors |= {f"optimiser.{number}.{name}": torch.as_tensor(value) for name, value in state.items()}
+        tensors |= {f"optimiser.{number}.{name}": torch.as_tensor(value).contiguous() for name, value in state.items()}
     tensors["sums"] = sums
     metadata = {"steps": str(done), "log": _csv(log)}
     replace_with(folder.checkpoint, lambda aside: safetensors.torch.save_file(tensors, aside, metadata))
@@ -147,10 +147,14 @@ def resume(
             metadata = file.metadata()
         tensors = safetensors.torch.load_file(folder.checkpoint)
         model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        parameters = [p for group in optimiser.param_groups for p in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             if key.startswith("optimiser."):
                 _, number, name = key.split(".")
+                # In the parameter's own memory format (channels-last kernels), as the optimiser had made it.
+                like = parameters[int(number)]
+                value = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
                 state.setdefault(int(number), {})[name] = value
         optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
         sums.copy_(tensors["sums"])

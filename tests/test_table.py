@@ -1,0 +1,208 @@
+"""Tables and run folders: built from stored runs alone, the same bytes every time, protocols and contents never mixed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kitbench import suite
+from kitbench.cell import Cell
+from kitbench.errors import InputError, RunError
+from kitbench.store import Cost, Environment, Evaluation, Run, RunFolder, Score, Training, find, writable, write_atomic
+from kitbench.verdict.table import render, rows
+
+SUITE = suite.load("denoise", "smoke")
+ENVIRONMENT = Environment(
+    kitbench="0", commit=None, command=("kitbench",), started="2026-01-01T00:00:00+00:00", host="h", device="cpu",
+    driver=None, threads=1, python="3", versions={}, flags={},
+)  # fmt: skip
+
+
+def store(
+    out: Path, method: str, psnr: float, seed: int | None = 0, protocol: str = "awgn8", sha256: str = "aa", note: str | None = None,
+    settings: dict | None = None, lr: float = 1e-3, ssim: float = 0.5, sigma: float = 25,
+) -> RunFolder:  # fmt: skip
+    """Write a run whose numbers are given, as the run command would."""
+    chosen = SUITE.model_copy(update={"recipe": SUITE.recipe.model_copy(update={"lr": lr})})
+    cell = Cell(chosen, "colour", method, method, None, settings or {}, seed, "cpu", None if seed is None else "00")
+    folder = RunFolder(out / cell.folder)
+    trained = seed is not None
+    record = Run(
+        key=cell.key, comparison=cell.comparison, identity=cell.identity(), suite="denoise", preset="smoke", mode="colour",
+        method=method, attention=method, card="", settings=settings or {}, seed=seed, device="cpu", task=chosen.task,
+        backbone=chosen.backbone if trained else None, recipe=chosen.recipe if trained else None, train_sets={},
+        environment=ENVIRONMENT,
+    )  # fmt: skip
+    folder.write("run.json", record)
+    if trained:
+        cost = Cost(
+            parameters=1234, attention_parameters=234, resolution=256, macs=2_500_000_000, macs_counted=2_500_000_000,
+            macs_note=note, train_peak_bytes=3 * 2**20, memory_note=None,
+        )  # fmt: skip
+        folder.write("training.json", Training(steps=1, seconds=1, seconds_per_step=0.25, loss=1, weights_sha256="0", cost=cost))
+    stamped = suite.load("denoise", overrides=[f"protocol={protocol}"]).protocol
+    scores = tuple(Score(image=f"{i}", psnr=psnr + d, ssim=ssim, lpips=None, seconds=0) for i, d in enumerate((-1, 1)))
+    evaluation = Evaluation(
+        key=cell.key, data_set="Set_A", data_sha256=sha256, sigma=sigma, protocol=stamped, stamp=stamped.stamp,
+        lpips_note="n/a", scores=scores,
+    )  # fmt: skip
+    folder.write(f"eval/{folder.evaluation_path('Set_A', sigma, stamped.stamp).name}", evaluation)
+    return folder
+
+
+def test_rows_are_means_over_images_and_seeds(tmp_path: Path) -> None:
+    for seed, psnr in ((0, 30.0), (1, 31.0), (2, 35.0)):
+        store(tmp_path, "kit", psnr, seed)
+    [row] = rows(find([tmp_path])).to_dict("records")
+    assert row["psnr_db"] == pytest.approx(32.0)
+    assert (row["seeds"], row["images"], row["gmacs"], row["sigma"]) == ("0,1,2", 2, 2.5, 25)
+    assert len(row["runs"].split(",")) == 3
+
+
+def test_best_is_bold_and_second_underlined_as_printed(tmp_path: Path) -> None:
+    for method, psnr, ssim in (("kit", 30.0, 0.9), ("window", 31.0, 0.8), ("local", 31.001, 0.7)):
+        store(tmp_path, method, psnr, ssim=ssim)
+    store(tmp_path, "noisy", 20.0, seed=None)
+    text = render(find([tmp_path]), "markdown")
+    lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
+    assert list(lines) == ["Method", "noisy", "kit", "local", "window"]
+    assert "<u>30.00</u> / **0.9000**" in lines["kit"]
+    assert "**31.00** / <u>0.8000</u>" in lines["window"]
+    assert "**31.00** / 0.7000" in lines["local"]  # equal as printed: both are best
+    assert "1,234" in lines["kit"]
+    assert "awgn8.v1" in lines["kit"]
+    assert "| n/a" in lines["noisy"].replace("|    ", "| ").replace("  ", "")
+
+
+@pytest.mark.parametrize("form", ["markdown", "latex", "csv", "json", "terminal"])
+def test_the_same_runs_give_the_same_bytes_in_any_order(tmp_path: Path, form) -> None:
+    store(tmp_path, "kit", 30.0, seed=1)
+    store(tmp_path, "kit", 31.0, seed=0)
+    store(tmp_path, "conv", 29.0)
+    store(tmp_path, "nlm", 28.0, seed=None)
+    runs = find([tmp_path])
+    assert render(runs, form) == render(runs[::-1], form)
+
+
+def test_every_row_of_csv_and_json_names_its_runs_and_protocol(tmp_path: Path) -> None:
+    folder = store(tmp_path, "kit", 30.0)
+    from_csv = list(csv.DictReader(io.StringIO(render([folder], "csv"))))
+    from_json = json.loads(render([folder], "json"))
+    for row in (*from_csv, *from_json):
+        assert row["runs"] == folder.run.key[:10]
+        assert row["protocol"] == "awgn8.v1"
+        assert float(row["psnr_db"]) == pytest.approx(30.0)
+    assert from_json[0]["lpips"] is None
+
+
+def test_rows_of_two_protocols_are_refused_until_one_is_chosen(tmp_path: Path) -> None:
+    store(tmp_path, "kit", 30.0)
+    store(tmp_path, "kit", 31.0, protocol="awgn8-seed0")
+    with pytest.raises(InputError, match=r"awgn8-seed0\.v1 and awgn8\.v1"):
+        rows(find([tmp_path]))
+    assert rows(find([tmp_path]), "awgn8-seed0").iloc[0]["psnr_db"] == pytest.approx(31.0)
+    with pytest.raises(InputError, match="found: awgn8-seed0"):
+        rows(find([tmp_path]), "awgn9")
+
+
+def test_two_versions_of_a_data_set_are_refused(tmp_path: Path) -> None:
+    store(tmp_path, "kit", 30.0)
+    store(tmp_path, "conv", 30.0, sha256="bb")
+    with pytest.raises(InputError, match="Two versions of data set Set_A"):
+        rows(find([tmp_path]))
+
+
+def test_runs_of_different_recipes_never_stand_in_one_block(tmp_path: Path) -> None:
+    store(tmp_path, "kit", 30.0)
+    store(tmp_path, "window", 35.0, lr=1e-4)
+    text = render(find([tmp_path]), "markdown")
+    assert text.count("| Method") == 2
+    assert text.count("**30.00**") == text.count("**35.00**") == 1
+
+
+def test_runs_of_one_method_with_different_settings_are_told_apart(tmp_path: Path) -> None:
+    store(tmp_path, "kit", 30.0, settings={"k": 4, "patch": 8})
+    store(tmp_path, "kit", 31.0, settings={"k": 8, "patch": 8})
+    assert list(rows(find([tmp_path]))["method"]) == ["kit (k 4)", "kit (k 8)"]
+
+
+def test_an_uncounted_cost_is_marked_with_its_reason(tmp_path: Path) -> None:
+    folder = store(tmp_path, "mine", 30.0, note="nobody counted aten::mystery")
+    assert "2.50*" in render([folder], "markdown")
+    assert r"\* mine: nobody counted aten::mystery." in render([folder], "markdown")
+    assert r"* mine: nobody counted aten::mystery." in render([folder], "latex")
+
+
+def test_latex_is_escaped_and_balanced(tmp_path: Path) -> None:
+    store(tmp_path, "my_method", 30.0)
+    text = render(find([tmp_path]), "latex")
+    assert r"my\_method" in text
+    assert r"Set\_A $\sigma$=25" in text
+    assert not re.search(r"(?<!\\)_", text)
+    assert text.count("{") == text.count("}")
+    columns = text.count("r", text.index(r"\begin{tabular}{"), text.index("}", text.index(r"\begin{tabular}{") + 16)) - 1
+    body = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert {line.count(" & ") for line in body} == {columns}
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is no folder"):
+        find([tmp_path / "missing"])
+    with pytest.raises(InputError, match="No run in"):
+        find([tmp_path])
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema_version": 99}', '{"schema_version": 1}', "[" * 100_000])
+def test_a_record_that_is_none_is_refused_in_one_sentence(tmp_path: Path, text: str) -> None:
+    folder = store(tmp_path, "kit", 30.0)
+    (folder.path / "run.json").write_text(text)
+    with pytest.raises(InputError) as refused:
+        rows([folder])
+    assert "run.json" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "deep" / "file.json"
+    write_atomic(path, b"old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(path.parent) == ["file.json"]
+
+
+def test_only_one_process_works_on_a_run(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "run").lock():
+        with pytest.raises(RunError, match="Another process"), RunFolder(tmp_path / "run").lock():
+            pass
+    with RunFolder(tmp_path / "run").lock():
+        pass
+
+
+def test_a_folder_that_cannot_be_written_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    writable(tmp_path / "a" / "b")
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        writable(tmp_path / "file" / "results")
+
+
+def test_records_survive_the_disk(tmp_path: Path) -> None:
+    folder = store(tmp_path, "kit", 30.25)
+    [evaluation] = folder.evaluations()
+    assert [score.psnr for score in evaluation.scores] == [29.25, 31.25]
+    assert np.mean([score.ssim for score in evaluation.scores]) == 0.5
+    assert folder.training is not None
+    assert folder.run.identity["seed"] == 0
