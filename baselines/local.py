@@ -12,10 +12,10 @@ Departures: positions outside the image are not attended (the papers pad with ze
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kitbench.attention import layout
+from kitbench.attention.operator import patch_attention
 
 TILE = 8
 
@@ -40,19 +40,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, channels = x.shape
         margin = self.size // 2
-        tokens = self.qkv(x)
-        q = layout.cut(tokens[..., :channels], TILE).flatten(0, 1)  # [B * N, 64, C]
-        halo = layout.cut_halo(tokens[..., channels:], TILE, margin).flatten(0, 1)
-        q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k, v = halo.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        bias = self.bias()[None].to(q.dtype)
-        inside = layout.real_positions(height, width, TILE, margin, x.device)
-        if inside is not None:
-            # A query that is padding may attend anything: it would have no key, and is cropped.
-            real = layout.real_positions(height, width, TILE, 0, x.device)
-            forbidden = ~inside[:, None, :] if real is None else ~inside[:, None, :] & real[:, :, None]
-            bias = bias.masked_fill(forbidden[:, None], float("-inf")).repeat(batch, 1, 1, 1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
+        q, k, v = layout.project(self.qkv, x)
+        q = layout.cut(q, TILE)
+        k, v = layout.cut_halo(k, TILE, margin), layout.cut_halo(v, TILE, margin)
+        q, k, v = (table.flatten(0, 1).unflatten(-1, (self.heads, -1)) for table in (q, k, v))  # [B * N, ., h, d]
+        query_label, key_label = layout.padding_labels(batch, height, width, TILE, margin, x.device)
+        out = patch_attention(q, k, v, None, self.bias(), query_label, key_label)
         return self.proj(layout.join(out.reshape(batch, -1, TILE**2, channels), TILE, height, width))
 
     def macs(self, height: int, width: int) -> int:

@@ -5,32 +5,46 @@ Papers: "Swin Transformer" (Liu et al., ICCV 2021); "SwinIR" (Liang et al., ICCV
 Operator: the map is cut into disjoint M x M windows; the positions of a window attend one another, with a learned
     relative position bias.  In shifted blocks the map is first rolled by M/2, and positions that the roll brought
     together from opposite borders do not attend one another (Swin's mask).
-Cost: 4 H W C^2 for the projections and 2 M^2 H W C for the attention.
+Cost: 4 H W C^2 for the projections and 2 M^2 H W C for the attention.  Form 'registered' is the operator of KiT with
+    each window its own only neighbour, linear in memory; 'sdpa' is torch's own, which holds all logits while it trains
+    the bias.
 Departures: maps are padded to the next multiple of M, and padded positions are never attended (Swin attends them).
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kitbench.attention import layout
+from kitbench.attention.operator import patch_attention
 
 
 class Attention(nn.Module):
     """Window attention: [B, H, W, C] normalised tokens -> [B, H, W, C].
 
-    window: side M of a window.  shift: roll the windows by window // 2.  Raises ValueError for settings out of range.
+    window: side M of a window.  shift: roll the windows by window // 2.  form: see the card; equal results.  Raises
+    ValueError for settings out of range.
     """
 
-    def __init__(self, dim: int, heads: int, *, shift: bool = False, window: int = 8) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        shift: bool = False,
+        window: int = 8,
+        form: Literal["registered", "sdpa"] = "registered",
+    ) -> None:
         super().__init__()
         if heads < 1 or dim % heads:
             raise ValueError(f"heads must divide dim, but dim is {dim} and heads is {heads}")
         if window < 1:
             raise ValueError(f"window must be at least 1, but is {window}")
-        self.dim, self.heads, self.window = dim, heads, window
+        self.dim, self.heads, self.window, self.form = dim, heads, window, form
         self.roll = window // 2 if shift else 0
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -46,13 +60,20 @@ class Attention(nn.Module):
         if any(roll):
             x = x.roll((-roll[0], -roll[1]), (1, 2))
         windows = layout.cut(x, self.window).flatten(0, 1)  # [B * N, T, C]
-        q, k, v = self.qkv(windows).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B * N, h, T, d]
-        bias = self.bias()[None].to(q.dtype)
+        q, k, v = (
+            table.unflatten(-1, (self.heads, -1)) for table in layout.project(self.qkv, windows)
+        )  # [B * N, T, h, d]
+        label = None
         if any(roll) or padded != (height, width):
-            label = regions(height, width, self.window, roll, x.device)  # [N, T]
-            apart = label[:, None, :, None] != label[:, None, None, :]
-            bias = bias.masked_fill(apart, float("-inf")).repeat(batch, 1, 1, 1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
+            label = regions(height, width, self.window, roll, x.device).repeat(batch, 1)  # [B * N, T]
+        if self.form == "registered":
+            out = patch_attention(q, k, v, None, self.bias(), label, label)
+        else:
+            bias = self.bias()[None].to(q.dtype)
+            if label is not None:
+                bias = bias.masked_fill((label[:, :, None] != label[:, None, :])[:, None], float("-inf"))
+            q, k, v = (table.transpose(1, 2) for table in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
         y = layout.join(out.reshape(batch, rows * columns, -1, channels), self.window, *padded)
         if any(roll):
             y = y.roll(roll, (1, 2))

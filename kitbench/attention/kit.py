@@ -29,12 +29,13 @@ class Attention(nn.Module):
 
     dim: channels C.  heads: number of heads, a divisor of dim.  shift: roll the patch grid by patch // 2.
     patch: side P of a patch.  k: neighbours of a patch, itself among them; at most the number of patches is used.
-    method of retrieval: 'lsh'; 'exact'; 'random' (the same for all images of a batch); 'chunk-only' (lsh without
+    retrieval: 'lsh'; 'exact'; 'random' (the same for all images of a batch); 'chunk-only' (lsh without
     adjacent chunks).
     descriptor: 'mean' over the positions of a patch, or 'flat', all of them.  rounds, chunk: of the hashing.
     aggregate: of the pairs, by 'similarity' (log-sum-exp), 'mean', or 'descriptor' (softmax of cosine / tau).
     support: a position attends the whole 'patch', or the size x size neighbourhood of its 'aligned' position in it.
-    Raises ValueError for settings out of range.
+    reuse: take the neighbours that the block before on this level found (the shifted grid then reuses them as they
+    are). Raises ValueError for settings out of range.
     """
 
     def __init__(
@@ -53,15 +54,18 @@ class Attention(nn.Module):
         tau: float = 0.1,
         support: Literal["patch", "aligned"] = "patch",
         size: int = 3,
+        reuse: bool = False,
     ) -> None:
         super().__init__()
         check_settings(dim, heads, patch, k, rounds, chunk, tau, size)
         self.dim, self.heads, self.patch, self.k = dim, heads, patch, k
         self.roll = patch // 2 if shift else 0
-        self.search, self.descriptor, self.rounds, self.chunk = retrieval, descriptor, rounds, chunk
+        self.retrieval, self.descriptor, self.rounds, self.chunk = retrieval, descriptor, rounds, chunk
         self.aggregate, self.tau = aggregate, tau
         self.margin = size // 2 if support == "aligned" else 0
-        self.support = support
+        self.support, self.reuse = support, reuse
+        self.leader: tuple[Attention, ...] = ()
+        self.found: Tensor | None = None
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         if support == "aligned":
@@ -92,37 +96,47 @@ class Attention(nn.Module):
             q = layout.cut(q, self.patch)
             k, v = layout.cut_halo(k, self.patch, self.margin), layout.cut_halo(v, self.patch, self.margin)
         q, k, v = (table.flatten(0, 1).unflatten(-1, (self.heads, -1)) for table in (q, k, v))  # [B * N, ., h, d]
-        key_real = layout.real_positions(height, width, self.patch, self.margin, x.device)
-        query_label = key_label = None
-        if key_real is not None:
-            key_label = key_real.repeat(batch, 1)
-            query_label = torch.ones(batch * count, self.patch**2, dtype=torch.bool, device=x.device)
+        query_label, key_label = layout.padding_labels(batch, height, width, self.patch, self.margin, x.device)
         out = patch_attention(q, k, v, neighbours, self.bias(), query_label, key_label, weights)
         y = self.proj(layout.join(out.reshape(batch, count, -1, channels), self.patch, height, width))
         return y.roll((self.roll, self.roll), (1, 2)) if self.roll else y
 
-    @torch.no_grad()
+    def follow(self, previous: Attention) -> None:
+        """With setting `reuse`: attend the neighbours of `previous`, the block before on this level."""
+        if self.reuse:
+            self.leader = (previous,)  # a tuple, so that it does not become a submodule
+
     def neighbours(self, patches: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Neighbours int64 [B, N, k] of patches [B, N, T, C], and their weights [B * N, k], None for 'similarity'."""
-        batch, count = patches.shape[:2]
-        k = min(self.k, count)
-        with torch.autocast(patches.device.type, enabled=False):
+        """Neighbours int64 [B, N, k] of patches [B, N, T, C], and their weights [B * N, k], None for 'similarity'.
+
+        real: bool [N, T], the positions that are not padding, or None where all are real.
+        """
+        with torch.no_grad(), torch.autocast(patches.device.type, enabled=False):
             descriptors = retrieval.describe(patches, real, self.descriptor)
-            if self.search == "exact":
-                found = retrieval.exact(descriptors, k)
-            elif self.search == "random":
-                salt = torch.randint(2**62, (self.k,), device=patches.device) if self.training else self.salt
-                found = retrieval.random_neighbours(count, k, salt).expand(batch, -1, -1)
-            else:
-                rotations = torch.randn_like(self.rotations) if self.training else self.rotations
-                found = retrieval.lsh(descriptors, k, rotations, self.chunk, self.search == "lsh")
+            found = self.leader[0].found if self.leader else self.search(descriptors)
+            if found is None:
+                raise RuntimeError("this block reuses the neighbours of the block before it, which has not run yet")
+            if self.reuse:
+                self.found = found
             if self.aggregate == "similarity":
                 return found, None
             if self.aggregate == "mean":
-                return found, torch.full((batch * count, k), 1 / k, device=patches.device)
-            chosen = descriptors[torch.arange(batch, device=found.device)[:, None, None], found]  # [B, N, k, D]
-            cosine = torch.einsum("bnd,bnkd->bnk", descriptors, chosen)
+                return found, torch.full(found.shape, 1 / found.shape[-1], device=found.device).flatten(0, 1)
+            batch = torch.arange(len(found), device=found.device)[:, None, None]
+            cosine = torch.einsum("bnd,bnkd->bnk", descriptors, descriptors[batch, found])
             return found, (cosine / self.tau).softmax(-1).flatten(0, 1)
+
+    def search(self, descriptors: Tensor) -> Tensor:
+        """Neighbours int64 [B, N, k] of descriptors [B, N, D].  In training the draws are new; otherwise those kept."""
+        count, device = descriptors.shape[1], descriptors.device
+        k = min(self.k, count)
+        if self.retrieval == "exact":
+            return retrieval.exact(descriptors, k)
+        if self.retrieval == "random":
+            salt = torch.randint(2**62, (self.k,), device=device) if self.training else self.salt
+            return retrieval.random_neighbours(count, k, salt).expand(len(descriptors), -1, -1)
+        rotations = torch.randn_like(self.rotations) if self.training else self.rotations
+        return retrieval.lsh(descriptors, k, rotations, self.chunk, adjacent=self.retrieval == "lsh")
 
     def macs(self, height: int, width: int) -> int:
         """Multiply-adds of one forward pass of one image: projections, attention, retrieval."""
@@ -135,17 +149,18 @@ class Attention(nn.Module):
         total = 3 * projected * self.dim**2 + height * width * self.dim**2
         total += 2 * count * positions * k * keys * self.dim
         width_of_descriptor = self.dim if self.descriptor == "mean" else positions * self.dim
-        total += self.retrieval_macs(count, width_of_descriptor)
+        if not self.leader:
+            total += self.retrieval_macs(count, width_of_descriptor)
         if self.aggregate == "descriptor":
             total += count * k * width_of_descriptor
         return total
 
     def retrieval_macs(self, count: int, width: int) -> int:
         """Multiply-adds of the search among `count` patches with descriptors of `width` numbers."""
-        if self.search == "random":
+        if self.retrieval == "random":
             return 0
-        reach = 3 * self.chunk if self.search == "lsh" else self.chunk
-        if self.search == "exact" or count <= reach:
+        reach = 3 * self.chunk if self.retrieval == "lsh" else self.chunk
+        if self.retrieval == "exact" or count <= reach:
             return count * count * width
         ranked = -(-count // self.chunk) * self.chunk
         return self.rounds * width * (count * (retrieval.buckets(count, self.chunk) // 2) + ranked * reach)
@@ -167,3 +182,28 @@ def check_settings(dim: int, heads: int, patch: int, k: int, rounds: int, chunk:
         raise ValueError(f"tau must be positive, but is {tau}")
     if size < 1 or size % 2 == 0:
         raise ValueError(f"size must be odd and positive, but is {size}")
+
+
+@torch.no_grad()
+def retrieval_report(module: Attention, x: Tensor) -> dict[str, object]:
+    """How well the retrieval of `module` finds the exact neighbours on normalised tokens x [B, H, W, C].
+
+    'recall' is the share, in [0, 1], of the k - 1 most similar other patches that it finds, in the mode (training or
+    evaluation) that the module is in; 'chance' is that of random neighbours.
+    """
+    if module.roll:
+        x = x.roll((-module.roll, -module.roll), (1, 2))
+    patches = layout.cut(x, module.patch)
+    real = layout.real_positions(x.shape[1], x.shape[2], module.patch, 0, x.device)
+    descriptors = retrieval.describe(patches, real, module.descriptor)
+    count = patches.shape[1]
+    k = min(module.k, count)
+    found = module.search(descriptors)
+    return {
+        "retrieval": module.retrieval,
+        "descriptor": module.descriptor,
+        "k": k,
+        "patches": count,
+        "recall": retrieval.recall(found, retrieval.exact(descriptors, k)),
+        "chance": (k - 1) / (count - 1) if count > 1 else 1.0,
+    }

@@ -62,6 +62,23 @@ def real_positions(height: int, width: int, patch: int, margin: int, device: tor
     return inside.reshape(rows * columns, edge * edge)
 
 
+def padding_labels(
+    batch: int, height: int, width: int, patch: int, margin: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """Labels for patch_attention that keep padding unattended: bool [B * N, T] and [B * N, E * E], or None, None.
+
+    Positions are labelled by whether they are real.  A query that is padding attends padding, and its result is
+    cropped.
+    """
+    keys = real_positions(height, width, patch, margin, device)
+    if keys is None:
+        return None, None
+    queries = real_positions(height, width, patch, 0, device)
+    if queries is None:
+        queries = torch.ones(len(keys), patch**2, dtype=torch.bool, device=device)
+    return queries.repeat(batch, 1), keys.repeat(batch, 1)
+
+
 def relative_index(patch: int) -> Tensor:
     """Row of a (2P-1)^2 bias table for query p and key q of a patch: int64 [T, T], that of the offset p - q."""
     side = torch.arange(patch)

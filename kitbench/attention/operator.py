@@ -198,15 +198,27 @@ class Pattern:
         allowed = self.allowed(part)
         if allowed is None:
             return mask
-        # A softmax without a key would be NaN: it attends everything, and `shares` gives it no weight.
-        allowed = allowed | ~(allowed & (mask[:, 0] > -math.inf)).any(-1, keepdim=True)
-        return mask.masked_fill(~allowed[:, None], -math.inf)
+        if self.weights is not None:
+            # A softmax without a key would be NaN: it attends everything, and `shares` gives it no weight.
+            allowed = allowed | ~(allowed & (mask[:, 0] > -math.inf)).any(-1, keepdim=True)
+        return mask.where(allowed[:, None], -math.inf)
 
     def allowed(self, part: slice) -> Tensor | None:
         """Which pairs the labels allow: bool [b, T, K], or None where all."""
-        if self.query_label is None or self.key_label is None:
+        if self.query_label is None or self.key_label is None or self.plain is None or bool(self.plain[part].all()):
             return None
         return self.repeat(self.query_label[part])[:, :, None] == self.gather(self.key_label, part)[:, None, :]
+
+    @cached_property
+    def plain(self) -> Tensor | None:
+        """The query patches, bool [M], whose positions and keys all have one label: most of them need no mask."""
+        if self.query_label is None or self.key_label is None:
+            return None
+        one = self.query_label[:, 0]
+        own = (self.query_label == one[:, None]).all(1)
+        low, high = (self.gather(label[:, None], slice(None)) for label in self.key_label.aminmax(dim=1))
+        low, high = (label.reshape(one.shape[0], -1) for label in (low, high))
+        return own & (low == one[:, None]).all(1) & (high == one[:, None]).all(1)
 
     def shares(self, part: slice) -> Tensor:
         """Weights of the neighbours for each query, [c, n, T], of sum 1: none for a neighbour that offers it no key."""
