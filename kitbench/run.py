@@ -167,14 +167,7 @@ class Job:
         """Cost of a method: counted on fake tensors; memory and time from a few steps on the device."""
         recipe, channels = self.suite.recipe, 3 if cell.mode == "colour" else 1
         model = self.build(cell)
-        closed = model.macs(RESOLUTION, RESOLUTION)
-        counted = count_module(model.eval(), (1, channels, RESOLUTION, RESOLUTION))
-        if closed is None:
-            note: str | None = "counted only: the attention states no closed form (macs)"
-            if counted.uncounted:
-                note = f"{note}; nobody counted {', '.join(sorted(counted.uncounted))}"
-        else:
-            note = reconcile(closed, counted.macs, counted.uncounted)
+        closed, counted, note = count_macs(model.eval(), channels)
         model.to(self.device).train()
         optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.lr)
         x = torch.rand(recipe.batch, channels, recipe.crop, recipe.crop, device=self.device)
@@ -199,7 +192,7 @@ class Job:
                 attention_parameters=sum(p.numel() for _, a in model.attentions() for p in a.parameters()),
                 resolution=RESOLUTION,
                 macs=closed,
-                macs_counted=counted.macs,
+                macs_counted=counted,
                 macs_note=note,
                 train_peak_bytes=peak,
                 memory_note=None,
@@ -217,6 +210,21 @@ class Job:
                 torch.cuda.synchronize(self.device)
             times.append(time.perf_counter() - clock)
         return statistics.median(times)
+
+
+def count_macs(model: UNet, channels: int) -> tuple[int | None, int | None, str | None]:
+    """Multiply-adds of one image of RESOLUTION: closed form, count of what runs, and what the two leave open."""
+    closed = model.macs(RESOLUTION, RESOLUTION)
+    try:
+        counted = count_module(model, (1, channels, RESOLUTION, RESOLUTION))
+    except Exception as error:  # a stranger's attention may not run on fake tensors: then the row says so
+        return closed, None, f"closed form only: it could not be counted ({type(error).__name__})"
+    if closed is not None:
+        return closed, counted.macs, reconcile(closed, counted.macs, counted.uncounted)
+    note = "counted only: the attention states no closed form (macs)"
+    if counted.uncounted:
+        note = f"{note}; nobody counted {', '.join(sorted(counted.uncounted))}"
+    return None, counted.macs, note
 
 
 def set_sha256(photographs: list[Photograph]) -> str:
@@ -237,10 +245,18 @@ def run(suite: Suite, options: Options, console: Console) -> tuple[list[RunFolde
         for cell in job.cells
         if not (folders[cell].trained or not cell.trained) or job.missing(cell, folders[cell])
     ]
-    with console.status("measuring what each method costs"):
-        probes = {cell.method: job.probe(cell) for cell in {c.method: c for c in todo if c.trained}.values()}
-    announce(job, todo, probes, console)
+    probes: dict[str, Probe] = {}
     failed: list[str] = []
+    with console.status("measuring what each method costs"):
+        for cell in {cell.method: cell for cell in todo if cell.trained}.values():
+            try:
+                probes[cell.method] = job.probe(cell)
+            except (RuntimeError, OSError) as error:
+                failed.append(failure(cell.method, error))
+    todo = [cell for cell in todo if not cell.trained or cell.method in probes]
+    announce(job, todo, probes, console)
+    for sentence in failed:
+        console.print(f"[red]failed[/red] {sentence}", highlight=False)
     with interruptible() as stopping:
         for number, cell in enumerate(todo, 1):
             seed = f" seed {cell.seed}" if cell.trained else ""
@@ -252,10 +268,15 @@ def run(suite: Suite, options: Options, console: Console) -> tuple[list[RunFolde
                 raise
             except (RunError, RuntimeError, OSError) as error:
                 # One method's failure (out of memory, a full disk, its own code) must not take the others with it.
-                failed.append(f"{cell.folder}: {type(error).__name__}: {str(error).splitlines()[0]}")
+                failed.append(failure(cell.folder, error))
                 console.print(f"[red]failed[/red] {failed[-1]}", highlight=False)
     complete = [folders[cell] for cell in job.cells if not job.missing(cell, folders[cell])]
     return complete, failed
+
+
+def failure(what: str, error: Exception) -> str:
+    """One line of what went wrong."""
+    return f"{what}: {type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
 
 
 def run_cell(

@@ -48,7 +48,7 @@ def train(
     """
     model.to(device).train()
     optimiser = torch.optim.AdamW(
-        decay_groups(model, recipe.weight_decay), lr=recipe.lr, betas=recipe.betas, fused=device.type == "cuda"
+        decay_groups(model, recipe.weight_decay), lr=recipe.lr, betas=recipe.betas, fused=True
     )
     sums = torch.zeros(
         2, device=device

@@ -44,7 +44,13 @@ def test_scores_agree_with_scikit_image(photo: Photograph) -> None:
     found = evaluate.score(restored, photo, PROTOCOL, None, 0.0)
     rounded = np.rint(np.clip(restored, 0, 1) * 255).astype(np.uint8)
     expected = structural_similarity(
-        photo.pixels, rounded, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255, channel_axis=-1
+        photo.pixels,
+        rounded,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+        data_range=255,
+        channel_axis=-1,
     )
     assert found.psnr == pytest.approx(peak_signal_noise_ratio(photo.pixels, rounded, data_range=255), abs=1e-9)
     assert found.ssim == pytest.approx(expected, abs=1e-6)

@@ -20,7 +20,14 @@ from kitbench.store import RunFolder
 from kitbench.suite import Recipe
 from kitbench.train import decay_groups, learning_rate, loss_of, train
 
-SETS = ["backbone.width=8", "backbone.head_dim=8", "recipe.steps=12", "recipe.batch=2", "recipe.crop=32", "recipe.warmup=2"]
+SETS = [
+    "backbone.width=8",
+    "backbone.head_dim=8",
+    "recipe.steps=12",
+    "recipe.batch=2",
+    "recipe.crop=32",
+    "recipe.warmup=2",
+]
 SUITE = suite.load("denoise", "smoke", [*SETS, "recipe.checkpoint_every=4"])
 CPU = torch.device("cpu")
 
@@ -47,7 +54,9 @@ def _numbers(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 7, 11])
-def test_an_interrupted_run_ends_bit_for_bit_as_one_that_was_not(stop_at: int, tmp_path: Path, uninterrupted: tuple[str, str]) -> None:
+def test_an_interrupted_run_ends_bit_for_bit_as_one_that_was_not(
+    stop_at: int, tmp_path: Path, uninterrupted: tuple[str, str]
+) -> None:
     with pytest.raises(Interrupted, match=f"step {stop_at} of 12"):
         trained(tmp_path, stop_at=stop_at)
     assert (tmp_path / "checkpoint.safetensors").is_file()
@@ -84,7 +93,9 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
     assert rates[100] == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize(("loss", "expected"), [("l1", 2.0), ("l2", 5.0), ("charbonnier", (math.hypot(1, 1e-3) + math.hypot(3, 1e-3)) / 2)])
+@pytest.mark.parametrize(
+    ("loss", "expected"), [("l1", 2.0), ("l2", 5.0), ("charbonnier", (math.hypot(1, 1e-3) + math.hypot(3, 1e-3)) / 2)]
+)
 def test_losses_are_what_they_are_called(loss: str, expected: float) -> None:
     recipe = SUITE.recipe.model_copy(update={"loss": loss})
     assert float(loss_of(torch.tensor([1.0, -3.0]), recipe)) == pytest.approx(expected)
@@ -124,7 +135,9 @@ def test_all_that_decides_numbers_changes_the_key(changes: dict) -> None:
 
 
 def test_nothing_else_changes_the_key() -> None:
-    other = suite.load("denoise", "smoke", [*SETS, "recipe.checkpoint_every=7", "task.sigma_test=[15]", "protocol=awgn8", "seeds=[5]"])
+    other = suite.load(
+        "denoise", "smoke", [*SETS, "recipe.checkpoint_every=7", "task.sigma_test=[15]", "protocol=awgn8", "seeds=[5]"]
+    )
     assert cell(suite=other).key == cell().key
     assert dataclasses.replace(cell(), method="renamed").key == cell().key
     assert dataclasses.replace(cell(), method="renamed").folder != cell().folder
