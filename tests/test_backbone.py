@@ -57,7 +57,11 @@ def test_the_closed_form_of_the_whole_network_is_what_runs(name: str) -> None:
 
 def test_gray_and_colour_differ_in_the_first_and_last_convolution_only() -> None:
     gray, colour = dict(build("window", channels=1).named_parameters()), dict(build("window").named_parameters())
-    assert {key for key in colour if colour[key].shape != gray[key].shape} == {"head.weight", "tail.weight", "tail.bias"}
+    assert {key for key in colour if colour[key].shape != gray[key].shape} == {
+        "head.weight",
+        "tail.weight",
+        "tail.bias",
+    }
 
 
 def test_padding_reflects_and_repeats_the_edge_where_there_is_too_little_to_reflect() -> None:

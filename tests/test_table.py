@@ -46,7 +46,9 @@ def store(
             parameters=1234, attention_parameters=234, resolution=256, macs=2_500_000_000, macs_counted=2_500_000_000,
             macs_note=note, train_peak_bytes=3 * 2**20, memory_note=None,
         )  # fmt: skip
-        folder.write("training.json", Training(steps=1, seconds=1, seconds_per_step=0.25, loss=1, weights_sha256="0", cost=cost))
+        folder.write(
+            "training.json", Training(steps=1, seconds=1, seconds_per_step=0.25, loss=1, weights_sha256="0", cost=cost)
+        )
     stamped = suite.load("denoise", overrides=[f"protocol={protocol}"]).protocol
     scores = tuple(Score(image=f"{i}", psnr=psnr + d, ssim=ssim, lpips=None, seconds=0) for i, d in enumerate((-1, 1)))
     evaluation = Evaluation(
@@ -147,7 +149,9 @@ def test_latex_is_escaped_and_balanced(tmp_path: Path) -> None:
     assert r"Set\_A $\sigma$=25" in text
     assert not re.search(r"(?<!\\)_", text)
     assert text.count("{") == text.count("}")
-    columns = text.count("r", text.index(r"\begin{tabular}{"), text.index("}", text.index(r"\begin{tabular}{") + 16)) - 1
+    columns = (
+        text.count("r", text.index(r"\begin{tabular}{"), text.index("}", text.index(r"\begin{tabular}{") + 16)) - 1
+    )
     body = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert {line.count(" & ") for line in body} == {columns}
 
@@ -159,7 +163,9 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         find([tmp_path])
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema_version": 99}', '{"schema_version": 1}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"schema_version": 99}', '{"schema_version": 1}', "[" * 100_000]
+)
 def test_a_record_that_is_none_is_refused_in_one_sentence(tmp_path: Path, text: str) -> None:
     folder = store(tmp_path, "kit", 30.0)
     (folder.path / "run.json").write_text(text)
