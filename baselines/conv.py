@@ -1,9 +1,9 @@
 """Control: no attention, a gated depth-wise convolution in its place.
 
-Papers: none as such; the token mixer of "A ConvNet for the 2020s" (Liu et al., CVPR 2022) with a multiplicative gate as in
-    "Simple Baselines for Image Restoration" (Chen et al., ECCV 2022), between the projections of an attention.
-Operator: value and gate projections, depth-wise 7 x 7 convolution of the values with zero padding, times the gate, output
-    projection. The gate makes it a fair opponent: it depends on the content, but nothing is compared with anything else.
+Papers: none as such; the token mixer of "A ConvNet for the 2020s" (Liu et al., CVPR 2022) with a multiplicative gate
+    as in "Simple Baselines for Image Restoration" (Chen et al., ECCV 2022), between the projections of an attention.
+Operator: value and gate projections, depth-wise 7 x 7 convolution of the values with zero padding, times the gate,
+    output projection. The gate makes it a fair opponent: it depends on the content, but compares nothing with anything.
 Cost: 3 H W C^2 for the projections, 49 H W C for the convolution.
 Departures: heads and shift have no meaning here and are ignored.
 """

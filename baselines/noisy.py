@@ -1,8 +1,8 @@
 """noisy: the input itself, unrestored.
 
 Paper: none.
-Operator: the identity. It shows, under the very protocol of the table (clipping and rounding included), what every other
-    row gained.
+Operator: the identity. It shows, under the very protocol of the table (clipping and rounding included), what every
+    other row gained.
 Cost: none.
 Departures: none.
 """

@@ -1,8 +1,8 @@
 """Finding a method by name or by file, and proving before any training that it keeps the one signature.
 
 A method is a Python file that opens with a card (its docstring) and defines either `class Attention` (trained inside
-the shared backbone; the contract is in `kitbench.attention`) or `restore(image, sigma)` (training-free). Shipped ones are
-`kitbench/attention/kit.py` and the files of `baselines/`; any other path to a .py file works the same.
+the shared backbone; the contract is in `kitbench.attention`) or `restore(image, sigma)` (training-free). Shipped ones
+are `kitbench/attention/kit.py` and the files of `baselines/`; any other path to a .py file works the same.
 """
 
 from __future__ import annotations

@@ -217,7 +217,7 @@ def count_macs(model: UNet, channels: int) -> tuple[int | None, int | None, str 
     closed = model.macs(RESOLUTION, RESOLUTION)
     try:
         counted = count_module(model, (1, channels, RESOLUTION, RESOLUTION))
-    except Exception as error:  # a stranger's attention may not run on fake tensors: then the row says so
+    except Exception as error:  # noqa: BLE001 - a stranger's attention may fail on fake tensors: the row says so
         return closed, None, f"closed form only: it could not be counted ({type(error).__name__})"
     if closed is not None:
         return closed, counted.macs, reconcile(closed, counted.macs, counted.uncounted)
@@ -400,26 +400,17 @@ def announce(job: Job, todo: list[Cell], probes: dict[str, Probe], console: Cons
         console.print(f"[bold]{label:<10}[/bold]{text}", highlight=False, soft_wrap=True)
 
     say("suite", f"{suite.name}, preset {suite.preset}: {suite.title}")
+    sigmas = ", ".join(f"{sigma:g}" for sigma in suite.task.sigma_test)
     for mode, sets in job.sets.items():
-        both = [
-            ", ".join(f"{name} ({len(photos)})" for name, photos in part.items()) for part in (sets.train, sets.test)
-        ]
-        say(
-            "data",
-            f"{mode}: train on {both[0]}; test on {both[1]} at sigma {', '.join(f'{s:g}' for s in suite.task.sigma_test)}",
-        )
+        train, test = (", ".join(f"{n} ({len(p)})" for n, p in part.items()) for part in (sets.train, sets.test))
+        say("data", f"{mode}: train on {train}; test on {test} at sigma {sigmas}")
     for name, why in job.absent.items():
         say("", f"without {name}: {why}")
-    backbone = suite.backbone
-    levels = ", ".join(map(str, sorted(set(backbone.attention_levels))))
-    say(
-        "backbone",
-        f"width {backbone.width}, blocks {list(backbone.blocks)}, attention at levels {levels} of {len(backbone.blocks)}",
-    )
-    say(
-        "recipe",
-        f"{recipe.name}: {recipe.steps} steps of {recipe.batch} crops of {recipe.crop} px, {recipe.precision}; {recipe.card.time}",
-    )
+    width, blocks = suite.backbone.width, list(suite.backbone.blocks)
+    levels = ", ".join(map(str, sorted(set(suite.backbone.attention_levels))))
+    say("backbone", f"width {width}, blocks {blocks}, attention at levels {levels} of {len(blocks)}")
+    steps = f"{recipe.steps} steps of {recipe.batch} crops of {recipe.crop} px, {recipe.precision}"
+    say("recipe", f"{recipe.name}: {steps}; {recipe.card.time}")
     say("protocol", f"{suite.protocol.stamp}: {suite.protocol.summary}")
     if job.lpips_note:
         say("lpips", f"n/a: {job.lpips_note}")

@@ -60,7 +60,9 @@ def data_root() -> Path:
     return root
 
 
-def run_kitbench(folder: Path, *arguments: str, code: int | None = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_kitbench(
+    folder: Path, *arguments: str, code: int | None = 0, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """`python -m kitbench ARGUMENTS` as a user types it, in a folder; fails the test on another exit code or a traceback."""
     done = subprocess.run(
         [sys.executable, "-m", "kitbench", *arguments],

@@ -86,7 +86,7 @@ def test_tiles_show_no_seam_where_the_operator_is_local(height: int, width: int)
     def blur(part: torch.Tensor) -> torch.Tensor:
         return F.avg_pool2d(part, 3, 1, 1, count_include_pad=False)
 
-    ends = [s for s in evaluate.starts(height, 64, 16)], [s for s in evaluate.starts(width, 64, 16)]
+    ends = evaluate.starts(height, 64, 16), evaluate.starts(width, 64, 16)
     assert ends[0][-1] + 64 >= height
     assert ends[1][-1] + 64 >= width
     # A 3x3 mean sees one pixel beyond a tile's end: it may differ there, by the ramp's smallest weights only.

@@ -23,7 +23,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source], check=True, capture_output=True)
+    subprocess.run(
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source], check=True, capture_output=True
+    )
     [wheel] = folder.glob("kitbench-*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", folder / "site", wheel], check=True, capture_output=True)
     return folder / "site"
@@ -44,7 +46,9 @@ def test_the_wheel_holds_every_module_and_data_file_of_the_checkout(installed: P
 
 def test_the_wheel_works_from_another_directory(installed: Path, tmp_path: Path) -> None:
     code = "import kitbench, runpy, sys; print(kitbench.__file__); sys.argv[1:] = ['list']; runpy.run_module('kitbench', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(installed)}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(installed)}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(installed))
     for name in ("denoise", "kit-random", "CBSD68", "quick"):
@@ -53,7 +57,9 @@ def test_the_wheel_works_from_another_directory(installed: Path, tmp_path: Path)
 
 def test_the_tested_set_satisfies_the_ranges_of_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    pinned = {line.partition("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    pinned = {
+        line.partition("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    }
     for requirement in project["dependencies"]:
         assert requirement.partition(">=")[0].lower() in pinned, requirement
 
