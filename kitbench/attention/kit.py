@@ -121,7 +121,7 @@ class Attention(nn.Module):
             if self.aggregate == "similarity":
                 return found, None
             if self.aggregate == "mean":
-                return found, torch.full(found.shape, 1 / found.shape[-1], device=found.device).flatten(0, 1)
+                return found, descriptors.new_full(found.shape, 1 / found.shape[-1]).flatten(0, 1)
             batch = torch.arange(len(found), device=found.device)[:, None, None]
             cosine = torch.einsum("bnd,bnkd->bnk", descriptors, descriptors[batch, found])
             return found, (cosine / self.tau).softmax(-1).flatten(0, 1)

@@ -14,9 +14,9 @@ cannot.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Any
 
 import torch
@@ -54,7 +54,19 @@ def patch_attention(
     return _forward(q, k, v, neighbours, bias.to(q.dtype), query_label, key_label, weights)[0]
 
 
+def without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Run with autocast off: inside the operator the types are chosen by hand."""
+
+    @wraps(implementation)
+    def run(q: Tensor, *arguments: Tensor | None) -> Any:
+        with torch.autocast(q.device.type, enabled=False):
+            return implementation(q, *arguments)
+
+    return run
+
+
 @torch.library.custom_op("kitbench::patch_attention", mutates_args=())
+@without_autocast
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -93,6 +105,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Te
 
 
 @torch.library.custom_op("kitbench::patch_attention_backward", mutates_args=())
+@without_autocast
 def _backward(
     grad: Tensor,
     q: Tensor,
