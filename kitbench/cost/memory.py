@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -101,9 +101,15 @@ def _status(key: str) -> int:
 
 
 class OpenOperators(TorchDispatchMode):
-    """Runs the Python body of own operators (`torch.library.custom_op`) where the modes entered before can see it."""
+    """Runs the Python body of own operators (`torch.library.custom_op`) where the modes entered before can see it.
+
+    Where a body asks a fake tensor whether something is true, it is told no: a short cut is not taken, so that what is
+    predicted is the most that the operator may hold.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._opname in ("is_nonzero", "item", "_local_scalar_dense") and isinstance(args[0], FakeTensor):
+            return False
         operator = OPDEFS.get(f"{func.namespace}::{func._opname}")
         if operator is None:
             return func(*args, **(kwargs or {}))
