@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kitbench import methods, suite
+from kitbench import NUMERICS, methods, suite
 from kitbench.backbone import UNet
 from kitbench.cell import Cell
 from kitbench.data.batches import Batches
@@ -147,3 +147,20 @@ def test_only_method_and_seed_leave_the_comparison_as_it_is() -> None:
     assert cell(attention="window", settings={}, seed=3).comparison == cell().comparison
     assert cell(train_sha256="01").comparison != cell().comparison
     assert cell(seed=None).comparison == ""
+
+
+GOLDEN = {
+    "kit": (0.095644094, 17.64014730),
+    "window": (0.095656611, 17.63923782),
+    "conv": (0.095608152, 17.64061385),
+}
+"""Loss and training PSNR of the last two of twelve steps, at NUMERICS 1."""
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_the_numerics_are_those_that_their_version_stands_for(name: str, tmp_path: Path) -> None:
+    """Fails where a change moved the numbers of a run: then raise kitbench.NUMERICS and write the new ones here."""
+    trained(tmp_path, name)
+    last = (tmp_path / "log.csv").read_text().splitlines()[-1].split(",")
+    assert NUMERICS == 1
+    assert (float(last[1]), float(last[2])) == pytest.approx(GOLDEN[name], rel=2e-5)
