@@ -15,10 +15,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from rich.console import Console
+from torch import nn
 
 from kitbench import evaluate, methods
 from kitbench.backbone import UNet, attention_levels
@@ -32,12 +34,14 @@ from kitbench.errors import InputError, Interrupted, RunError
 from kitbench.lpips import LPIPS, available
 from kitbench.progress import duration, progress
 from kitbench.seeds import derive
-from kitbench.store import Cost, Evaluation, Run, RunFolder, Training, replace_with, writable
+from kitbench.store import Cost, Evaluation, Run, RunFolder, Training, replace_with, writable, write_atomic
 from kitbench.suite import Mode, Suite, digest
 from kitbench.train import loss_of, train
 
 RESOLUTION = 256
 """Side in pixels of the image that GMACs are stated for."""
+PICTURES = 4
+"""Images of each test set of which crops are kept."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +190,7 @@ class Job:
         step()
         peak = peak_bytes(step, self.device)
         step_seconds, forward_seconds = (self._seconds(fn) for fn in (step, forward))
+        calibration_seconds = self._seconds(calibration(self.device), runs=5)
         return Probe(
             Cost(
                 parameters=sum(p.numel() for p in model.parameters()),
@@ -196,6 +201,7 @@ class Job:
                 macs_note=note,
                 train_peak_bytes=peak,
                 memory_note=None,
+                calibration_seconds=calibration_seconds,
             ),
             step_seconds,
             forward_seconds / x[:, 0].numel(),
@@ -210,6 +216,18 @@ class Job:
                 torch.cuda.synchronize(self.device)
             times.append(time.perf_counter() - clock)
         return statistics.median(times)
+
+
+def calibration(device: torch.device) -> Callable[[], None]:
+    """A fixed piece of work, of the kind that training does: a convolution, a product, a sum, forward and backward."""
+    kernel = torch.full((32, 32, 3, 3), 0.01, device=device, requires_grad=True)
+    images, tokens = torch.ones(2, 32, 96, 96, device=device), torch.ones(2048, 128, device=device)
+
+    def work() -> None:
+        ((images.mul(0.5) @ images.mT).mean() + nn.functional.conv2d(images, kernel).exp().mean()).backward()
+        (tokens @ tokens.mT).softmax(-1).sum()
+
+    return work
 
 
 def count_macs(model: UNet, channels: int) -> tuple[int | None, int | None, str | None]:
@@ -307,7 +325,8 @@ def run_cell(
         done = 0
         for name, sigma in missing:
             scores = []
-            for score in evaluate.scores(restore, sets.test[name], name, sigma, suite.protocol, job.lpips):
+            keep = keeper(folder, sets.test[name], name, sigma, suite.protocol.stamp)
+            for score in evaluate.scores(restore, sets.test[name], name, sigma, suite.protocol, job.lpips, keep):
                 if stopping():
                     raise Interrupted(f"stopped while scoring {folder.path.name}; the same command goes on there")
                 scores.append(score)
@@ -319,6 +338,20 @@ def run_cell(
             )  # fmt: skip
             path = folder.evaluation_path(name, sigma, suite.protocol.stamp)
             folder.write(str(path.relative_to(folder.path)), record)
+
+
+def keeper(
+    folder: RunFolder, photographs: list[Photograph], name: str, sigma: float, stamp: str
+) -> Callable[[Photograph, np.ndarray, np.ndarray], None]:
+    """What keeps a crop of the first PICTURES images of a set as pictures in the run's folder."""
+    numbers = {photo.name: number for number, photo in enumerate(photographs[:PICTURES])}
+
+    def keep(photo: Photograph, noisy: np.ndarray, restored: np.ndarray) -> None:
+        if photo.name in numbers:
+            path = folder.crop_path(name, sigma, stamp, numbers[photo.name])
+            write_atomic(path, evaluate.crop_strip(photo, name, noisy, restored))
+
+    return keep
 
 
 def _trained(

@@ -7,6 +7,7 @@
         weights.safetensors   the trained weights
         training.json         what the training cost; its presence says that the training is done
         eval/SET-sigma-PROTOCOL.json   scores of every image of one test set, one sigma, one protocol
+        crops/SET-sigma-PROTOCOL-NUMBER.png   pictures of the first images of the set: whole, noisy, restored, clean
 
 A file is written under another name, synced and renamed: a reader finds the old file or the new one, never a half.
 """
@@ -88,6 +89,8 @@ class Cost(Frozen):
     train_peak_bytes: int | None
     """Peak memory of one training step beyond what was held before it."""
     memory_note: str | None
+    calibration_seconds: float | None = None
+    """Time of a fixed piece of work on the same device in the same minute: seconds a step divided by it travel."""
 
 
 class Training(Frozen):
@@ -168,6 +171,10 @@ class RunFolder:
 
     def evaluation_path(self, data_set: str, sigma: float, stamp: str) -> Path:
         return self.path / "eval" / f"{re.sub(r'[^A-Za-z0-9.-]', '_', data_set)}-{sigma:g}-{stamp}.json"
+
+    def crop_path(self, data_set: str, sigma: float, stamp: str, number: int) -> Path:
+        """The picture of the set's image of that number (from 0)."""
+        return self.path / "crops" / f"{self.evaluation_path(data_set, sigma, stamp).stem}-{number}.png"
 
     def evaluation(self, data_set: str, data_sha256: str, sigma: float, stamp: str) -> Evaluation | None:
         """The stored evaluation of exactly these images under exactly this protocol, if there is one."""
