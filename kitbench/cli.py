@@ -172,6 +172,54 @@ def scale(methods: str, what: str, **options: Any) -> None:
         click.echo(f"wrote {chosen.out / f'scale.{kind}'}")
 
 
+PATHS = click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+PROTOCOL = click.option("--protocol", help="Only rows of this protocol (id, or id.vN).")
+
+
+@cli.command()
+@PATHS
+@click.option("--against", required=True, type=click.Path(path_type=Path), help="Reference file (JSON).")
+@click.option("--update", is_flag=True, help="Write the reference anew from these runs, and print what it changes.")
+@PROTOCOL
+@click.option("--time-tolerance", type=click.FloatRange(0), default=0.5, show_default=True,
+              help="How much slower a step may be, as a share, in units of the calibration run.")  # fmt: skip
+@click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML here.")
+@click.option("--summary", type=click.Path(path_type=Path), help="Write a Markdown summary here.")
+def check(
+    paths: tuple[Path, ...],
+    against: Path,
+    update: bool,
+    protocol: str | None,
+    time_tolerance: float,
+    junit: Path | None,
+    summary: Path | None,
+) -> None:
+    """Compare stored runs with a reference: PSNR, SSIM, FLOPs, parameters, memory, time. Exit code 1 on any failure."""
+    from kitbench.store import find, writable, write_atomic
+    from kitbench.verdict import check as checks
+
+    runs = find(paths)
+    if update:
+        new = checks.collect(runs, protocol)
+        writable(against.parent)
+        told = checks.changes(checks.read(against), new) if against.exists() else [f"new: {len(new.rows)} rows"]
+        click.echo("\n".join(told or ["nothing changes"]))
+        write_atomic(against, (new.model_dump_json(indent=1) + "\n").encode())
+        click.echo(f"wrote {against}")
+        return
+    lines = checks.compare(runs, checks.read(against), time_tolerance)
+    for path, data in ((junit, checks.junit(lines)), (summary, checks.summary(lines).encode())):
+        if path is not None:
+            writable(path.parent)
+            write_atomic(path, data)
+    failed = [line for line in lines if line.failed]
+    for line in failed:
+        click.secho(f"FAILED {line}", fg="red")
+    click.echo(f"{len(lines) - len(failed)} of {len(lines)} comparisons with {against} hold")
+    if failed:
+        raise SystemExit(1)
+
+
 @cli.command(name="list")
 @DATA
 def list_(data: Path | None) -> None:

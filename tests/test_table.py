@@ -12,51 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kitbench import suite
-from kitbench.cell import Cell
 from kitbench.errors import InputError, RunError
-from kitbench.store import Cost, Environment, Evaluation, Run, RunFolder, Score, Training, find, writable, write_atomic
+from kitbench.store import RunFolder, find, writable, write_atomic
 from kitbench.verdict.table import render, rows
-
-SUITE = suite.load("denoise", "smoke")
-ENVIRONMENT = Environment(
-    kitbench="0", commit=None, command=("kitbench",), started="2026-01-01T00:00:00+00:00", host="h", device="cpu",
-    driver=None, threads=1, python="3", versions={}, flags={},
-)  # fmt: skip
-
-
-def store(
-    out: Path, method: str, psnr: float, seed: int | None = 0, protocol: str = "awgn8", sha256: str = "aa", note: str | None = None,
-    settings: dict | None = None, lr: float = 1e-3, ssim: float = 0.5, sigma: float = 25,
-) -> RunFolder:  # fmt: skip
-    """Write a run whose numbers are given, as the run command would."""
-    chosen = SUITE.model_copy(update={"recipe": SUITE.recipe.model_copy(update={"lr": lr})})
-    cell = Cell(chosen, "colour", method, method, None, settings or {}, seed, "cpu", None if seed is None else "00")
-    folder = RunFolder(out / cell.folder)
-    trained = seed is not None
-    record = Run(
-        key=cell.key, comparison=cell.comparison, identity=cell.identity(), suite="denoise", preset="smoke", mode="colour",
-        method=method, attention=method, card="", settings=settings or {}, seed=seed, device="cpu", task=chosen.task,
-        backbone=chosen.backbone if trained else None, recipe=chosen.recipe if trained else None, train_sets={},
-        environment=ENVIRONMENT,
-    )  # fmt: skip
-    folder.write("run.json", record)
-    if trained:
-        cost = Cost(
-            parameters=1234, attention_parameters=234, resolution=256, macs=2_500_000_000, macs_counted=2_500_000_000,
-            macs_note=note, train_peak_bytes=3 * 2**20, memory_note=None,
-        )  # fmt: skip
-        folder.write(
-            "training.json", Training(steps=1, seconds=1, seconds_per_step=0.25, loss=1, weights_sha256="0", cost=cost)
-        )
-    stamped = suite.load("denoise", overrides=[f"protocol={protocol}"]).protocol
-    scores = tuple(Score(image=f"{i}", psnr=psnr + d, ssim=ssim, lpips=None, seconds=0) for i, d in enumerate((-1, 1)))
-    evaluation = Evaluation(
-        key=cell.key, data_set="Set_A", data_sha256=sha256, sigma=sigma, protocol=stamped, stamp=stamped.stamp,
-        lpips_note="n/a", scores=scores,
-    )  # fmt: skip
-    folder.write(f"eval/{folder.evaluation_path('Set_A', sigma, stamped.stamp).name}", evaluation)
-    return folder
+from tests.stored import store
 
 
 def test_rows_are_means_over_images_and_seeds(tmp_path: Path) -> None:
@@ -137,9 +96,9 @@ def test_runs_of_one_method_with_different_settings_are_told_apart(tmp_path: Pat
 
 def test_an_uncounted_cost_is_marked_with_its_reason(tmp_path: Path) -> None:
     folder = store(tmp_path, "mine", 30.0, note="nobody counted aten::mystery")
-    assert "2.50*" in render([folder], "markdown")
-    assert r"\* mine: nobody counted aten::mystery." in render([folder], "markdown")
-    assert r"* mine: nobody counted aten::mystery." in render([folder], "latex")
+    assert "2.50† " in render([folder], "markdown")
+    assert "† mine: nobody counted aten::mystery." in render([folder], "markdown")
+    assert r"$\dagger$ mine: nobody counted aten::mystery." in render([folder], "latex")
 
 
 def test_latex_is_escaped_and_balanced(tmp_path: Path) -> None:

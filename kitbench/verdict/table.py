@@ -2,7 +2,8 @@
 
 `rows` is the long form (a row per method, data set, sigma and protocol: the mean over seeds of the mean over images).
 The wide form prints methods down, data sets and sigmas across, a block per comparison: only runs that share everything
-but the attention stand in one block, best in bold, second underlined. Rows of two protocols are refused.
+but the attention stand in one block, best in bold, second underlined, a star where the difference to the best is
+within noise (compare.py, statistics.py). Rows of two protocols are refused. Published figures stand in a block apart.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from tabulate import tabulate
 
 from kitbench.errors import InputError
 from kitbench.store import Evaluation, Run, RunFolder, Training
+from kitbench.verdict import published
+from kitbench.verdict.compare import Compared, adjusted, compare
+from kitbench.verdict.statistics import mean_interval
 
 Format = Literal["markdown", "latex", "csv", "json", "terminal"]
 NOT_MEASURED = "n/a"
@@ -68,15 +72,16 @@ def entries(runs: Sequence[RunFolder], protocol: str | None) -> list[Entry]:
 def rows(runs: Sequence[RunFolder], protocol: str | None = None) -> pd.DataFrame:
     """The long form, sorted. PSNR in dB, memory in bytes, times in seconds, GMACs at `resolution` px."""
     found = entries(runs, protocol)
-    labels = _labels(found)
+    names = labels(found)
     groups: dict[tuple[Any, ...], list[Entry]] = {}
     for entry in found:
         key = (
-            entry.run.comparison, entry.run.mode, labels[entry.run.key, entry.run.method],
+            entry.run.comparison, entry.run.mode, names[entry.run.key, entry.run.method],
             entry.evaluation.data_set, entry.evaluation.sigma,
         )  # fmt: skip
         groups.setdefault(key, []).append(entry)
-    table = pd.DataFrame([_row(key, group) for key, group in groups.items()])
+    to_best = {(c.a, *where): c for where, c in _to_best(groups)}
+    table = pd.DataFrame([_row(key, group, to_best.get((key[2], key[0], *key[3:]))) for key, group in groups.items()])
     order = table["comparison"].map(_comparison_order(found))
     trained = table["seeds"] != "-"
     # References stand first, the weakest (the noisy input) on top; trained methods by name.
@@ -89,7 +94,23 @@ def rows(runs: Sequence[RunFolder], protocol: str | None = None) -> pd.DataFrame
     )
 
 
-def _row(key: tuple[Any, ...], group: list[Entry]) -> dict[str, Any]:
+def _to_best(groups: dict[tuple[Any, ...], list[Entry]]) -> list[tuple[tuple[Any, ...], Compared]]:
+    """Every trained method against the best of its column, by (comparison, data set, sigma), Holm over the table."""
+    columns: dict[tuple[Any, ...], dict[str, list[Entry]]] = {}
+    for (comparison, _, method, data_set, sigma), group in groups.items():
+        if comparison:
+            columns.setdefault((comparison, data_set, sigma), {})[method] = group
+    found = []
+    for where, methods in sorted(columns.items()):
+        means = {method: math.fsum(map(mean_psnr, group)) / len(group) for method, group in sorted(methods.items())}
+        best = max(means, key=means.__getitem__)
+        for method in means:
+            if method != best and (pair := compare(method, best, methods[method], methods[best])) is not None:
+                found.append((where, pair))
+    return list(zip([where for where, _ in found], adjusted([pair for _, pair in found]), strict=True))
+
+
+def _row(key: tuple[Any, ...], group: list[Entry], to_best: Compared | None) -> dict[str, Any]:
     comparison, mode, method, data_set, sigma = key
     group = sorted(group, key=lambda entry: entry.run.seed or 0)
     first = group[0]
@@ -106,8 +127,10 @@ def _row(key: tuple[Any, ...], group: list[Entry]) -> dict[str, Any]:
         "method": method,
         "data_set": data_set,
         "sigma": sigma,
-        "psnr_db": _mean([_psnr(entry) for entry in group]),
-        "ssim": _mean([_mean([score.ssim for score in entry.evaluation.scores]) for entry in group]),
+        "psnr_db": _mean([mean_psnr(entry) for entry in group]),
+        "psnr_pm_seeds": _half([mean_psnr(entry) for entry in group]),
+        "ssim": _mean([mean_ssim(entry) for entry in group]),
+        "ssim_pm_seeds": _half([mean_ssim(entry) for entry in group]),
         "lpips": _mean(lpips),
         "images": len(first.evaluation.scores),
         "seeds": ",".join(str(entry.run.seed) for entry in group) if cost else "-",
@@ -118,15 +141,33 @@ def _row(key: tuple[Any, ...], group: list[Entry]) -> dict[str, Any]:
         "train_peak_bytes": _mean(peaks),
         "seconds_per_step": _mean([entry.training.seconds_per_step for entry in group if entry.training]),
         "protocol": first.evaluation.stamp,
+        "best": to_best.b if to_best else None,
+        "to_best_db": to_best.found.mean if to_best else None,
+        "to_best_low": to_best.found.interval.low if to_best and to_best.found.interval else None,
+        "to_best_high": to_best.found.interval.high if to_best and to_best.found.interval else None,
+        "p_holm": to_best.p_holm if to_best else None,
+        "within_noise": not to_best.decided if to_best and to_best.p_holm is not None else None,
+        "detectable_db": to_best.found.detectable if to_best else None,
+        "statistics_note": to_best.found.note if to_best else None,
         "runs": ",".join(entry.run.key[:10] for entry in group),
     }
 
 
-def _psnr(entry: Entry) -> float:
+def mean_psnr(entry: Entry) -> float:
     """Mean over images; infinite where an image was restored exactly."""
     return math.fsum(math.inf if s.psnr is None else s.psnr for s in entry.evaluation.scores) / len(
         entry.evaluation.scores
     )
+
+
+def mean_ssim(entry: Entry) -> float:
+    return math.fsum(score.ssim for score in entry.evaluation.scores) / len(entry.evaluation.scores)
+
+
+def _half(values: Sequence[float]) -> float | None:
+    """Half the 95 % interval over seeds; None for one seed."""
+    found = mean_interval(values)
+    return None if found is None else (found.high - found.low) / 2
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -135,7 +176,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return math.fsum(known) / len(known) if known and len(known) == len(values) else None
 
 
-def _labels(found: Sequence[Entry]) -> dict[tuple[str, str], str]:
+def labels(found: Sequence[Entry]) -> dict[tuple[str, str], str]:
     """What each run is called: its method, with the settings behind it where two runs differ by these only."""
     by_name: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for entry in found:
@@ -145,15 +186,15 @@ def _labels(found: Sequence[Entry]) -> dict[tuple[str, str], str]:
             "attention": run.attention[:8],
             **run.settings,
         }
-    labels = {}
+    named = {}
     for entry in found:
         run = entry.run
         variants = by_name[run.comparison, run.method]
         own = {"attention": run.attention[:8], **run.settings}
         differing = [key for key in own if len({str(variant.get(key)) for variant in variants.values()}) > 1]
         behind = ", ".join(f"{key} {own[key]}" for key in differing)
-        labels[run.key, run.method] = f"{run.method} ({behind})" if behind else run.method
-    return labels
+        named[run.key, run.method] = f"{run.method} ({behind})" if behind else run.method
+    return named
 
 
 def _comparison_order(found: Sequence[Entry]) -> dict[str, str]:
@@ -184,7 +225,18 @@ def render(runs: Sequence[RunFolder], form: Format, protocol: str | None = None)
         for comparison in comparisons:
             block = here[here["comparison"].isin([comparison, ""])]
             blocks.append(_block(block, described[comparison], form))
+    figures = published.lines(set(zip(table["data_set"], table["sigma"], strict=True)))
+    if figures:
+        blocks.append(_published(figures, form))
     return "\n".join(blocks)
+
+
+def _published(figures: list[list[str]], form: Format) -> str:
+    styles = _STYLES[form]
+    lines = [[styles.escape(cell) for cell in line] for line in figures]
+    if form == "latex":
+        return _latex(published.HEADING, published.HEADER, lines, [published.CAUTION], aligned="llllrl")
+    return f"{styles.bold(published.HEADING)}\n\n{_grid(published.HEADER, lines, form)}\n\n{published.CAUTION}\n"
 
 
 def _block(block: pd.DataFrame, run: Run, form: Format) -> str:
@@ -202,7 +254,7 @@ def _block(block: pd.DataFrame, run: Run, form: Format) -> str:
     at = f" at {resolution.iloc[0]:.0f} px" if len(resolution) else ""
     header = ["Method", *(f"{name} σ{sigma:g}: {' / '.join(names)}" for name, sigma in columns)]
     header += ["Parameters", f"GMACs{at}", "Peak memory of a step (MiB)", "s a step", "Seeds", "Protocol"]
-    lines, notes = [], {}
+    lines, notes = [], _notes(block)
     for method, own in block.groupby("method", sort=False):
         cells = []
         for column in columns:
@@ -212,13 +264,23 @@ def _block(block: pd.DataFrame, run: Run, form: Format) -> str:
                 value = match[metric].iloc[0] if len(match) else None
                 text = _number(value, digits)
                 best, second = ranks[column, metric]
-                parts.append(styles.bold(text) if text == best else styles.underline(text) if text == second else text)
+                part = styles.bold(text) if text == best else styles.underline(text) if text == second else text
+                spread = (
+                    match[metric.removesuffix("_db") + "_pm_seeds"].iloc[0]
+                    if len(match) and metric != "lpips"
+                    else None
+                )
+                if spread is not None and pd.notna(spread):
+                    part += f" {styles.plus_minus} {spread:.{digits}f}"
+                if metric == "psnr_db" and len(match) and match["within_noise"].iloc[0] == 1:
+                    part += styles.star
+                parts.append(part)
             cells.append(" / ".join(parts))
         first = own.iloc[0]
         mark = ""
         if isinstance(first["gmacs_note"], str):
-            mark = "*"
-            notes[str(method)] = first["gmacs_note"]
+            mark = styles.dagger
+            notes.append(f"† {method}: {first['gmacs_note']}.")
         cells += [
             _number(first["parameters"], 0),
             _number(first["gmacs"], 2) + mark,
@@ -228,14 +290,37 @@ def _block(block: pd.DataFrame, run: Run, form: Format) -> str:
             str(first["protocol"]),
         ]
         lines.append([styles.escape(str(method)), *cells])
+    runs = {
+        method: dict.fromkeys(",".join(own["runs"]).split(",")) for method, own in block.groupby("method", sort=False)
+    }
+    notes.append("Runs: " + "; ".join(f"{method!s} {', '.join(keys)}" for method, keys in runs.items()) + ".")
     caption = _caption(run)
     if form == "latex":
-        return _latex(caption, header, lines, notes)
-    text = f"{styles.bold(caption)}\n\n" + _grid(header, lines, form) + "\n"
-    return text + "".join(
-        f"\n\\* {method}: {note}.\n" if form == "markdown" else f"* {method}: {note}.\n"
-        for method, note in notes.items()
-    )
+        return _latex(caption, header, lines, notes, "l" + "r" * (len(header) - 1))
+    below = "".join(f"\n{styles.escape(note)}\n" if form == "markdown" else f"{note}\n" for note in notes)
+    return f"{styles.bold(caption)}\n\n{_grid(header, lines, form)}\n{below}"
+
+
+def _notes(block: pd.DataFrame) -> list[str]:
+    """What the signs in a block mean, and what its seeds and images could have shown."""
+    compared = block[block["best"].notna()]
+    if compared.empty:
+        return []
+    notes = []
+    if block["psnr_pm_seeds"].notna().any():
+        notes.append("± half the 95 % interval over seeds (Student), for exactly these images.")
+    if compared["p_holm"].notna().any():
+        sentence = (
+            "* within noise: not told from the best of its column (paired over seeds and images; permutation test and "
+            "interval at 5 %, Holm over the table)."
+        )
+        smallest = compared.dropna(subset=["detectable_db"])
+        if len(smallest):
+            low, high = smallest["detectable_db"].min(), smallest["detectable_db"].max()
+            sentence += f" So many seeds and images show differences from {low:.2f} to {high:.2f} dB on (4 times of 5)."
+        notes.append(sentence)
+    reasons = dict.fromkeys(compared["statistics_note"].dropna())
+    return notes + [f"{reason[0].upper()}{reason[1:]}: no difference here is decided." for reason in reasons]
 
 
 def _caption(run: Run) -> str:
@@ -268,6 +353,9 @@ class Styles:
     bold: Callable[[str], str]
     underline: Callable[[str], str]
     escape: Callable[[str], str]
+    plus_minus: str
+    star: str
+    dagger: str
 
 
 _TEX = {
@@ -275,6 +363,8 @@ _TEX = {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "σ": r"$\sigma$=",
+    "±": r"$\pm$",
+    "†": r"$\dagger$",
 } | {letter: rf"\{letter}" for letter in "_%&#${}"}
 
 
@@ -282,10 +372,14 @@ def _tex(text: str) -> str:
     return "".join(_TEX.get(letter, letter) for letter in text)
 
 
+def _markdown(text: str) -> str:
+    return text.replace("|", "\\|").replace("*", "\\*")
+
+
 _STYLES = {
-    "markdown": Styles(lambda t: f"**{t}**", lambda t: f"<u>{t}</u>", lambda t: t.replace("|", "\\|")),
-    "latex": Styles(lambda t: f"\\textbf{{{t}}}", lambda t: f"\\underline{{{t}}}", _tex),
-    "terminal": Styles(lambda t: f"\033[1m{t}\033[0m", lambda t: f"\033[4m{t}\033[0m", lambda t: t),
+    "markdown": Styles(lambda t: f"**{t}**", lambda t: f"<u>{t}</u>", _markdown, "±", r"\*", "†"),
+    "latex": Styles(lambda t: f"\\textbf{{{t}}}", lambda t: f"\\underline{{{t}}}", _tex, r"$\pm$", "*", r"$\dagger$"),
+    "terminal": Styles(lambda t: f"\033[1m{t}\033[0m", lambda t: f"\033[4m{t}\033[0m", lambda t: t, "±", "*", "†"),
 }
 
 
@@ -303,17 +397,17 @@ def _grid(header: list[str], lines: list[list[str]], form: Format) -> str:
     )
 
 
-def _latex(caption: str, header: list[str], lines: list[list[str]], notes: dict[str, str]) -> str:
+def _latex(caption: str, header: list[str], lines: list[list[str]], notes: list[str], aligned: str) -> str:
     """A booktabs table; needs \\usepackage{booktabs} and \\usepackage{graphicx}."""
     body = [" & ".join(line[:1] + [cell.replace("%", r"\%") for cell in line[1:]]) + r" \\" for line in lines]
-    below = [rf"\\ {{\footnotesize * {_tex(method)}: {_tex(note)}.}}" for method, note in notes.items()]
+    below = [rf"\par {{\footnotesize {_tex(note)}}}" for note in notes]
     return "\n".join(
         [
             r"\begin{table}",
             r"\centering",
             rf"\caption{{{_tex(caption)}}}",
             r"\resizebox{\linewidth}{!}{%",
-            rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
+            rf"\begin{{tabular}}{{{aligned}}}",
             r"\toprule",
             " & ".join(map(_tex, header)) + r" \\",
             r"\midrule",

@@ -1,0 +1,75 @@
+"""Figures that others published of their models (kitbench/published/*.toml): the block "published, not run here"."""
+
+from __future__ import annotations
+
+import tomllib
+from functools import cache
+from importlib import resources
+from typing import Literal
+
+from kitbench.suite import Frozen, parse
+
+HEADING = "Published, not run here"
+CAUTION = (
+    "Other training data, recipes and protocols: read beside the rows above, these figures rank nothing; each is as "
+    "printed where it was read."
+)
+
+
+class Figure(Frozen):
+    """One printed score. PSNR in dB; `metric` tells of which channels."""
+
+    data_set: str
+    sigma: float | None = None
+    psnr_db: float
+    metric: Literal["PSNR RGB", "PSNR Y", "PSNR gray"]
+
+
+class Published(Frozen):
+    """One model on one task, as read in one place."""
+
+    method: str
+    task: Literal["denoise", "deblur", "derain"]
+    paper: str
+    source: str
+    """Where the figures were read."""
+    figures: tuple[Figure, ...]
+
+
+@cache
+def published() -> tuple[Published, ...]:
+    """All of them, by file name."""
+    files = sorted(resources.files("kitbench.published").iterdir(), key=lambda file: file.name)
+    return tuple(
+        parse(Published, tomllib.loads(file.read_text("utf-8")), f"published figures {file.name}")
+        for file in files
+        if file.name.endswith(".toml")
+    )
+
+
+def lines(columns: set[tuple[str, float]] | None = None) -> list[list[str]]:
+    """Rows (method, task, data set, metric, dB, read in) of the figures at these (data set, sigma); of all without.
+
+    A model without a readable figure is a row of its own, wherever the block is shown.
+    """
+    found = []
+    for model in published():
+        for figure in model.figures:
+            if columns is None or (figure.data_set, figure.sigma) in columns:
+                at = "" if figure.sigma is None else f" σ{figure.sigma:g}"
+                found.append(
+                    [
+                        model.method,
+                        model.task,
+                        figure.data_set + at,
+                        figure.metric,
+                        f"{figure.psnr_db:.2f}",
+                        model.source,
+                    ]
+                )
+    if found:
+        found += [[m.method, m.task, "", "", "n/a", m.source] for m in published() if not m.figures]
+    return found
+
+
+HEADER = ["Method", "Task", "Data set", "Metric", "dB", "Read in"]

@@ -1,0 +1,57 @@
+"""Stored runs whose numbers are given, written as the run command writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kitbench import suite
+from kitbench.cell import Cell
+from kitbench.store import Cost, Environment, Evaluation, Run, RunFolder, Score, Training
+
+SUITE = suite.load("denoise", "smoke")
+ENVIRONMENT = Environment(
+    kitbench="0", commit=None, command=("kitbench", "run"), started="2026-01-01T00:00:00+00:00", host="h", device="cpu",
+    driver=None, threads=1, python="3", versions={"torch": "2"}, flags={},
+)  # fmt: skip
+
+
+def store(
+    out: Path, method: str, psnr: float | Sequence[float] | np.ndarray, seed: int | None = 0, protocol: str = "awgn8",
+    sha256: str = "aa", note: str | None = None, settings: dict | None = None, lr: float = 1e-3, ssim: float = 0.5,
+    sigma: float = 25, data_set: str = "Set_A", macs: int = 2_500_000_000, peak: int = 3 * 2**20,
+    seconds_per_step: float = 0.25, calibration: float | None = 0.1, steps: int | None = None,
+) -> RunFolder:  # fmt: skip
+    """Write a run, or another evaluation of it. psnr: the mean of two images, or the value of every image, dB."""
+    recipe = SUITE.recipe.model_copy(update={"lr": lr} | ({} if steps is None else {"steps": steps}))
+    chosen = SUITE.model_copy(update={"recipe": recipe})
+    cell = Cell(chosen, "colour", method, method, None, settings or {}, seed, "cpu", None if seed is None else "00")
+    folder = RunFolder(out / cell.folder)
+    trained = seed is not None
+    record = Run(
+        key=cell.key, comparison=cell.comparison, identity=cell.identity(), suite="denoise", preset="smoke", mode="colour",
+        method=method, attention=method, card="", settings=settings or {}, seed=seed, device="cpu", task=chosen.task,
+        backbone=chosen.backbone if trained else None, recipe=chosen.recipe if trained else None, train_sets={},
+        environment=ENVIRONMENT,
+    )  # fmt: skip
+    folder.write("run.json", record)
+    if trained:
+        cost = Cost(
+            parameters=1234, attention_parameters=234, resolution=256, macs=macs, macs_counted=macs, macs_note=note,
+            train_peak_bytes=peak, memory_note=None, calibration_seconds=calibration,
+        )  # fmt: skip
+        training = Training(
+            steps=1, seconds=1, seconds_per_step=seconds_per_step, loss=1, weights_sha256="0", cost=cost
+        )
+        folder.write("training.json", training)
+    stamped = suite.load("denoise", overrides=[f"protocol={protocol}"]).protocol
+    values = [psnr - 1, psnr + 1] if isinstance(psnr, float) else list(psnr)
+    scores = tuple(Score(image=f"{i}", psnr=float(p), ssim=ssim, lpips=None, seconds=0) for i, p in enumerate(values))
+    evaluation = Evaluation(
+        key=cell.key, data_set=data_set, data_sha256=sha256, sigma=sigma, protocol=stamped, stamp=stamped.stamp,
+        lpips_note="n/a", scores=scores,
+    )  # fmt: skip
+    folder.write(f"eval/{folder.evaluation_path(data_set, sigma, stamped.stamp).name}", evaluation)
+    return folder

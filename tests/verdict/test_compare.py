@@ -1,0 +1,131 @@
+"""Paired comparisons between stored runs, and how tables tell them; published figures; LaTeX that compiles."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kitbench.store import find
+from kitbench.verdict import published
+from kitbench.verdict.compare import paired, pooled
+from kitbench.verdict.table import entries, render, rows
+from tests.stored import store
+
+
+def photographs(seed: int, method: int, gain: float) -> np.ndarray:
+    """24 images that differ by decibels, what the seed does to all methods, and a little noise."""
+    images = 30 + np.linspace(-4, 4, 24)
+    random = np.random.default_rng((seed, method))
+    return images + 0.1 * np.sin(seed) + gain + 0.02 * random.standard_normal(24)
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Path:
+    for seed in range(4):
+        for number, (method, gain) in enumerate({"kit": 0.2, "window": 0.2, "conv": 0.0}.items()):
+            store(tmp_path, method, photographs(seed, number, gain), seed, data_set="CBSD68", sigma=50)
+    store(tmp_path, "noisy", photographs(0, 9, -10), None, data_set="CBSD68", sigma=50)
+    return tmp_path
+
+
+def test_differences_are_paired_by_seed_and_image(tmp_path: Path) -> None:
+    for method, gain in (("kit", 0.5), ("conv", 0.0)):
+        for seed in (0, 1, 2) if method == "kit" else (1, 2, 3):
+            store(tmp_path, method, [30.0 + seed + gain, 20.0 + gain], seed)
+    found = entries(find([tmp_path]), None)
+    a, b = ([e for e in found if e.run.method == m] for m in ("kit", "conv"))
+    d, seeds, images = paired(a, b)
+    np.testing.assert_allclose(d, np.full((2, 2), 0.5), atol=1e-12)
+    assert (seeds, images) == ([1, 2], ["0", "1"])
+    assert paired(a, []) is None
+
+
+def test_the_sigmas_of_one_image_count_as_one_image(tmp_path: Path) -> None:
+    for sigma, gain in ((15, 0.1), (25, 0.3)):
+        store(tmp_path, "kit", [30.0 + gain, 28.0 + gain], sigma=sigma)
+        store(tmp_path, "conv", [30.0, 28.0], sigma=sigma)
+    found = entries(find([tmp_path]), None)
+    columns = [
+        {("Set_A", s): [e for e in found if (e.run.method, e.evaluation.sigma) == (m, s)] for s in (15, 25)}
+        for m in ("kit", "conv")
+    ]
+    np.testing.assert_allclose(pooled(*columns), [[0.2, 0.2]], atol=1e-12)
+
+
+def test_rows_tell_noise_from_a_difference(three: Path) -> None:
+    table = rows(find([three])).set_index("method")
+    assert table.loc["conv", "within_noise"] == False  # noqa: E712
+    other = next(name for name in ("kit", "window") if table.loc[name, "best"])
+    assert table.loc[other, "within_noise"] == True  # noqa: E712
+    assert table.loc["conv", "to_best_low"] < -0.2 < table.loc["conv", "to_best_high"]
+    assert 0 < table.loc["conv", "detectable_db"] < 0.1
+    half = 3.182 * np.std([photographs(s, 2, 0).mean() for s in range(4)], ddof=1) / 2  # t of 3 degrees of freedom
+    assert table.loc["conv", "psnr_pm_seeds"] == pytest.approx(half, rel=1e-3)
+
+
+def test_the_star_stands_where_the_difference_to_the_best_is_noise(three: Path) -> None:
+    text = render(find([three]), "markdown")
+    lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
+    assert sum(r"\*" in lines[name] for name in ("kit", "window")) == 1
+    assert r"\*" not in lines["conv"]
+    assert "±" in lines["conv"]
+    assert "±" not in lines["noisy"]
+    assert r"\* within noise" in text
+
+
+def test_one_seed_says_no_interval(tmp_path: Path) -> None:
+    store(tmp_path, "kit", 30.0)
+    store(tmp_path, "conv", 31.0)
+    text = render(find([tmp_path]), "terminal")
+    assert "One seed: no interval" in text
+    assert "±" not in text
+    assert rows(find([tmp_path]))["within_noise"].isna().all()
+
+
+def test_every_table_names_the_runs_of_every_row(three: Path) -> None:
+    runs = find([three])
+    for form in ("markdown", "latex", "terminal", "csv", "json"):
+        text = render(runs, form)
+        assert all(run.run.key[:10] in text for run in runs)
+
+
+def test_published_figures_stand_apart_with_their_source(three: Path, tmp_path: Path) -> None:
+    text = render(find([three]), "markdown")
+    block = text[text.index("Published, not run here") :]
+    assert "28.56" in block
+    assert "open-mmlab/mmagic" in block
+    assert "not available to the authors of this suite" in block
+    assert "Kodak24" not in block  # only what stands beside a column of the table
+    store(tmp_path / "other", "kit", 30.0)
+    assert "Published" not in render(find([tmp_path / "other"]), "markdown")
+
+
+def test_every_published_figure_has_a_source_and_a_plausible_value() -> None:
+    assert {model.task for model in published.published()} == {"denoise", "deblur", "derain"}
+    for model in published.published():
+        assert model.source
+        assert all(20 < figure.psnr_db < 45 for figure in model.figures)
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex here: install texlive-latex-recommended")
+def test_the_latex_compiles(three: Path, tmp_path: Path) -> None:
+    store(
+        three,
+        "my_method^~",
+        photographs(0, 5, 0.1),
+        0,
+        note="50 % of a\\b & c #1 {x} are $n/a",
+        data_set="CBSD68",
+        sigma=50,
+    )
+    body = render(find([three]), "latex")
+    document = "\\documentclass{article}\n\\usepackage{booktabs}\n\\usepackage{graphicx}\n\\begin{document}\n"
+    (tmp_path / "t.tex").write_text(document + body + "\\end{document}\n")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert (tmp_path / "t.pdf").stat().st_size > 10_000
