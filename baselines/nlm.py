@@ -17,6 +17,7 @@ from skimage.restoration import denoise_nl_means
 def restore(image: np.ndarray, sigma: float) -> np.ndarray:
     """Denoise float32 [H, W, C], nominal range 0..1, whose noise has standard deviation sigma / 255."""
     level = sigma / 255
-    return denoise_nl_means(
+    restored = denoise_nl_means(
         image, patch_size=5, patch_distance=6, h=0.8 * level, sigma=level, fast_mode=True, channel_axis=-1
-    ).astype(np.float32)
+    )
+    return restored.reshape(image.shape).astype(np.float32)  # scikit-image drops the axis of a single channel

@@ -185,3 +185,18 @@ def check(method: Loaded, levels: Mapping[int, tuple[int, int, int]], settings: 
                 raise
             except Exception as error:  # a method is a stranger's code: its fault is told, not traced
                 raise InputError(f"{where} failed: {type(error).__name__}: {error}.") from error
+
+
+def check_restore(method: Loaded, channels: int) -> None:
+    """Run a training-free method on a small image. Raises InputError where it fails or returns another shape."""
+    assert method.restore is not None
+    image = np.random.default_rng(0).random((32, 33, channels), dtype=np.float32)
+    try:
+        restored = method.restore(image, 25.0)
+    except Exception as error:  # a method is a stranger's code: its fault is told, not traced
+        raise InputError(f"Method {method.name!r} failed on {image.shape}: {type(error).__name__}: {error}.") from error
+    if getattr(restored, "shape", None) != image.shape or not np.isfinite(restored).all():
+        found = getattr(restored, "shape", type(restored).__name__)
+        raise InputError(
+            f"Method {method.name!r}: restore returned {found}, expected finite values of shape {image.shape}."
+        )

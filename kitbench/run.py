@@ -40,6 +40,7 @@ from kitbench.train import loss_of, train
 
 RESOLUTION = 256
 """Side in pixels of the image that GMACs are stated for."""
+CHANNELS: dict[Mode, int] = {"colour": 3, "gray": 1}
 PICTURES = 4
 """Images of each test set of which crops are kept."""
 
@@ -96,6 +97,9 @@ class Job:
         self.absent: dict[str, str] = {}
         source = suite.data.folder if options.data is not None else suite.data.embedded
         self.sets: dict[Mode, Sets] = {mode: self._read(mode, getattr(source, mode)) for mode in source.modes}
+        for loaded in self.references.values():
+            for mode in self.sets:
+                methods.check_restore(loaded, CHANNELS[mode])
         levels = attention_levels(suite.backbone, suite.recipe.crop)
         for name, loaded in self.methods.items():
             methods.check(loaded, levels, self.settings[name])
@@ -149,9 +153,8 @@ class Job:
 
     def build(self, cell: Cell) -> UNet:
         """The shared backbone with the cell's attention in it, initialised from the cell's seed."""
-        channels = 3 if cell.mode == "colour" else 1
         seed = derive(cell.seed, "model")
-        return UNet(channels, self.suite.backbone, self.methods[cell.method], cell.settings, seed)
+        return UNet(CHANNELS[cell.mode], self.suite.backbone, self.methods[cell.method], cell.settings, seed)
 
     def units(self, cell: Cell) -> list[tuple[str, float]]:
         """The evaluations of a cell: every test set at every sigma."""
@@ -169,7 +172,7 @@ class Job:
 
     def probe(self, cell: Cell) -> Probe:
         """Cost of a method: counted on fake tensors; memory and time from a few steps on the device."""
-        recipe, channels = self.suite.recipe, 3 if cell.mode == "colour" else 1
+        recipe, channels = self.suite.recipe, CHANNELS[cell.mode]
         model = self.build(cell)
         closed, counted, note = count_macs(model.eval(), channels)
         model.to(self.device).train()
@@ -284,8 +287,8 @@ def run(suite: Suite, options: Options, console: Console) -> tuple[list[RunFolde
                     run_cell(job, cell, folders[cell], probes.get(cell.method), title, console, stopping)
             except Interrupted:
                 raise
-            except (RunError, RuntimeError, OSError) as error:
-                # One method's failure (out of memory, a full disk, its own code) must not take the others with it.
+            except (InputError, RunError, RuntimeError, OSError) as error:
+                # One run's failure (out of memory, a full disk, a damaged record) must not take the others with it.
                 failed.append(failure(cell.folder, error))
                 console.print(f"[red]failed[/red] {failed[-1]}", highlight=False)
     complete = [folders[cell] for cell in job.cells if not job.missing(cell, folders[cell])]

@@ -127,6 +127,19 @@ def test_an_unknown_or_wrong_setting_is_refused(tmp_path) -> None:
         methods.load(str(tmp_path / "none.py"))
 
 
+@pytest.mark.parametrize("name", QUICK.references)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_training_free_methods_keep_the_shape_of_gray_and_of_colour(name: str, channels: int) -> None:
+    methods.check_restore(methods.load(name), channels)
+
+
+def test_a_training_free_method_that_changes_the_shape_is_refused(tmp_path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("def restore(image, sigma):\n    return image[..., 0]\n")
+    with pytest.raises(InputError, match=r"returned \(32, 33\), expected"):
+        methods.check_restore(methods.load(str(path), "mine"), 1)
+
+
 def test_every_shipped_method_opens_with_a_card() -> None:
     for name, (_, text) in methods.cards().items():
         assert "Operator:" in text, name
