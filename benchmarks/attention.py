@@ -46,7 +46,7 @@ from kitbench.cost import memory, timing
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
-ROUNDS = {64: 15, 128: 11, 256: 7, 512: 7, 1024: 3}
+ROUNDS = {64: 9, 128: 7, 256: 5, 512: 5, 1024: 3}
 CASES = [(dim, k, pixels) for dim in (32, 64) for k in (4, 8) for pixels in ROUNDS]
 REFERENCE_UP_TO = 512
 GLOBAL_UP_TO = 128
