@@ -84,7 +84,7 @@ def _dress(axes: Any, title: str, unit: str, sizes: list[int]) -> None:
     axes.grid(visible=True, color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
     low, high = axes.get_ylim()
-    left, right = axes.get_xlim()
+    left, right = sizes[0] ** 2 / 1.6, sizes[-1] ** 2 * 1.6  # the same in every panel
     for slope in (1, 2):  # from the lower left corner of the panel
         axes.plot(
             [left, right], [low, low * (right / left) ** slope], color="0.6", linewidth=0.8, linestyle=(0, (1, 2))

@@ -163,14 +163,19 @@ def _growth(sweep: Sweep, what: What) -> list[str]:
     told = []
     for name, quantity in QUANTITIES.items():
         fits = {method: exponent(sweep.curve(method, what), quantity) for method, w in curves(sweep) if w == what}
-        steep = [f"{method} ({fit.value:.2f})" for method, fit in fits.items() if fit and fit.value > LINEAR]
-        flat = [method for method, fit in fits.items() if fit and fit.value <= LINEAR]
+        steep = [f"{method} ({fit.value:.2f})" for method, fit in fits.items() if fit and _steep(fit)]
+        flat = [method for method, fit in fits.items() if fit and not _steep(fit)]
         if steep and flat:
             slow = f"not: {_list(flat)}"
             told.append(f"{WORDS[what]}: faster growth of {name} than linear in pixels: {_list(steep)}; {slow}.")
         elif flat or steep:
             told.append(f"{WORDS[what]}: faster growth of {name} than linear in pixels: {'none' if flat else 'all'}.")
     return told
+
+
+def _steep(fit: Exponent) -> bool:
+    """Whether the whole interval lies above what is called linear."""
+    return fit.value - (fit.half_width or 0) > LINEAR
 
 
 def _kernel_or_method(sweep: Sweep, what: What) -> list[str]:
