@@ -383,6 +383,10 @@ def _trained(
                 model, batches, suite.recipe, job.device, folder, job.options.workers,
                 lambda done, loss, psnr: update(done, f"loss {loss:.4f}  {psnr:.2f} dB"), stopping,
             )  # fmt: skip
+        image = next(iter(job.sets[cell.mode].test.values()))[0].pixels
+        notes = reports(model.eval(), image, job.device, suite.protocol.tile)
+        for name, note in notes.items():
+            console.print(f"{title}  {name}: {', '.join(f'{k} {v}' for k, v in note.items())}", highlight=False)
         state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         replace_with(folder.weights, lambda aside: safetensors.torch.save_file(state, aside))
         training = Training(
@@ -392,11 +396,39 @@ def _trained(
             loss=loss,
             weights_sha256=state_sha256(state),
             cost=probe.cost,
+            notes=notes,
         )
         folder.write("training.json", training)
         folder.checkpoint.unlink(missing_ok=True)
     model.to(job.device).eval()
     return evaluate.network(model, job.device, suite.protocol, suite.recipe.precision)
+
+
+def reports(model: UNet, image: np.ndarray, device: torch.device, tile: int) -> dict[str, dict[str, Any]]:
+    """What each attention that has a method `report(x)` says of itself on a clean image: k-NN retrieval, its recall.
+
+    The image is the first of the first test set, or its first tile; x are the tokens that the attention gets there.
+    """
+    found: dict[str, dict[str, Any]] = {}
+
+    def listen(name: str, attention: nn.Module) -> None:
+        def before(module: nn.Module, arguments: tuple[torch.Tensor]) -> None:
+            found[name] = {k: round(v, 4) if isinstance(v, float) else v for k, v in module.report(*arguments).items()}  # type: ignore[operator]
+
+        handles.append(attention.register_forward_pre_hook(before))
+
+    handles: list[torch.utils.hooks.RemovableHandle] = []
+    for name, attention in model.attentions():
+        if hasattr(attention, "report"):
+            listen(name, attention)
+    side = tile or max(image.shape[:2])
+    x = torch.from_numpy(image[:side, :side].transpose(2, 0, 1).astype(np.float32) / 255)[None].to(device)
+    if handles:
+        with torch.inference_mode():
+            model(x)
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 def state_sha256(state: dict[str, torch.Tensor]) -> str:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -60,11 +61,20 @@ def test_the_main_job_runs_from_end_to_end(finished: Path) -> None:
         record = json.loads((run / "run.json").read_text())
         assert run.name.endswith(record["key"][:10])
         assert record["environment"]["versions"]["torch"] == torch.__version__
-        files = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()} - {".lock"}
-        expected = {"run.json", "eval/skimage-test-25-awgn8.v1+" + name}
-        trained = {"log.csv", "training.json", "weights.safetensors"} if "noisy" not in name else set()
-        assert len(files) == len(expected | trained)
-        assert {"run.json"} | trained <= files
+        files = sorted(p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file() and p.name != ".lock")
+        scored = [f"crops/skimage-test-25-awgn8.v1+*-{i}.png" for i in (0, 1)] + ["eval/skimage-test-25-awgn8.v1+*.json"]
+        trained = ["log.csv", "training.json", "weights.safetensors"] if "noisy" not in name else []
+        expected = sorted([*scored, "run.json", *trained])
+        assert len(files) == len(expected)
+        assert all(fnmatch(file, pattern) for file, pattern in zip(files, expected, strict=True))
+
+
+def test_the_recall_of_the_hashing_is_kept_with_the_run(finished: Path) -> None:
+    record = json.loads((runs(finished / "results")["denoise-colour-kit-s0"] / "training.json").read_text())
+    notes = record["notes"]
+    assert list(notes) == ["bottom.0.attention"]
+    assert notes["bottom.0.attention"]["retrieval"] == "lsh"
+    assert notes["bottom.0.attention"]["chance"] < notes["bottom.0.attention"]["recall"] <= 1
 
 
 def test_a_finished_cell_is_not_run_again(finished: Path, tmp_path: Path) -> None:

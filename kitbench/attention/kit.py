@@ -138,6 +138,10 @@ class Attention(nn.Module):
         rotations = torch.randn_like(self.rotations) if self.training else self.rotations
         return retrieval.lsh(descriptors, k, rotations, self.chunk, adjacent=self.retrieval == "lsh")
 
+    def report(self, x: Tensor) -> dict[str, object]:
+        """What a run's record keeps of the retrieval: see `retrieval_report`."""
+        return retrieval_report(self, x)
+
     def macs(self, height: int, width: int) -> int:
         """Multiply-adds of one forward pass of one image: projections, attention, retrieval."""
         rows, columns = layout.grid(height, width, self.patch)
