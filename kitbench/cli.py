@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +106,8 @@ def run(
         click.echo(render(complete, "terminal", resolved.protocol.stamp), color=console.is_terminal or None)
         for folder in complete:
             click.echo(f"wrote {folder.path}")
-        click.echo(f"The table again, from the stored runs: python -m kitbench table {out} --format markdown")
+        again = shlex.join(["python", "-m", "kitbench", "table", str(out), "--protocol", resolved.protocol.stamp])
+        click.echo(f"The table again, from the stored runs: {again}")
     if failed:
         raise RunError(f"{len(failed)} of the suite's runs failed: " + "; ".join(failed))
 
@@ -218,6 +220,25 @@ def check(
     click.echo(f"{len(lines) - len(failed)} of {len(lines)} comparisons with {against} hold")
     if failed:
         raise SystemExit(1)
+
+
+@cli.command()
+@PATHS
+@PROTOCOL
+@click.option("--out", type=click.Path(path_type=Path), help="Write Markdown to this file instead of the terminal.")
+def claims(paths: tuple[Path, ...], protocol: str | None, out: Path | None) -> None:
+    """Put the paper's six statements to the test: supported, not supported, or not decided by these runs."""
+    from kitbench.store import writable, write_atomic
+    from kitbench.verdict import claims as judge
+
+    runs, sweeps = judge.load(paths)
+    text = judge.markdown(judge.claims(runs, sweeps, protocol))
+    if out is None:
+        click.echo(text, nl=False)
+    else:
+        writable(out.parent)
+        write_atomic(out, text.encode())
+        click.echo(f"wrote {out}")
 
 
 @cli.command(name="list")
