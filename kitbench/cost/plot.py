@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from kitbench.cost.report import WORDS, curves
 
 if TYPE_CHECKING:
@@ -85,17 +87,34 @@ def _dress(axes: Any, title: str, unit: str, sizes: list[int]) -> None:
     axes.set_axisbelow(True)
     low, high = axes.get_ylim()
     left, right = sizes[0] ** 2 / 1.6, sizes[-1] ** 2 * 1.6  # the same in every panel
-    for slope in (1, 2):  # from the lower left corner of the panel
-        axes.plot(
-            [left, right], [low, low * (right / left) ** slope], color="0.6", linewidth=0.8, linestyle=(0, (1, 2))
-        )
-        # Where the guide leaves the panel, or two thirds along it: a label beside it.
-        end = min(left * (right / left) ** 0.62, left * (high / low) ** (0.8 / slope))
-        axes.annotate(
-            f"slope {slope}", (end, low * (end / left) ** slope), color="0.4", fontsize=7,
-            xytext=(4, -3), textcoords="offset points", va="top",
-        )  # fmt: skip
     axes.set(xlim=(left, right), ylim=(low, high))
+    occupied = _along([line.get_xydata() for line in axes.lines], axes)
+    for slope in (1, 2):  # from the lower left corner of the panel
+        x = np.geomspace(left, right, 60)
+        guide = np.stack([x, low * (x / left) ** slope], axis=1)
+        axes.plot(*guide.T, color="0.6", linewidth=0.8, linestyle=(0, (1, 2)))
+        # Its label stands to the right of it, where the curves are farthest.
+        inside = guide[(guide[:, 1] < high) & (x < left * (right / left) ** 0.8)]
+        centre = axes.transAxes.inverted().transform(axes.transData.transform(inside)) + np.array([0.07, -0.03])
+        above = centre[:, 1] > 0.05
+        inside, centre = inside[above], centre[above]
+        if not above.any():
+            continue
+        gaps = np.abs(centre[:, None] - occupied[None]) / (0.09, 0.03)  # half a label's width and height
+        spot = inside[int(gaps.max(2).min(1).argmax())]
+        axes.annotate(
+            f"slope {slope}", spot, color="0.4", fontsize=7, xytext=(4, -3), textcoords="offset points", va="top"
+        )
+
+
+def _along(curves: list[Any], axes: Any) -> np.ndarray:
+    """Points all along the curves, and the guides drawn so far, in fractions of the panel: [points, 2]."""
+    found = []
+    for curve in curves:
+        steps = np.linspace(0, len(curve) - 1, 20 * len(curve))
+        dense = [np.exp(np.interp(steps, np.arange(len(curve)), np.log(column))) for column in np.transpose(curve)]
+        found.append(axes.transAxes.inverted().transform(axes.transData.transform(np.stack(dense, axis=1))))
+    return np.concatenate(found)
 
 
 def _legend(sweep: Sweep) -> list[Any]:
