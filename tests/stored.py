@@ -22,7 +22,7 @@ def store(
     out: Path, method: str, psnr: float | Sequence[float] | np.ndarray, seed: int | None = 0, protocol: str = "awgn8",
     sha256: str = "aa", note: str | None = None, settings: dict | None = None, lr: float = 1e-3, ssim: float = 0.5,
     sigma: float = 25, data_set: str = "Set_A", macs: int = 2_500_000_000, peak: int = 3 * 2**20,
-    seconds_per_step: float = 0.25, calibration: float | None = 0.1, steps: int | None = None,
+    seconds_per_step: float = 0.25, calibration: float | None = 0.1, steps: int | None = None, notes: dict | None = None,
 ) -> RunFolder:  # fmt: skip
     """Write a run, or another evaluation of it. psnr: the mean of two images, or the value of every image, dB."""
     recipe = SUITE.recipe.model_copy(update={"lr": lr} | ({} if steps is None else {"steps": steps}))
@@ -43,7 +43,13 @@ def store(
             train_peak_bytes=peak, memory_note=None, calibration_seconds=calibration,
         )  # fmt: skip
         training = Training(
-            steps=1, seconds=1, seconds_per_step=seconds_per_step, loss=1, weights_sha256="0", cost=cost
+            steps=1,
+            seconds=1,
+            seconds_per_step=seconds_per_step,
+            loss=1,
+            weights_sha256="0",
+            cost=cost,
+            notes=notes or {},
         )
         folder.write("training.json", training)
     stamped = suite.load("denoise", overrides=[f"protocol={protocol}"]).protocol
