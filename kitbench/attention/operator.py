@@ -13,10 +13,12 @@ cannot.
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, wraps
+from functools import cache, cached_property, wraps
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 CHUNK_LOGITS = 1 << 19  # logits of one head held at once: 2 MiB of float32, to stay in the cache
+MAX_QUERIES, MAX_WIDTH = 256, 128  # what one Triton program holds: positions of a patch, numbers of a head
 
 
 def patch_attention(
@@ -54,6 +57,41 @@ def patch_attention(
     return _forward(q, k, v, neighbours, bias.to(q.dtype), query_label, key_label, weights)[0]
 
 
+def gather_reason(q: Tensor, weights: Tensor | None = None) -> str | None:
+    """Why patch_attention gathers neighbours for these queries, or None where Triton kernels read them by index."""
+    if q.device.type != "cuda":
+        return f"the tables are on {q.device.type}, and the kernels need CUDA"
+    if importlib.util.find_spec("triton") is None:
+        return "the triton package is not installed"
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the kernels work in float32, bfloat16 and float16, not in {q.dtype}"
+    if weights is not None:
+        return "the kernels have one softmax over all neighbours, and weights ask for one each"
+    if q.shape[1] > MAX_QUERIES or q.shape[3] > MAX_WIDTH:
+        return (
+            f"the kernels hold at most {MAX_QUERIES} queries of {MAX_WIDTH} numbers, not {q.shape[1]} of {q.shape[3]}"
+        )
+    return None
+
+
+def by_index(q: Tensor, weights: Tensor | None) -> bool:
+    """Whether the Triton kernels run; on CUDA, where they do not, the reason is logged once."""
+    reason = gather_reason(q, weights)
+    if reason is not None and q.device.type == "cuda":
+        log_once(reason)
+    return reason is None
+
+
+@cache
+def log_once(reason: str) -> None:
+    logging.getLogger(__name__).warning("patch attention gathers its neighbours: %s", reason)
+
+
+def own(neighbours: Tensor | None, q: Tensor) -> Tensor:
+    """The neighbours, where None means each patch itself."""
+    return torch.arange(q.shape[0], device=q.device)[:, None] if neighbours is None else neighbours
+
+
 def without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
     """Run with autocast off: inside the operator the types are chosen by hand."""
 
@@ -78,6 +116,10 @@ def _forward(
     weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The output [M, T, h, d] and the log-sum-exp [M, g, h, T] of each softmax: g = 1, or n with weights."""
+    if by_index(q, weights):
+        from kitbench.attention import triton_kernels
+
+        return triton_kernels.forward(q, k, v, own(neighbours, q), bias, query_label, key_label)
     pattern = Pattern(neighbours, bias, query_label, key_label, weights)
     out = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[0], pattern.groups, q.shape[2], q.shape[1]), dtype=accumulator(q.dtype))
@@ -120,6 +162,10 @@ def _backward(
     weights: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and bias."""
+    if by_index(q, weights):
+        from kitbench.attention import triton_kernels
+
+        return triton_kernels.backward(grad, q, k, v, out, lse, own(neighbours, q), bias, query_label, key_label)
     pattern = Pattern(neighbours, bias, query_label, key_label, weights)
     dtype, scale = lse.dtype, 1 / math.sqrt(q.shape[-1])
     dq = torch.empty(q.shape, dtype=dtype, device=q.device)
