@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -74,7 +74,14 @@ def count(fn: Callable[..., object], *args: Any, inside: bool = False) -> Count:
     """
     observer = _Observer()
     counter = FlopCounterMode(display=False, custom_mapping=_formulas())
-    with observer, counter, OpenOperators() if inside else nullcontext():
+    # Compiled functions run eagerly meanwhile: no mode can see inside a compiled graph.
+    with (
+        torch.compiler.set_stance("force_eager"),
+        observer,
+        counter,
+        _Flex(observer.contractions),
+        OpenOperators() if inside else nullcontext(),
+    ):
         fn(*args)
     by_operator = Counter({str(op): flops // 2 for op, flops in counter.get_flop_counts().get("Global", {}).items()})
     by_operator += observer.contractions
@@ -297,6 +304,44 @@ class _Observer(TorchDispatchMode):
             row = max(1, values.shape[_dim(name, args)]) if values.dim() else 1
             steps = {"sort": row, "argsort": row, "topk": 2 * args[1] if name == "topk" else 2}.get(name, 2)
             self.comparisons += math.ceil(values.numel() * math.log2(max(2, steps)))
+
+
+class _Flex(TorchDispatchMode):
+    """Counts FlexAttention by the blocks of its mask, which FlopCounterMode cannot run; the output is left empty.
+
+    On fake tensors the number of blocks is unknown, and the room that the mask has for them is counted.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, macs: Counter[str]) -> None:
+        super().__init__()
+        self.macs = macs
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.higher_order.flex_attention:
+            return func(*args, **(kwargs or {}))
+        query, key, value, _, mask = args[:5]
+        with _disable_current_modes():
+            pairs = _flex_pairs(query, key, mask)
+        self.macs["flex_attention"] += pairs * (query.shape[-1] + value.shape[-1])
+        rows = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        return query.new_empty((*query.shape[:-1], value.shape[-1])), rows, rows.clone()
+
+
+def _flex_pairs(query: Tensor, key: Tensor, mask: Any) -> int:
+    """Pairs of a query and a key that the blocks of a BlockMask.as_tuple() hold, over batch and heads."""
+    _, _, partial_count, partial_index, full_count, full_index, *_ = mask
+    *_, rows, columns, _ = mask
+    block = min(rows, query.shape[-2]) * min(columns, key.shape[-2])
+    blocks = 0
+    for counts, indices in ((partial_count, partial_index), (full_count, full_index)):
+        if counts is not None:
+            repeats = query.shape[:-2].numel() // counts.shape[:-1].numel()  # a mask may serve all heads and images
+            room = indices.shape[-1] * counts.numel()
+            blocks += repeats * (room if isinstance(counts, FakeTensor) else int(counts.sum()))
+    whole = query.shape[:-2].numel() * -(-query.shape[-2] // rows) * -(-key.shape[-2] // columns)
+    return min(blocks, whole) * block
 
 
 def _dim(name: str, args: Any) -> int:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from kitbench import methods
 from kitbench.cost.flops import Count, count, count_fvcore, count_module, reconcile
@@ -106,6 +107,14 @@ def test_fused_and_materialised_attention_count_the_same():
     assert fused.macs == plain.macs == 2 * 2 * 3 * 40 * 56 * 16
     assert fused.exponentials == plain.exponentials == 2 * 3 * 40 * 56
     assert not any("dot_product" in name for name in plain.by_operator)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_counts_the_blocks_of_its_mask():
+    q, k, v = (torch.randn(2, 3, 256, 16) for _ in range(3))
+    mask = create_block_mask(lambda b, h, i, j: i // 128 == j // 128, None, None, 256, 256, device="cpu")
+    assert count(flex_attention, q, k, v).macs == 2 * 2 * 3 * 256 * 256 * 16
+    assert count(lambda: flex_attention(q, k, v, block_mask=mask)).macs == 2 * 2 * 3 * 256 * 128 * 16
 
 
 def test_grouped_convolutions_count_their_groups_backwards_too():
