@@ -35,7 +35,11 @@ def arguments(patches: int, queries: int, keys: int, heads: int, width: int, n: 
     return built
 
 
-SHAPES = [(5, 16, 16, 1, 16, 2, False), (6, 9, 25, 2, 5, 3, True), (4, 16, 100, 1, 8, 2, True)]
+SHAPES: list[tuple[int, int, int, int, int, int, bool]] = [
+    (5, 16, 16, 1, 16, 2, False),
+    (6, 9, 25, 2, 5, 3, True),
+    (4, 16, 100, 1, 8, 2, True),
+]
 
 
 def check_kernels() -> None:
@@ -43,7 +47,7 @@ def check_kernels() -> None:
     from kitbench.attention import triton_kernels
 
     for shape in SHAPES:
-        built = arguments(*shape, device="cpu")
+        built = arguments(*shape, "cpu")
         leaves = [built[name] for name in ("q", "k", "v", "bias")]
         expected = reference.patch_attention(**built)
         upstream = torch.randn_like(expected)
@@ -67,8 +71,10 @@ def test_kernels_equal_the_reference_in_the_interpreter() -> None:
 @pytest.mark.skipif(not HAS_CUDA or not HAS_TRITON, reason="needs a CUDA device and the triton package")
 @pytest.mark.parametrize("shape", [*SHAPES, (64, 64, 64, 2, 32, 4, False)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
-def test_operator_reads_by_index_on_cuda(shape: tuple, dtype: torch.dtype, tolerance: float) -> None:
-    built = arguments(*shape, device="cuda")
+def test_operator_reads_by_index_on_cuda(
+    shape: tuple[int, int, int, int, int, int, bool], dtype: torch.dtype, tolerance: float
+) -> None:
+    built = arguments(*shape, "cuda")
     names = ("q", "k", "v", "bias")
     narrow = {**built, **{name: built[name].detach().to(dtype).requires_grad_() for name in names}}
     assert gather_reason(narrow["q"]) is None
@@ -86,7 +92,7 @@ def test_operator_reads_by_index_on_cuda(shape: tuple, dtype: torch.dtype, toler
 def test_gather_path_on_cuda_equals_the_reference() -> None:
     built = {
         name: table.detach().double().requires_grad_() if table is not None and table.is_floating_point() else table
-        for name, table in arguments(6, 9, 25, 2, 5, 3, True, device="cuda").items()
+        for name, table in arguments(6, 9, 25, 2, 5, 3, True, "cuda").items()
     }
     assert "float64" in str(gather_reason(built["q"]))
     torch.testing.assert_close(patch_attention(**built), reference.patch_attention(**built), rtol=0, atol=1e-10)
