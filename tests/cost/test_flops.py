@@ -234,3 +234,48 @@ def test_importing_fvcore_warns_of_nothing():
     code = "from kitbench.cost.flops import count_fvcore; from torch import nn, zeros; "
     code += "assert count_fvcore(nn.Linear(2, 3), zeros(1, 2))[0] == 6"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
+
+
+class SwinBlock(nn.Module):
+    def __init__(self, dim, heads, shift):
+        super().__init__()
+        self.attention = methods.load("window").build(dim, heads, shift, window=7)
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2))
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x):
+        x = x + self.attention(self.norms[0](x))
+        return x + self.mlp(self.norms[1](x))
+
+
+class SwinMerge(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.norm, self.reduce = nn.LayerNorm(4 * dim), nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x):
+        return self.reduce(self.norm(torch.cat([x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)], -1)))
+
+
+class SwinTiny(nn.Module):
+    """Swin-T (Liu et al., ICCV 2021), its window attention ours; [B, 3, 224, 224] to [B, 1000]."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm = nn.Conv2d(3, 96, 4, 4), nn.LayerNorm(96)
+        stages = []
+        for stage, (depth, heads) in enumerate(((2, 3), (2, 6), (6, 12), (2, 24))):
+            stages += [SwinMerge(48 << stage)] if stage else []
+            stages += [SwinBlock(96 << stage, heads, number % 2 == 1) for number in range(depth)]
+        self.stages = nn.Sequential(*stages)
+        self.last, self.head = nn.LayerNorm(768), nn.Linear(768, 1000)
+
+    def forward(self, x):
+        return self.head(self.last(self.stages(self.norm(self.embed(x).permute(0, 2, 3, 1)))).mean((1, 2)))
+
+
+def test_swin_tiny_with_our_window_attention_counts_its_published_figures():
+    """Table 1 of the paper: 29 M parameters, "4.5 G FLOPs" (multiply-adds); timm and torchvision: 28,288,354."""
+    model = SwinTiny()
+    assert sum(p.numel() for p in model.parameters()) == 28_288_354
+    assert count_module(model, (1, 3, 224, 224)).gmacs == pytest.approx(4.5, abs=0.02)
