@@ -225,6 +225,22 @@ def check(
 @cli.command()
 @PATHS
 @PROTOCOL
+@click.option("--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True)
+def report(paths: tuple[Path, ...], protocol: str | None, out: Path) -> None:
+    """Write one self-contained HTML file: verdict, claims, tables, pictures, settings, how to reproduce."""
+    from kitbench.store import writable, write_atomic
+    from kitbench.verdict import report as page
+    from kitbench.verdict.claims import load
+
+    text = page.report(*load(paths), protocol)
+    writable(out.parent)
+    write_atomic(out, text.encode())
+    click.echo(f"wrote {out} ({len(text) / 1e6:.1f} MB)")
+
+
+@cli.command()
+@PATHS
+@PROTOCOL
 @click.option("--out", type=click.Path(path_type=Path), help="Write Markdown to this file instead of the terminal.")
 def claims(paths: tuple[Path, ...], protocol: str | None, out: Path | None) -> None:
     """Put the paper's six statements to the test: supported, not supported, or not decided by these runs."""

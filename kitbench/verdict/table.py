@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -217,18 +217,20 @@ def render(runs: Sequence[RunFolder], form: Format, protocol: str | None = None)
     if form == "json":
         records = json.loads(table.to_json(orient="records", double_precision=10))
         return json.dumps(records, indent=1) + "\n"
-    described = {entry.run.comparison[:10]: entry.run for entry in entries(runs, protocol)}
-    blocks = []
-    for mode in dict.fromkeys(table["mode"]):
-        here = table[table["mode"] == mode]
-        comparisons = [name for name in dict.fromkeys(here["comparison"]) if name] or [""]
-        for comparison in comparisons:
-            block = here[here["comparison"].isin([comparison, ""])]
-            blocks.append(_block(block, described[comparison], form))
+    blocks = [_block(block, run, form) for block, run in split(table, entries(runs, protocol))]
     figures = published.lines(set(zip(table["data_set"], table["sigma"], strict=True)))
     if figures:
         blocks.append(_published(figures, form))
     return "\n".join(blocks)
+
+
+def split(table: pd.DataFrame, found: Sequence[Entry]) -> Iterator[tuple[pd.DataFrame, Run]]:
+    """The rows that may be compared, block by block, each with a run that shares what the block shares."""
+    described = {entry.run.comparison[:10]: entry.run for entry in found}
+    for mode in dict.fromkeys(table["mode"]):
+        here = table[table["mode"] == mode]
+        for comparison in [name for name in dict.fromkeys(here["comparison"]) if name] or [""]:
+            yield here[here["comparison"].isin([comparison, ""])], described[comparison]
 
 
 def _published(figures: list[list[str]], form: Format) -> str:
@@ -245,7 +247,7 @@ def _block(block: pd.DataFrame, run: Run, form: Format) -> str:
     shows_lpips = block["lpips"].notna().any()
     metrics = [("psnr_db", 2, True), ("ssim", 4, True)] + ([("lpips", 4, False)] if shows_lpips else [])
     ranks = {
-        (column, metric): _ranked(block, column, metric, digits, higher)
+        (column, metric): ranked(block, column, metric, digits, higher)
         for column in columns
         for metric, digits, higher in metrics
     }
@@ -254,7 +256,7 @@ def _block(block: pd.DataFrame, run: Run, form: Format) -> str:
     at = f" at {resolution.iloc[0]:.0f} px" if len(resolution) else ""
     header = ["Method", *(f"{name} σ{sigma:g}: {' / '.join(names)}" for name, sigma in columns)]
     header += ["Parameters", f"GMACs{at}", "Peak memory of a step (MiB)", "s a step", "Seeds", "Protocol"]
-    lines, notes = [], _notes(block)
+    lines, notes = [], notes_of(block)
     for method, own in block.groupby("method", sort=False):
         cells = []
         for column in columns:
@@ -262,7 +264,7 @@ def _block(block: pd.DataFrame, run: Run, form: Format) -> str:
             parts = []
             for metric, digits, _ in metrics:
                 value = match[metric].iloc[0] if len(match) else None
-                text = _number(value, digits)
+                text = number(value, digits)
                 best, second = ranks[column, metric]
                 part = styles.bold(text) if text == best else styles.underline(text) if text == second else text
                 spread = (
@@ -280,12 +282,11 @@ def _block(block: pd.DataFrame, run: Run, form: Format) -> str:
         mark = ""
         if isinstance(first["gmacs_note"], str):
             mark = styles.dagger
-            notes.append(f"† {method}: {first['gmacs_note']}.")
         cells += [
-            _number(first["parameters"], 0),
-            _number(first["gmacs"], 2) + mark,
-            _number(None if pd.isna(first["train_peak_bytes"]) else first["train_peak_bytes"] / 2**20, 1),
-            _number(first["seconds_per_step"], 3),
+            number(first["parameters"], 0),
+            number(first["gmacs"], 2) + mark,
+            number(None if pd.isna(first["train_peak_bytes"]) else first["train_peak_bytes"] / 2**20, 1),
+            number(first["seconds_per_step"], 3),
             str(first["seeds"]),
             str(first["protocol"]),
         ]
@@ -294,19 +295,18 @@ def _block(block: pd.DataFrame, run: Run, form: Format) -> str:
         method: dict.fromkeys(",".join(own["runs"]).split(",")) for method, own in block.groupby("method", sort=False)
     }
     notes.append("Runs: " + "; ".join(f"{method!s} {', '.join(keys)}" for method, keys in runs.items()) + ".")
-    caption = _caption(run)
+    caption = caption_of(run)
     if form == "latex":
         return _latex(caption, header, lines, notes, "l" + "r" * (len(header) - 1))
     below = "".join(f"\n{styles.escape(note)}\n" if form == "markdown" else f"{note}\n" for note in notes)
     return f"{styles.bold(caption)}\n\n{_grid(header, lines, form)}\n{below}"
 
 
-def _notes(block: pd.DataFrame) -> list[str]:
+def notes_of(block: pd.DataFrame) -> list[str]:
     """What the signs in a block mean, and what its seeds and images could have shown."""
+    noted = block.dropna(subset=["gmacs_note"]).drop_duplicates("method")
+    notes = [f"† {row['method']}: {row['gmacs_note']}." for row in noted.to_dict("records")]
     compared = block[block["best"].notna()]
-    if compared.empty:
-        return []
-    notes = []
     if block["psnr_pm_seeds"].notna().any():
         notes.append("± half the 95 % interval over seeds (Student), for exactly these images.")
     if compared["p_holm"].notna().any():
@@ -320,10 +320,10 @@ def _notes(block: pd.DataFrame) -> list[str]:
             sentence += f" So many seeds and images show differences from {low:.2f} to {high:.2f} dB on (4 times of 5)."
         notes.append(sentence)
     reasons = dict.fromkeys(compared["statistics_note"].dropna())
-    return notes + [f"{reason[0].upper()}{reason[1:]}: no difference here is decided." for reason in reasons]
+    return notes + [f"{reason[0].upper()}{reason[1:]}; such differences stay undecided." for reason in reasons]
 
 
-def _caption(run: Run) -> str:
+def caption_of(run: Run) -> str:
     if run.recipe is None or run.backbone is None:
         return f"{run.suite}, {run.mode}: training-free references"
     recipe, backbone = run.recipe, run.backbone
@@ -333,16 +333,16 @@ def _caption(run: Run) -> str:
     )
 
 
-def _ranked(
+def ranked(
     block: pd.DataFrame, column: tuple[str, float], metric: str, digits: int, higher: bool
 ) -> tuple[str, str | None]:
     """The best and the second value of a column, as printed: equal prints share a rank."""
     match = block[(block["data_set"] == column[0]) & (block["sigma"] == column[1])][metric].dropna()
     values = sorted({round(float(value), digits) for value in match}, reverse=higher)
-    return (_number(values[0], digits) if values else "", _number(values[1], digits) if len(values) > 1 else None)
+    return (number(values[0], digits) if values else "", number(values[1], digits) if len(values) > 1 else None)
 
 
-def _number(value: Any, digits: int) -> str:
+def number(value: Any, digits: int) -> str:
     if value is None or pd.isna(value):
         return NOT_MEASURED
     return "inf" if math.isinf(value) else f"{value:,.{digits}f}"
