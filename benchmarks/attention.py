@@ -11,8 +11,7 @@ operators of a case are timed in shuffled, interleaved rounds; ratios are median
     kit             k-NN patch attention with LSH retrieval (kitbench/attention/kit.py)
     reference       the same through the readable definition (kitbench/attention/reference.py)
     window          window attention with 64 k keys a query and a learned bias, through the same registered operator
-    window sdpa     the same through scaled_dot_product_attention, which holds all logits where the bias needs a gradient,
-                    even under no_grad
+    window sdpa     the same through scaled_dot_product_attention, which holds all logits while it trains the bias
     window no bias  the same without a bias: the fused kernel forward and backward, the fastest there is
     global sdpa     every position attends every position, through the fused kernel
     retrieval       the search of kit alone
@@ -62,16 +61,20 @@ class Window(nn.Module):
         super().__init__()
         self.heads, self.keys, self.form = heads, keys, form
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.bias = nn.Parameter(torch.zeros(heads, keys, keys)) if form != "no bias" else None
+        index = layout.relative_index(16)
+        if keys == 512:
+            span = int(index.max()) + 1  # the left window and the right one see each other through tables of their own
+            index = torch.cat([torch.cat([index, index + span], 1), torch.cat([index + 2 * span, index], 1)])
+        self.bias = layout.PositionBias(index, int(index.max()) + 1, heads) if form != "no bias" else None
 
     def forward(self, x: Tensor) -> Tensor:
         height, width, channels = x.shape[1:]
         windows = layout.cut(x, 16).reshape(-1, self.keys, channels)
         q, k, v = (table.unflatten(-1, (self.heads, -1)) for table in layout.project(self.qkv, windows))
         if self.form == "registered" and self.bias is not None:
-            out = patch_attention(q, k, v, None, self.bias)
+            out = patch_attention(q, k, v, None, self.bias())
         else:
-            mask = None if self.bias is None else self.bias[None]
+            mask = None if self.bias is None else self.bias()[None]
             q, k, v = (table.transpose(1, 2) for table in (q, k, v))
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
         return self.proj(layout.join(out.reshape(1, -1, 256, channels), 16, height, width))
