@@ -257,6 +257,76 @@ def claims(paths: tuple[Path, ...], protocol: str | None, out: Path | None) -> N
         click.echo(f"wrote {out}")
 
 
+RUN = click.option("--run", "folder", required=True, type=click.Path(path_type=Path), help="Folder of a trained run.")
+METHOD_FILE = click.option(
+    "--method", "method_file", type=click.Path(path_type=Path), help="Python file of a method that is not shipped."
+)
+DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+
+
+@cli.command()
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@RUN
+@METHOD_FILE
+@DEVICE
+@click.option("--tile", type=click.IntRange(0), help="Side of the tiles; 0 for the whole picture. Chosen by size.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the results; beside the pictures without it.")
+@click.option("--overwrite", is_flag=True, help="Replace results that are there already.")
+def restore(
+    images: tuple[Path, ...],
+    folder: Path,
+    method_file: Path | None,
+    device: str,
+    tile: int | None,
+    out: Path | None,
+    overwrite: bool,
+) -> None:
+    """Apply a trained run to your own pictures: PNG, JPEG, TIFF, 8 or 16 bits, with alpha, of any size."""
+    from kitbench import restore as job
+    from kitbench.environment import choose_device
+    from kitbench.store import find, writable
+
+    if tile and tile < 32:
+        raise InputError(f"--tile {tile} is too small; give 0 for the whole picture, or at least 32.")
+    for place in {out} if out is not None else {path.parent for path in images}:
+        writable(place)
+    [run_folder] = _one_run(find([folder]))
+    for path in job.run(list(images), run_folder, method_file, choose_device(device), tile, out, overwrite):
+        click.echo(f"wrote {path}")
+
+
+def _one_run(found: list[Any]) -> list[Any]:
+    if len(found) > 1:
+        raise InputError(f"--run names a folder of {len(found)} runs; give one, for example {found[0].path}.")
+    return found
+
+
+@cli.command()
+@click.argument("image", type=click.Path(path_type=Path))
+@RUN
+@METHOD_FILE
+@DEVICE
+@click.option("--at", required=True, metavar="X,Y", help="Pixel whose patch is explained: column, row, from 0.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("explain.png"), show_default=True)
+def explain(image: Path, folder: Path, method_file: Path | None, device: str, at: str, out: Path) -> None:
+    """Draw on IMAGE which patches the patch at a pixel attends, for every k-NN attention of a trained run."""
+    import re
+
+    from kitbench.environment import choose_device
+    from kitbench.store import find, writable
+    from kitbench.verdict import explain as job
+
+    place = re.fullmatch(r"(\d+),(\d+)", at)
+    if not place:
+        raise InputError(f"--at takes X,Y in pixels, for example 120,80; found {at!r}.")
+    writable(out.parent)
+    [run_folder] = _one_run(find([folder]))
+    found = job.explain(image, run_folder, method_file, int(place[1]), int(place[2]), choose_device(device), out)
+    for choice in found:
+        click.echo(f"{choice.name}: {', '.join(f'{left},{top}' for left, top, _ in choice.squares)}")
+    click.echo(f"wrote {out}")
+
+
 @cli.command(name="list")
 @DATA
 def list_(data: Path | None) -> None:
