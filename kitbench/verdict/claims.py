@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from kitbench.errors import InputError
 from kitbench.store import RunFolder, find
+from kitbench.suite import suite_names
 from kitbench.verdict.compare import Column, Compared, adjusted, pooled
 from kitbench.verdict.statistics import difference, mean_interval
 from kitbench.verdict.table import Entry, entries, labels, mean_psnr
@@ -259,6 +260,7 @@ def _not_run(task: str) -> Part:
 def run_command(block: Block | None, methods: Sequence[str], seeds: int) -> str:
     """The command whose runs would decide: more seeds and the public test sets, of this recipe or the full one."""
     suite, preset = (block.first.run.suite, block.first.run.preset) if block else ("denoise", "full")
+    suite = suite if suite in suite_names() else f"{suite}.toml"  # the user's own file
     chosen = "".join(f" --method {name}" for name in methods if " " not in name)
     seeds_text = ",".join(map(str, range(seeds)))
     return f"python -m kitbench run --suite {suite} --preset {preset}{chosen} --seeds {seeds_text} --data DIR --out OUT"
