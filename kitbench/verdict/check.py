@@ -170,7 +170,7 @@ def compare(runs: Sequence[RunFolder], reference: Reference, time: float = TIME)
     current = collect(runs, reference.protocol)
     theirs = {row.comparison for row in current.rows}
     for row in reference.rows:
-        if row.comparison not in theirs:
+        if row.comparison and row.comparison not in theirs:
             raise InputError(
                 f"The reference's {row.method} on {row.data_set} was trained under another recipe, task, data or "
                 f"device, or by another version of the numerics; make the runs as the reference's were made, or write "

@@ -207,7 +207,11 @@ def _verdict(block: pd.DataFrame, trained: Block | None, compared: Sequence[tupl
     worse = [c.a for c, _ in compared if c.decided]
     level = [c.a for c, _ in compared if not c.decided and c.p_holm is not None]
     untold = [c for c, _ in compared if c.p_holm is None]
-    told_all = [f"Over all test images, {best} has the highest mean PSNR."]
+    told_all = [f"Over all test images, {best} has the highest mean PSNR of the trained methods."]
+    means = block.groupby("method")["psnr_db"].mean()
+    above = [m for m in means.index if m not in trained.methods and means[m] > means[best]]
+    if above:
+        told_all.append(f"{', '.join(above)}, without any training, is above it: these runs were trained too little.")
     if worse:
         told_all.append(f"It is better than {', '.join(worse)}, by more than noise.")
     if level:

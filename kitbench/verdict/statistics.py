@@ -93,7 +93,7 @@ def standard_error(d: Array) -> tuple[float, float]:
     """Standard error of the mean of d [seeds > 1, images > 1], with its degrees of freedom (Satterthwaite).
 
     By mean squares of the crossed two-way layout: (MS_seeds + MS_images - MS_rest) / (seeds * images). It is never
-    taken below what seeds alone, or images alone, imply.
+    taken below what seeds, images or the rest alone imply.
     """
     seeds, images = d.shape
     rows, columns, grand = d.mean(1), d.mean(0), d.mean()
@@ -101,12 +101,9 @@ def standard_error(d: Array) -> tuple[float, float]:
     of_seeds = images * float(np.square(rows - grand).sum()) / (seeds - 1)
     of_images = seeds * float(np.square(columns - grand).sum()) / (images - 1)
     of_rest = float(np.square(rest).sum()) / ((seeds - 1) * (images - 1))
-    total = of_seeds + of_images - of_rest
-    if total <= max(of_seeds, of_images):
-        total, freedom = max((of_seeds, seeds - 1.0), (of_images, images - 1.0))
-    else:
-        squares = of_seeds**2 / (seeds - 1) + of_images**2 / (images - 1) + of_rest**2 / ((seeds - 1) * (images - 1))
-        freedom = total**2 / squares
+    total = max(of_seeds + of_images - of_rest, of_seeds, of_images, of_rest)
+    squares = of_seeds**2 / (seeds - 1) + of_images**2 / (images - 1) + of_rest**2 / ((seeds - 1) * (images - 1))
+    freedom = total**2 / squares
     return math.sqrt(total / (seeds * images)), max(1.0, freedom)
 
 

@@ -73,6 +73,9 @@ def test_one_seed_decides_nothing_in_words(tmp_path: Path) -> None:
     text = report(find([tmp_path]), [])
     assert "Nothing is decided about kit: one seed: no interval." in text
     assert "better than" not in text[: text.index('id="claims"')]
+    assert "trained too little" not in text
+    store(tmp_path, "nlm", 35.0, seed=None)
+    assert "nlm, without any training, is above it" in report(find([tmp_path]), [])
 
 
 def test_differences_beyond_noise_are_told_in_words(tmp_path: Path) -> None:

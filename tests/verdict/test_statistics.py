@@ -40,7 +40,7 @@ def test_the_interval_covers_the_truth_and_the_test_keeps_its_level(truth, seeds
         rejected += found.p < 0.05
     assert 930 <= covered <= 970
     if truth == 0:
-        assert rejected <= 60  # 5 % and what 1,000 simulations leave open
+        assert rejected <= 70  # 5 % and three standard errors of 1,000 simulations
 
 
 def test_the_smallest_detectable_difference_is_found_in_four_cases_of_five() -> None:
@@ -53,7 +53,7 @@ def test_the_smallest_detectable_difference_is_found_in_four_cases_of_five() -> 
 
 
 def test_the_standard_error_is_that_of_a_one_way_layout_where_only_one_effect_is_there() -> None:
-    effect = np.random.default_rng(2).standard_normal(7)
+    effect = np.random.default_rng(2).standard_normal(7)  # the other effect and the rest are exactly 0
     by_seed, by_image = np.repeat(effect[:, None], 4, 1), np.repeat(effect[None], 4, 0)
     expected = effect.std(ddof=1) / math.sqrt(7)
     assert standard_error(by_seed) == pytest.approx((expected, 6))
@@ -73,6 +73,12 @@ def test_an_interval_of_zero_width_is_never_given(d) -> None:
     assert found.interval is None
     assert found.interval_seeds is None
     assert "no interval" in found.note
+
+
+def test_effects_that_cancel_leave_an_interval_of_some_width() -> None:
+    found = difference(np.array([[1.0, -1.0], [-1.0, 1.0]]))
+    assert found.interval.low < 0 < found.interval.high
+    assert found.p == 1
 
 
 def test_too_few_images_say_how_many_are_needed() -> None:
