@@ -92,15 +92,16 @@ def run(
     from kitbench.suite import load
 
     resolved = load(suite, preset, overrides, method, _seeds(seeds))
-    from kitbench import run as job
+    from kitbench.job import Options
+    from kitbench.run import how_to_go_on
+    from kitbench.run import run as run_suite
     from kitbench.verdict.table import render
 
     console = _console()
-    options = job.Options(out, data, device, workers, lpips_weights)
     try:
-        complete, failed = job.run(resolved, options, console)
+        complete, failed = run_suite(resolved, Options(out, data, device, workers, lpips_weights), console)
     except RunError as error:
-        raise RunError(f"{error}. {job.how_to_go_on()}") from error
+        raise RunError(f"{error}. {how_to_go_on()}") from error
     if complete:
         click.echo()
         click.echo(render(complete, "terminal", resolved.protocol.stamp), color=console.is_terminal or None)
