@@ -205,7 +205,10 @@ def check(
     if update:
         new = checks.collect(runs, protocol)
         writable(against.parent)
-        told = checks.changes(checks.read(against), new) if against.exists() else [f"new: {len(new.rows)} rows"]
+        try:
+            told = checks.changes(checks.read(against), new) if against.exists() else [f"new: {len(new.rows)} rows"]
+        except InputError as error:
+            told = [f"replaces what could not be compared: {error}"]
         click.echo("\n".join(told or ["nothing changes"]))
         write_atomic(against, (new.model_dump_json(indent=1) + "\n").encode())
         click.echo(f"wrote {against}")

@@ -124,3 +124,5 @@ def test_the_command_exits_1_on_a_single_failure_and_writes_what_ci_reads(kitben
     assert json.loads((tmp_path / "ref.json").read_text())["protocol"] == "awgn8.v1"
     (tmp_path / "ref.json").write_text("{}")
     assert "is no reference" in kitbench("check", "bad", "--against", "ref.json", code=2).stderr
+    assert "could not be compared" in kitbench("check", "bad", "--against", "ref.json", "--update").stdout
+    kitbench("check", "bad", "--against", "ref.json")
