@@ -68,7 +68,7 @@ def pareto(points: Mapping[str, tuple[float, float]], label: str, column: str) -
             # Names stand in a column of their own, evenly spaced: points may lie on one another.
             at = low + (high - low) * (place + 0.5) / len(points) if high > low else psnr
             axes.annotate(
-                method, (cost, psnr), (1.04, at), textcoords=axes.get_yaxis_transform(), color=colour, va="center",
+                method, (cost, psnr), (1.04, at), textcoords=axes.get_yaxis_transform(), color="0.15", va="center",
                 annotation_clip=False, arrowprops={"arrowstyle": "-", "color": "0.8", "linewidth": 0.7},
             )  # fmt: skip
         costs = [cost for cost, _ in points.values()]

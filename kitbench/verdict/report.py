@@ -295,7 +295,7 @@ def _pictures(
         points = {
             m: (float(here.loc[m, field_name]) / scale, float(here.loc[m, "psnr_db"]))
             for m in methods
-            if m in here.index and pd.notna(here.loc[m, field_name])
+            if m in here.index and pd.notna(here.loc[m, field_name]) and math.isfinite(float(here.loc[m, "psnr_db"]))
         }
         if points:
             svg = pictures.pareto(points, label, name)
