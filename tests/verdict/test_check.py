@@ -9,10 +9,11 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from kitbench import suite
 from kitbench.errors import InputError
 from kitbench.store import find
 from kitbench.verdict import check
-from tests.conftest import Kitbench
+from tests.conftest import ROOT, Kitbench
 from tests.stored import store
 
 METHODS = {"kit": 30.2, "window": 30.1, "conv": 29.9}
@@ -79,6 +80,15 @@ def test_one_seed_has_no_spread_and_says_so(tmp_path: Path) -> None:
     lines = check.compare(find([runs(tmp_path / "a", (0,))]), check.collect(find([tmp_path / "a"]), None))
     [kit] = [line for line in lines if line.name.startswith("kit on") and line.quantity == "PSNR"]
     assert "by default: the reference has no spread over seeds" in kit.tolerance
+
+
+def test_the_shipped_reference_is_one_of_every_method_of_the_smoke_suite() -> None:
+    smoke = suite.load("denoise", "smoke")
+    reference = check.read(ROOT / "results" / "reference" / "smoke.json")
+    assert reference.protocol == smoke.protocol.stamp
+    assert {row.method for row in reference.rows} == {*smoke.methods, *smoke.references}
+    assert all(len(row.psnr) == 3 for row in reference.rows if row.comparison)
+    assert all(cost.step is not None for cost in reference.costs)
 
 
 def test_a_method_that_is_gone_fails(tmp_path: Path) -> None:
