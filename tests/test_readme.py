@@ -1,0 +1,42 @@
+"""What the README shows is what the commands print, and what it teaches works."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from kitbench import methods
+from kitbench.store import find
+from kitbench.verdict.table import rows
+from tests.conftest import ROOT
+from tools.readme import BLOCK, printed
+
+README = (ROOT / "README.md").read_text("utf-8")
+REFERENCE = ROOT / "results" / "reference" / "denoise-quick-cpu"
+
+
+@pytest.mark.parametrize("command", [block["command"] for block in BLOCK.finditer(README)])
+def test_every_figure_is_what_its_command_prints_from_stored_runs(command: str) -> None:
+    [text] = [block["text"].strip() for block in BLOCK.finditer(README) if block["command"] == command]
+    assert text == printed(command)
+
+
+def test_the_attention_in_the_readme_is_one_that_kitbench_takes(tmp_path: Path) -> None:
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert code is not None
+    assert len(code[1].splitlines()) <= 25
+    path = tmp_path / "mine.py"
+    path.write_text(code[1])
+    loaded = methods.load(str(path), "mine")
+    methods.check(loaded, {1: (16, 1, 12)}, loaded.resolve({"reduction": 8}))
+
+
+def test_every_trained_method_of_the_reference_gains_6_db_and_beats_non_local_means() -> None:
+    table = rows(find([REFERENCE]))
+    at_25 = table[(table["sigma"] == 25)].set_index("method")["psnr_db"]
+    trained = at_25.drop(["noisy", "nlm"])
+    assert sorted(trained.index) == ["conv", "global", "kit", "kit-random", "local", "window"]
+    assert (trained > at_25["noisy"] + 6).all()
+    assert (trained > at_25["nlm"]).all()
