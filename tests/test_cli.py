@@ -62,7 +62,9 @@ def test_the_main_job_runs_from_end_to_end(finished: Path) -> None:
         assert run.name.endswith(record["key"][:10])
         assert record["environment"]["versions"]["torch"] == torch.__version__
         files = sorted(p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file() and p.name != ".lock")
-        scored = [f"crops/skimage-test-25-awgn8.v1+*-{i}.png" for i in (0, 1)] + ["eval/skimage-test-25-awgn8.v1+*.json"]
+        scored = [f"crops/skimage-test-25-awgn8.v1+*-{i}.png" for i in (0, 1)] + [
+            "eval/skimage-test-25-awgn8.v1+*.json"
+        ]
         trained = ["log.csv", "training.json", "weights.safetensors"] if "noisy" not in name else []
         expected = sorted([*scored, "run.json", *trained])
         assert len(files) == len(expected)
