@@ -133,16 +133,11 @@ def _seeds(text: str | None) -> list[int]:
 @click.option("--out", type=click.Path(path_type=Path), help="Write to this file instead of the terminal.")
 def table(paths: tuple[Path, ...], form: Any, protocol: str | None, out: Path | None) -> None:
     """Build a table from stored runs: folders of runs, or folders that hold such folders."""
-    from kitbench.store import find, writable, write_atomic
+    from kitbench.store import find
     from kitbench.verdict.table import render
 
     text = render(find(paths), form, protocol)
-    if out is None:
-        click.echo(text, nl=False)
-    else:
-        writable(out.parent)
-        write_atomic(out, text.encode())
-        click.echo(f"wrote {out}")
+    _give(text, out)
 
 
 @cli.command()
@@ -248,17 +243,11 @@ def report(paths: tuple[Path, ...], protocol: str | None, out: Path) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Write Markdown to this file instead of the terminal.")
 def claims(paths: tuple[Path, ...], protocol: str | None, out: Path | None) -> None:
     """Put the paper's six statements to the test: supported, not supported, or not decided by these runs."""
-    from kitbench.store import writable, write_atomic
     from kitbench.verdict import claims as judge
 
     runs, sweeps = judge.load(paths)
     text = judge.markdown(judge.claims(runs, sweeps, protocol))
-    if out is None:
-        click.echo(text, nl=False)
-    else:
-        writable(out.parent)
-        write_atomic(out, text.encode())
-        click.echo(f"wrote {out}")
+    _give(text, out)
 
 
 RUN = click.option("--run", "folder", required=True, type=click.Path(path_type=Path), help="Folder of a trained run.")
@@ -377,6 +366,18 @@ def list_(data: Path | None) -> None:
         [[r.name, r.card.time, r.card.hardware, r.card.summary] for r in suite.recipes()],
     )
     show("Protocols", ["name", "about"], [[p.stamp, p.summary] for p in suite.protocols()])
+
+
+def _give(text: str, out: Path | None) -> None:
+    """Print a text, or write it to a file, whole or not at all."""
+    from kitbench.store import writable, write_atomic
+
+    if out is None:
+        click.echo(text, nl=False)
+    else:
+        writable(out.parent)
+        write_atomic(out, text.encode())
+        click.echo(f"wrote {out}")
 
 
 def _console() -> Console:

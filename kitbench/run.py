@@ -26,7 +26,7 @@ from kitbench.cell import Cell
 from kitbench.data.batches import Batches
 from kitbench.data.cards import Photograph, pixel_sha256
 from kitbench.environment import command_line, device_name, environment
-from kitbench.errors import InputError, Interrupted, RunError
+from kitbench.errors import Interrupted, RunError
 from kitbench.job import Job, Options, Probe, set_sha256
 from kitbench.progress import duration, progress
 from kitbench.seeds import derive
@@ -57,7 +57,7 @@ def run(suite: Suite, options: Options, console: Console) -> tuple[list[RunFolde
         for cell in {cell.method: cell for cell in todo if cell.trained}.values():
             try:
                 probes[cell.method] = job.probe(cell)
-            except (RuntimeError, OSError) as error:
+            except Exception as error:  # noqa: BLE001 - as below: whatever it is, it is told, and the others go on
                 failed.append(failure(cell.method, error))
     todo = [cell for cell in todo if not cell.trained or cell.method in probes]
     announce(job, todo, probes, console)
@@ -72,7 +72,7 @@ def run(suite: Suite, options: Options, console: Console) -> tuple[list[RunFolde
                     run_cell(job, cell, folders[cell], probes.get(cell.method), title, console, stopping)
             except Interrupted:
                 raise
-            except (InputError, RunError, RuntimeError, OSError) as error:
+            except Exception as error:  # noqa: BLE001 - a method may be a stranger's code, and raise anything
                 # One run's failure (out of memory, a full disk, a damaged record) must not take the others with it.
                 failed.append(failure(cell.folder, error))
                 console.print(f"[red]failed[/red] {failed[-1]}", highlight=False)

@@ -260,7 +260,9 @@ def test_cuda_is_refused_where_there_is_none(kitbench: Kitbench, tmp_path: Path)
 
 def test_one_failed_run_leaves_the_others_and_gives_exit_code_3(kitbench: Kitbench, tmp_path: Path) -> None:
     """An attention that passes the check, whose maps are 16 and 17 px, and fails on the test images."""
-    guard = "if x.shape[1] > 130:\n            raise RuntimeError('out of memory, says this test')\n        return self.gain"
+    guard = (
+        "if x.shape[1] > 130:\n            raise KeyError('out of memory, says this test')\n        return self.gain"
+    )
     (tmp_path / "fails.py").write_text(USERS_OWN.replace("return self.gain", guard))
     done = kitbench("run", "--suite", "tiny.toml", "--method", "fails.py", "--method", "conv", code=3)
     assert "out of memory, says this test" in done.stderr
