@@ -284,6 +284,10 @@ def load(
     preset = preset or default
     if not isinstance(presets, dict) or preset not in presets:
         raise InputError(f"Suite {label!r} has no preset {preset!r}; {nearest(str(preset), presets)}")
+    if not isinstance(presets[preset], dict):
+        raise InputError(
+            f"In suite {label}: preset {preset} must be a table of changed keys, found {presets[preset]!r}."
+        )
     raw = _merge(raw, presets[preset])
     raw["preset"] = preset
     for kind in ("recipe", "protocol"):
@@ -423,4 +427,6 @@ def _set(raw: dict[str, Any], override: str, base: Path) -> None:
         model = _model_of(model.model_fields[part].annotation)
         if depth + 1 < len(parts):
             table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise InputError(f"--set {key}: {'.'.join(parts[: depth + 1])} is {table!r}, not a table of keys.")
     table[parts[-1]] = _resolve(value, key, base) if key in ("recipe", "protocol") else value  # type: ignore[arg-type]

@@ -85,6 +85,8 @@ def test_an_unknown_name_is_refused_with_the_nearest_known_one(arguments: dict, 
     [
         ("width = 8", "widht = 8", "did you mean 'width'?"),
         ("[task]", "[taks]", "task"),
+        ("[presets.only]", "[presets]\nonly = 3\n[other]", "must be a table"),
+        ("[methods.kit]\npatch = 4", "[methods]\nkit = 3", "must be tables"),
         ('kind = "denoise"', 'kind = "denoize"', "denoise"),
         ("seeds = [0]", "seeds = [0", "not valid TOML"),
         ('default_preset = "only"', 'default_preset = "onli"', "did you mean 'only'?"),
