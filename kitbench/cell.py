@@ -1,4 +1,5 @@
-"""A cell: one training run, or one training-free reference, with the key that tells it from every other.
+"""A cell: one training run, one training-free reference, or one network with given weights, and the key that tells it
+from every other.
 
 The key is a hash of all that decides the run's numbers (task, training images by content, backbone, recipe, the
 attention with all its settings, seed, device, version of the numerics) and of nothing else: not of the suite's name,
@@ -12,14 +13,16 @@ from functools import cached_property
 from typing import Any
 
 from kitbench import NUMERICS
-from kitbench.suite import Mode, Recipe, Suite, digest
+from kitbench.suite import Denoise, Mode, Recipe, Suite, digest
 
 _DECIDES_NO_NUMBER = {"name", "card", "checkpoint_every"}
+_ADDED_LATER = {"ema"}
+"""Keys of a recipe that count only where they are not at their default, so that older runs keep their keys."""
 
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """`seed` and everything trained are None or empty for a training-free reference."""
+    """`seed` and everything trained are None or empty where nothing is trained."""
 
     suite: Suite
     mode: Mode
@@ -32,6 +35,10 @@ class Cell:
     """What trains: `cpu`, or the CUDA device's name."""
     train_sha256: str | None
     """Digest of the checksums of all training images, in order."""
+    weights_sha256: str | None = None
+    """Of the file of a network that is scored with given weights; its `settings` count too."""
+    weights_key: str | None = None
+    """The state dict in that file, where it holds several."""
 
     @property
     def trained(self) -> bool:
@@ -41,13 +48,14 @@ class Cell:
         """All that decides the numbers of the run, as JSON values."""
         identity: dict[str, Any] = {
             "numerics": NUMERICS,
-            "task": {"kind": self.suite.task.kind},
+            # Noise levels are conditions of an evaluation; the other degradations decide what a reference restores.
+            "task": {"kind": self.suite.task.kind} if isinstance(self.suite.task, Denoise) else self._task(),
             "mode": self.mode,
             "attention": self.source_sha256 or self.attention,
         }
         if self.trained:
             identity |= {
-                "task": self.suite.task.model_dump(mode="json", exclude={"sigma_test"}),
+                "task": self._task(),
                 "settings": self.settings,
                 "backbone": self.suite.backbone.model_dump(mode="json"),
                 "recipe": decisive(self.suite.recipe),
@@ -55,7 +63,14 @@ class Cell:
                 "device": self.device,
                 "seed": self.seed,
             }
+        if self.weights_sha256 is not None:
+            identity |= {"settings": self.settings, "weights_sha256": self.weights_sha256}
+            if self.weights_key is not None:
+                identity["weights_key"] = self.weights_key
         return identity
+
+    def _task(self) -> dict[str, Any]:
+        return self.suite.task.model_dump(mode="json", exclude={"sigma_test"})
 
     @cached_property
     def key(self) -> str:
@@ -78,4 +93,5 @@ class Cell:
 
 def decisive(recipe: Recipe) -> dict[str, Any]:
     """The keys of a recipe that decide numbers."""
-    return recipe.model_dump(mode="json", exclude=_DECIDES_NO_NUMBER)
+    found = recipe.model_dump(mode="json", exclude=_DECIDES_NO_NUMBER)
+    return {k: v for k, v in found.items() if k not in _ADDED_LATER or v != Recipe.model_fields[k].default}

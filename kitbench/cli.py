@@ -76,7 +76,21 @@ DATA = click.option(
     show_envvar=True,
     help="Backbone weights for LPIPS.",
 )
+@click.option("--micro-batch", type=click.IntRange(1), metavar="N",
+              help="Most crops at a time on a device; their gradients add up to the batch's. Moves rounding only.")  # fmt: skip
+@click.option("--track", multiple=True, metavar="NAME", help="tensorboard, wandb or mlflow too. Repeatable.")
+@click.option("--launcher", type=click.Choice(["local", "slurm"]),
+              help="Spread the runs over worker processes here, or submit them to Slurm. One after another without it.")  # fmt: skip
+@click.option("--jobs", type=click.IntRange(1), help="Runs at a time; by default one a GPU, one a core, or as Slurm allows.")
+@click.option("--gpus", help="local: which GPUs, e.g. 0,1. slurm: how many a run.")
+@click.option("--cpus", type=click.IntRange(1), help="Cores a run.")
+@click.option("--partition", help="Of Slurm.")
+@click.option("--time", "minutes", type=click.IntRange(1), metavar="MINUTES", help="Slurm's time limit; a run goes on behind it.")
+@click.option("--dry-run", is_flag=True, help="Print what a launcher would run, and run nothing.")
+@click.option("--only", hidden=True, metavar="CELL", help="One cell, e.g. colour/kit/0: what a worker runs.")
+@click.pass_context
 def run(
+    context: click.Context,
     suite: str,
     preset: str | None,
     method: tuple[str, ...],
@@ -87,30 +101,68 @@ def run(
     device: str,
     workers: int,
     lpips_weights: str | None,
+    micro_batch: int | None,
+    track: tuple[str, ...],
+    launcher: str | None,
+    only: str | None,
+    **where: Any,
 ) -> None:
     """Train and compare the methods of a suite; what is stored already is not run again."""
     from kitbench.suite import load
 
+    if not launcher:
+        for option in context.command.params:
+            if option.name in where and where[option.name]:
+                raise InputError(f"{option.opts[0]} is of --launcher; give --launcher local or slurm too.")
     resolved = load(suite, preset, overrides, method, _seeds(seeds))
+    from kitbench import launch
     from kitbench.job import Options
     from kitbench.run import how_to_go_on
     from kitbench.run import run as run_suite
     from kitbench.verdict.table import render
 
+    if only:
+        resolved = launch.restrict(resolved, only)
+    options = Options(out, data, device, workers, lpips_weights, micro_batch, track)
     console = _console()
     try:
-        complete, failed = run_suite(resolved, Options(out, data, device, workers, lpips_weights), console)
+        if launcher == "slurm":
+            jobs = launch.slurm(resolved, options, launch.Spread(**where), _again(context), console)
+            if jobs:
+                click.echo(f"submitted {len(jobs)} jobs: {', '.join(jobs)}")
+                click.echo(f"Look after them with: {shlex.join(['python', '-m', 'kitbench', 'status', str(out)])}")
+            return
+        if launcher == "local":
+            complete, failed = launch.local(resolved, options, launch.Spread(**where), _again(context), console)
+        else:
+            complete, failed = run_suite(resolved, options, console)
     except RunError as error:
         raise RunError(f"{error}. {how_to_go_on()}") from error
     if complete:
-        click.echo()
-        click.echo(render(complete, "terminal", resolved.protocol.stamp), color=console.is_terminal or None)
+        scored = {evaluation.stamp for folder in complete for evaluation in folder.evaluations()}
+        stamps = [stamp for stamp in resolved.stamps if stamp in scored]
+        for stamp in stamps:
+            click.echo()
+            click.echo(render(complete, "terminal", stamp), color=console.is_terminal or None)
         for folder in complete:
             click.echo(f"wrote {folder.path}")
-        again = shlex.join(["python", "-m", "kitbench", "table", str(out), "--protocol", resolved.protocol.stamp])
-        click.echo(f"The table again, from the stored runs: {again}")
+        for stamp in stamps:
+            again = shlex.join(["python", "-m", "kitbench", "table", str(out), "--protocol", stamp])
+            click.echo(f"The table again, from the stored runs: {again}")
     if failed:
         raise RunError(f"{len(failed)} of the suite's runs failed: " + "; ".join(failed))
+
+
+def _again(context: click.Context) -> list[str]:
+    """The arguments of `run` as one would type them for a worker: without those of the launcher."""
+    launchers = {"launcher", "jobs", "gpus", "cpus", "partition", "minutes", "dry_run", "only"}
+    words: list[str] = []
+    for option in context.command.params:
+        value = context.params.get(str(option.name))
+        if option.name not in launchers and value is not None:
+            for each in value if isinstance(value, tuple) else (value,):
+                words += [option.opts[0], str(each)]
+    return words
 
 
 def _seeds(text: str | None) -> list[int]:
@@ -171,6 +223,26 @@ def scale(methods: str, what: str, **options: Any) -> None:
 
 
 PATHS = click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+
+
+@cli.command()
+@PATHS
+def status(paths: tuple[Path, ...]) -> None:
+    """Show which runs are queued, running, done and failed, with the time that is left, from their folders alone."""
+    from rich.table import Table
+
+    from kitbench.status import render, summary, survey
+
+    lines = survey(paths)
+    grid = Table(box=None, pad_edge=False)
+    for column in ("state", "run", "done", "left", ""):
+        grid.add_column(column, overflow="fold")
+    for line in render(lines):
+        grid.add_row(*line)
+    _console().print(grid, highlight=False, markup=False)
+    click.echo(summary(lines))
+
+
 PROTOCOL = click.option("--protocol", help="Only rows of this protocol (id, or id.vN).")
 
 

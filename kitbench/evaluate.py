@@ -18,12 +18,12 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 from kitbench import metrics
-from kitbench.data.batches import add_noise
 from kitbench.data.cards import Photograph
+from kitbench.data.degrade import degrade
 from kitbench.methods import Restore
 from kitbench.seeds import generator
 from kitbench.store import Score
-from kitbench.suite import Protocol
+from kitbench.suite import Protocol, Task
 
 if TYPE_CHECKING:
     from kitbench.lpips import LPIPS
@@ -32,23 +32,27 @@ CROP = 128
 """Side in pixels of the crops that are kept as pictures."""
 
 
-def noisy(photo: Photograph, data_set: str, sigma: float, protocol: Protocol) -> np.ndarray:
-    """The noisy input, float32 [H, W, C], not clipped.
+def degraded(photo: Photograph, data_set: str, task: Task, sigma: float | None, protocol: Protocol) -> np.ndarray:
+    """The input of a test image, float32 [H, W, C]: the pair's own, or made by the task from the clean image.
 
     `hash`: seeded by (data set, image, sigma). `numpy0`: as in KAIR's test scripts, np.random.seed(0) before every
     image and Gaussian noise in float64 over [H, W, C].
     """
+    if photo.degraded is not None:
+        return photo.degraded.astype(np.float32) / 255
     clean = photo.pixels.astype(np.float32) / 255
+    if sigma is None:
+        return degrade(clean, task, generator(task.kind, data_set, photo.name))
     if protocol.noise_seed == "numpy0":
         legacy = np.random.RandomState(0)  # the point of this protocol is the legacy stream
         return (clean + legacy.normal(0, sigma / 255, clean.shape)).astype(np.float32)
-    return add_noise(clean, sigma, generator("noise", data_set, photo.name, f"{sigma:g}"))
+    return degrade(clean, task, generator("noise", data_set, photo.name, f"{sigma:g}"), sigma)
 
 
 def network(model: nn.Module, device: torch.device, protocol: Protocol, precision: str) -> Restore:
     """A trained network as a function of one image: float32 [H, W, C] to the same, whole or in the protocol's tiles."""
 
-    def restore(image: np.ndarray, sigma: float) -> np.ndarray:
+    def restore(image: np.ndarray, sigma: float | None) -> np.ndarray:
         x = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None].to(device)
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             y = tiled(model, x, protocol.tile, protocol.overlap) if protocol.tile else model(x)
@@ -93,14 +97,15 @@ def scores(
     restore: Restore,
     photographs: list[Photograph],
     data_set: str,
-    sigma: float,
+    task: Task,
+    sigma: float | None,
     protocol: Protocol,
     lpips: LPIPS | None,
     keep: Callable[[Photograph, np.ndarray, np.ndarray], None] | None = None,
 ) -> Iterator[Score]:
-    """Restore and score the images of a set, one by one; `keep` is shown each: photograph, noisy, restored."""
+    """Restore and score the images of a set, one by one; `keep` is shown each: photograph, input, restored."""
     for photo in photographs:
-        image = noisy(photo, data_set, sigma, protocol)
+        image = degraded(photo, data_set, task, sigma, protocol)
         clock = time.perf_counter()
         restored = restore(image, sigma)
         seconds = time.perf_counter() - clock
@@ -122,11 +127,14 @@ def score(restored: np.ndarray, photo: Photograph, protocol: Protocol, lpips: LP
         distance = float(lpips(*(i.expand(1, 3, -1, -1) for i in pair)))
     if protocol.space == "y" and target.shape[2] == 3:
         prediction, target = metrics.luma(prediction), metrics.luma(target)
+    if protocol.shift:
+        prediction, target = metrics.best_shift(prediction, target, protocol.shift)
     psnr = metrics.psnr(prediction, target)
+    ssim = metrics.ssim_volume if protocol.ssim == "matlab-rgb" else metrics.ssim
     return Score(
         image=photo.name,
         psnr=psnr if math.isfinite(psnr) else None,
-        ssim=metrics.ssim(prediction, target),
+        ssim=ssim(prediction, target),
         lpips=distance,
         seconds=seconds,
     )
@@ -153,8 +161,8 @@ def crop_place(photo: Photograph, data_set: str) -> Place:
     return max(places, key=lambda at: edges[at.top : at.top + side, at.left : at.left + side].sum())
 
 
-def crop_strip(photo: Photograph, data_set: str, noisy: np.ndarray, restored: np.ndarray) -> bytes:
-    """A PNG of four squares side by side: the whole image made small, then noisy, restored and clean crop, 8 bits.
+def crop_strip(photo: Photograph, data_set: str, degraded: np.ndarray, restored: np.ndarray) -> bytes:
+    """A PNG of four squares side by side: the whole image made small, then degraded, restored and clean crop, 8 bits.
 
     The text `place` tells where the crop lies: top, left, side, height and width of the image, in pixels.
     """
@@ -166,7 +174,7 @@ def crop_strip(photo: Photograph, data_set: str, noisy: np.ndarray, restored: np
         photo.pixels, (max(1, round(width * scale)), max(1, round(height * scale))), interpolation=cv2.INTER_AREA
     )
     squares[0][: small.shape[0], : small.shape[1]] = small.reshape(*small.shape[:2], -1)
-    for image in (noisy, restored, photo.pixels / 255):
+    for image in (degraded, restored, photo.pixels / 255):
         crop = image[at.top : at.top + at.side, at.left : at.left + at.side]
         squares.append(np.rint(np.clip(crop, 0, 1) * 255).astype(np.uint8))
     strip = np.concatenate(squares, axis=1)

@@ -1,8 +1,9 @@
 """Finding a method by name or by file, and proving before any training that it keeps the one signature.
 
-A method is a Python file that opens with a card (its docstring) and defines either `class Attention` (trained inside
-the shared backbone; the contract is in `kitbench.attention`) or `restore(image, sigma)` (training-free). Shipped ones
-are `kitbench/attention/kit.py` and the files of `baselines/`; any other path to a .py file works the same.
+A method is a Python file that opens with a card (its docstring) and defines one of three things: `class Attention`,
+trained inside the shared backbone (the contract is in `kitbench.attention`); `restore(image, sigma)`, training-free; or
+`class Network`, a whole network that is evaluated with given weights (`kitbench eval`). Shipped ones are
+`kitbench/attention/kit.py` and the files of `baselines/`; any other path to a .py file works the same.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from pydantic import TypeAdapter, ValidationError
 from kitbench.errors import InputError, nearest
 
 if typing.TYPE_CHECKING:
+    import torch
     from torch import nn
 
-Restore = Callable[[np.ndarray, float], np.ndarray]
+Restore = Callable[[np.ndarray, float | None], np.ndarray]
 
 
 def shipped() -> dict[str, str]:
@@ -41,14 +43,19 @@ def shipped() -> dict[str, str]:
     return dict(sorted(modules.items()))
 
 
-def cards() -> dict[str, tuple[bool, str]]:
-    """For every shipped method: whether it is trained, and its card. Read from the source; nothing is imported."""
+KINDS = {"Attention": "trained", "restore": "training-free", "Network": "given weights"}
+"""What a method file defines, and the kind of method that it is then."""
+
+
+def cards() -> dict[str, tuple[str, str]]:
+    """For every shipped method: its kind, and its card. Read from the source; nothing is imported."""
     found = {}
     for name, module in shipped().items():
         package, _, stem = module.rpartition(".")
         tree = ast.parse(resources.files(package).joinpath(f"{stem}.py").read_text("utf-8"))
-        trained = any(isinstance(node, ast.ClassDef) and node.name == "Attention" for node in tree.body)
-        found[name] = (trained, ast.get_docstring(tree) or "")
+        defined = {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+        [kind] = [kind for word, kind in KINDS.items() if word in defined]
+        found[name] = (kind, ast.get_docstring(tree) or "")
     return found
 
 
@@ -60,6 +67,7 @@ class Loaded:
     card: str
     attention: type[nn.Module] | None = None
     restore: Restore | None = None
+    network: type[nn.Module] | None = None
     source_sha256: str | None = None
     """Of a user's file, whose text decides its numbers; None for shipped methods, whose version `NUMERICS` tells."""
     settings: dict[str, tuple[Any, Any]] = field(default_factory=dict)
@@ -90,6 +98,16 @@ class Loaded:
         except (ValueError, TypeError) as error:
             raise InputError(f"Method {self.name!r} cannot be built with {settings}: {error}") from error
 
+    def build_network(self, channels: int, **settings: Any) -> nn.Module:
+        """The whole network for gray (1) or colour (3) images. Raises InputError where it cannot be built so."""
+        assert self.network is not None, f"{self.name} is no whole network"
+        try:
+            return self.network(channels, **settings)
+        except (ValueError, TypeError) as error:
+            raise InputError(
+                f"Method {self.name!r} cannot be built for {channels} channels with {settings}: {error}"
+            ) from error
+
 
 def load(name: str, label: str | None = None) -> Loaded:
     """A shipped method by its name, or the user's own by the path of its file. Raises InputError."""
@@ -97,25 +115,28 @@ def load(name: str, label: str | None = None) -> Loaded:
         path = Path(name)
         if not path.is_file():
             raise InputError(
-                f"Method file {name} does not exist; give the path of a Python file with a class Attention."
+                f"Method file {name} does not exist; give the path of a Python file with a class Attention or Network."
             )
         module, sha256 = _import_file(path), hashlib.sha256(path.read_bytes()).hexdigest()
     elif name in shipped():
         module, sha256 = importlib.import_module(shipped()[name]), None
     else:
         raise InputError(f"Unknown method {name!r}; {nearest(name, shipped())} Or give a path to a .py file.")
-    attention, restore = getattr(module, "Attention", None), getattr(module, "restore", None)
-    if attention is None and restore is None:
+    found = {word: getattr(module, word) for word in KINDS if hasattr(module, word)}
+    if len(found) != 1:
         raise InputError(
-            f"Method file {name} defines neither `class Attention` nor `def restore(image, sigma)`; add one."
+            f"Method file {name} defines {' and '.join(found) or 'no method'}; define one of `class Attention`, "
+            "`def restore(image, sigma)` and `class Network`."
         )
+    [(word, method)] = found.items()
     return Loaded(
         name=label or name,
         card=inspect.getdoc(module) or "",
-        attention=attention,
-        restore=None if attention else restore,
+        attention=method if word == "Attention" else None,
+        restore=method if word == "restore" else None,
+        network=method if word == "Network" else None,
         source_sha256=sha256,
-        settings=_settings(attention, name) if attention else {},
+        settings={} if word == "restore" else _settings(method, word, name),
     )
 
 
@@ -132,14 +153,20 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
-def _settings(attention: type, name: str) -> dict[str, tuple[Any, Any]]:
+def _settings(method: type, word: str, name: str) -> dict[str, tuple[Any, Any]]:
     """Keyword-only arguments of the constructor, also of those that a subclass passes on by `**settings`."""
-    if not inspect.isclass(attention):
+    if not inspect.isclass(method):
         raise InputError(
-            f"Method {name}: `Attention` must be a class (a torch.nn.Module), found {type(attention).__name__}."
+            f"Method {name}: `{word}` must be a class (a torch.nn.Module), found {type(method).__name__}."
         )
+    signature = inspect.signature(method)
+    try:
+        signature.bind_partial(8, 1, shift=False) if word == "Attention" else signature.bind_partial(3)
+    except TypeError as error:
+        expected = "dim, heads, *, shift=False, ..." if word == "Attention" else "channels, *, ..."
+        raise InputError(f"Method {name}: {word}.__init__ must take ({expected}), found {signature}.") from error
     found: dict[str, tuple[Any, Any]] = {}
-    for owner in attention.__mro__:
+    for owner in method.__mro__:
         if "__init__" not in vars(owner) or owner.__module__.startswith("torch."):
             continue
         hints, signature = typing.get_type_hints(vars(owner)["__init__"]), inspect.signature(vars(owner)["__init__"])
@@ -149,12 +176,6 @@ def _settings(attention: type, name: str) -> dict[str, tuple[Any, Any]]:
                 found[parameter.name] = (hints.get(parameter.name, Any), default)
         if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
             break
-    parameters = inspect.signature(attention).parameters
-    if not {"shift"} & set(parameters) and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        raise InputError(
-            f"Method {name}: Attention.__init__ must take (dim, heads, *, shift=False, ...), "
-            f"found {inspect.signature(attention)}."
-        )
     return found
 
 
@@ -172,14 +193,8 @@ def check(method: Loaded, levels: Mapping[int, tuple[int, int, int]], settings: 
             x = torch.randn(2, side, side + 1, dim, generator=torch.Generator().manual_seed(0), requires_grad=True)
             try:
                 y = module(x)
-                returned = tuple(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__
-                if returned != tuple(x.shape) or y.dtype != x.dtype:
-                    raise InputError(
-                        f"{where}: forward returned {returned} {getattr(y, 'dtype', '')}, expected the shape it got, "
-                        f"{tuple(x.shape)} {x.dtype}; return one value per position and channel."
-                    )
-                if not bool(torch.isfinite(y).all()):
-                    raise InputError(f"{where}: forward returned values that are not finite (NaN or infinity).")
+                if fault := _fault(y, x):
+                    raise InputError(f"{where}: {fault}; return one value per position and channel.")
                 y.square().mean().backward()
             except InputError:
                 raise
@@ -187,12 +202,42 @@ def check(method: Loaded, levels: Mapping[int, tuple[int, int, int]], settings: 
                 raise InputError(f"{where} failed: {type(error).__name__}: {error}.") from error
 
 
-def check_restore(method: Loaded, channels: int) -> None:
+def check_network(method: Loaded, network: nn.Module, channels: int, device: torch.device) -> None:
+    """Run a whole network on a small image of odd sides. Raises InputError where it fails or returns another shape."""
+    import torch
+
+    x = torch.rand(1, channels, 61, 47, generator=torch.Generator().manual_seed(0)).to(device)
+    where = f"Method {method.name!r} (input {list(x.shape)})"
+    try:
+        with torch.inference_mode():
+            fault = _fault(network(x), x)
+    except Exception as error:  # a method is a stranger's code: its fault is told, not traced
+        raise InputError(f"{where} failed: {type(error).__name__}: {error}.") from error
+    if fault:
+        raise InputError(f"{where}: {fault}; pad inside forward where the network needs multiples.")
+
+
+def _fault(y: Any, x: torch.Tensor) -> str | None:
+    """What is wrong with what a forward pass returned for x, if anything is."""
+    import torch
+
+    returned = tuple(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__
+    if returned != tuple(x.shape) or y.dtype != x.dtype:
+        return (
+            f"forward returned {returned} {getattr(y, 'dtype', '')}, expected the shape it got, "
+            f"{tuple(x.shape)} {x.dtype}"
+        )
+    if not bool(torch.isfinite(y).all()):
+        return "forward returned values that are not finite (NaN or infinity)"
+    return None
+
+
+def check_restore(method: Loaded, channels: int, sigma: float | None) -> None:
     """Run a training-free method on a small image. Raises InputError where it fails or returns another shape."""
     assert method.restore is not None
     image = np.random.default_rng(0).random((32, 33, channels), dtype=np.float32)
     try:
-        restored = method.restore(image, 25.0)
+        restored = method.restore(image, sigma)
     except Exception as error:  # a method is a stranger's code: its fault is told, not traced
         raise InputError(f"Method {method.name!r} failed on {image.shape}: {type(error).__name__}: {error}.") from error
     if getattr(restored, "shape", None) != image.shape or not np.isfinite(restored).all():

@@ -5,35 +5,38 @@ What is asked for is checked first (kitbench/job.py); from here on a cell that f
 
 from __future__ import annotations
 
-import signal
+import errno
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 from rich.console import Console
+from rich.markup import escape
 from torch import nn
 
 from kitbench import evaluate, methods
 from kitbench.backbone import UNet
 from kitbench.cell import Cell
 from kitbench.data.batches import Batches
-from kitbench.data.cards import Photograph, pixel_sha256
+from kitbench.data.cards import Photograph
 from kitbench.environment import command_line, device_name, environment
 from kitbench.errors import Interrupted, RunError
-from kitbench.job import Job, Options, Probe, set_sha256
-from kitbench.progress import duration, progress
+from kitbench.job import Job, Options, Probe, Scoring, set_sha256
+from kitbench.progress import duration, heartbeat, progress
 from kitbench.seeds import derive
-from kitbench.store import Evaluation, Run, RunFolder, Training, replace_with, write_atomic
-from kitbench.suite import Suite, digest
-from kitbench.train import train
+from kitbench.stop import Stop, interruptible
+from kitbench.store import Evaluation, Held, Run, RunFolder, Training, now, write_atomic
+from kitbench.suite import Suite
+from kitbench.tracking import Log, logged_steps, test_means, tracked
+from kitbench.train import LOG_EVERY, state_sha256, train, trained_state
 
+WAITING = 0.02
+"""Share of a step spent waiting for data from which on the progress shows it."""
 PICTURES = 4
 """Images of each test set of which crops are kept."""
 
@@ -44,45 +47,106 @@ def run(suite: Suite, options: Options, console: Console) -> tuple[list[RunFolde
     Returns the folders of all cells that are complete, and a sentence for each that failed. Raises InputError before
     anything is written, and Interrupted (state saved) on Ctrl-C or SIGTERM.
     """
-    job = Job(suite, options)
-    folders = {cell: RunFolder(options.out / cell.folder) for cell in job.cells}
-    todo = [
-        cell
-        for cell in job.cells
-        if not (folders[cell].trained or not cell.trained) or job.missing(cell, folders[cell])
-    ]
+    with interruptible(how_to_go_on) as stop:
+        job = Job(suite, options)
+        folders = {cell: RunFolder(options.out / cell.folder) for cell in job.cells}
+        todo = [cell for cell in job.cells if job.unfinished(cell, folders[cell])]
+        probes, unfit = probe(job, todo, console)
+        job.require_space([cell for cell in todo if cell.method in probes], probes)
+        announce(job, todo, probes, console)
+        stop.idle = False
+        failed = work_off(job, todo, folders, probes, unfit, console, stop)
+        complete = [folders[cell] for cell in job.cells if not job.unfinished(cell, folders[cell])]
+        return complete, failed
+
+
+def probe(job: Job, todo: list[Cell], console: Console) -> tuple[dict[str, Probe], dict[str, Exception]]:
+    """What each trained method costs, or why it cannot be trained here, by name."""
     probes: dict[str, Probe] = {}
-    failed: list[str] = []
+    unfit: dict[str, Exception] = {}
     with console.status("measuring what each method costs"):
         for cell in {cell.method: cell for cell in todo if cell.trained}.values():
             try:
                 probes[cell.method] = job.probe(cell)
-            except Exception as error:  # noqa: BLE001 - as below: whatever it is, it is told, and the others go on
-                failed.append(failure(cell.method, error))
-    todo = [cell for cell in todo if not cell.trained or cell.method in probes]
-    announce(job, todo, probes, console)
-    for sentence in failed:
-        console.print(f"[red]failed[/red] {sentence}", highlight=False)
-    with interruptible() as stopping:
-        for number, cell in enumerate(todo, 1):
-            seed = f" seed {cell.seed}" if cell.trained else ""
-            title = f"[{number}/{len(todo)}] {cell.mode} {cell.method}{seed}"
+            except Exception as error:  # noqa: BLE001 - a method may be a stranger's code, and raise anything
+                unfit[cell.method] = error
+    return probes, unfit
+
+
+def work_off(
+    job: Job,
+    todo: list[Cell],
+    folders: dict[Cell, RunFolder],
+    probes: dict[str, Probe],
+    unfit: dict[str, Exception],
+    console: Console,
+    stop: Stop,
+) -> list[str]:
+    """Run the cells, those last that other processes work on now. Returns a sentence for each that failed."""
+    begun, failed = now(), []
+    titles = {}
+    for number, cell in enumerate(todo, 1):
+        seed = f" seed {cell.seed}" if cell.trained else ""
+        titles[cell] = f"[{number}/{len(todo)}] {cell.mode} {cell.method}{seed}"
+    queue, held = deque(todo), set()
+
+    def attempt(cell: Cell, folder: RunFolder) -> str | None:
+        with folder.lock() as killed:
+            if killed:
+                console.print(f"{titles[cell]}  {killed} was killed; going on from what it stored", highlight=False)
+            if cell in held and folder.failed is not None and folder.failed.when >= begun:
+                return folder.failed.message  # the process that was waited for has tried
             try:
-                with folders[cell].lock():
-                    run_cell(job, cell, folders[cell], probes.get(cell.method), title, console, stopping)
+                if cell.method in unfit:
+                    raise unfit[cell.method]
+                if job.unfinished(cell, folder):
+                    run_cell(job, cell, folder, probes.get(cell.method), titles[cell], console, stop)
+                (folder.path / "failed.json").unlink(missing_ok=True)
             except Interrupted:
                 raise
-            except Exception as error:  # noqa: BLE001 - a method may be a stranger's code, and raise anything
+            except Exception as error:  # noqa: BLE001 - as above
                 # One run's failure (out of memory, a full disk, a damaged record) must not take the others with it.
-                failed.append(failure(cell.folder, error))
-                console.print(f"[red]failed[/red] {failed[-1]}", highlight=False)
-    complete = [folders[cell] for cell in job.cells if not job.missing(cell, folders[cell])]
-    return complete, failed
+                return failure(job, cell, folder, error)
+        return None
+
+    while queue:
+        if stop():
+            raise Interrupted(f"stopped between two runs, {len(queue)} of {len(todo)} are left")
+        cell = queue.popleft()
+        try:
+            sentence = attempt(cell, folders[cell])
+        except Held as error:
+            if cell not in held:
+                console.print(f"{titles[cell]}  waits: {error}", highlight=False)
+            held.add(cell)
+            queue.append(cell)
+            if held.issuperset(queue):
+                time.sleep(0.5)
+            continue
+        except OSError as error:  # no lock can be made
+            sentence = f"{cell.folder}: {told(error)}"
+        if sentence is not None:
+            failed.append(sentence)
+            console.print(f"[red]failed[/red] {escape(sentence)}", highlight=False)
+    return failed
 
 
-def failure(what: str, error: Exception) -> str:
-    """One line of what went wrong."""
-    return f"{what}: {type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+def failure(job: Job, cell: Cell, folder: RunFolder, error: Exception) -> str:
+    """One line of what went wrong, kept with the run as far as it can be."""
+    sentence = f"{cell.folder}: {told(error)}"
+    try:
+        if not (folder.path / "run.json").is_file():
+            folder.write("run.json", _record(job, cell))
+        folder.fail(cell.key, sentence)
+    except OSError as second:
+        return f"{sentence} (which could not be noted there: {told(second)})"
+    return sentence
+
+
+def told(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "no space is left on the disk; free some, or choose another --out"
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
 
 
 def run_cell(
@@ -92,52 +156,71 @@ def run_cell(
     probe: Probe | None,
     title: str,
     console: Console,
-    stopping: Callable[[], bool],
+    stop: Stop,
 ) -> None:
     """Train the cell from where it stands, then do the evaluations that are missing."""
-    suite, sets = job.suite, job.sets[cell.mode]
-    if (folder.path / "run.json").is_file():
-        if folder.run.key != cell.key:
-            raise RunError(f"{folder.path} holds another run (key {folder.run.key[:12]}); choose another --out")
-    else:
-        folder.write("run.json", _record(job, cell))
+    begin(folder, _record(job, cell))
     if cell.trained:
-        restore = _trained(job, cell, folder, probe, title, console, stopping)
+        with tracked(job.trackers, folder, None if folder.trained else logged_steps(folder)) as log:
+            restore = _trained(job, cell, folder, probe, title, console, stop, log)
+            score(job, cell, folder, restore, title, console, stop)
+            log(job.suite.recipe.steps, test_means(folder))
     else:
         found = job.references[cell.method].restore
         assert found is not None
-        restore = found
+        score(job, cell, folder, found, title, console, stop)
+    (folder.path / "progress.json").unlink(missing_ok=True)
+
+
+def begin(folder: RunFolder, record: Run) -> None:
+    """Write run.json where it is not there yet. Raises RunError where the folder holds another run."""
+    if not (folder.path / "run.json").is_file():
+        folder.write("run.json", record)
+    elif folder.run.key != record.key:
+        raise RunError(f"{folder.path} holds another run (key {folder.run.key[:12]}); choose another --out")
+
+
+def score(
+    job: Scoring, cell: Cell, folder: RunFolder, restore: methods.Restore, title: str, console: Console, stop: Stop
+) -> None:
+    """Do the evaluations of a cell that are missing."""
+    sets, protocol = job.sets[cell.mode], job.protocols[cell.mode]
     missing = job.missing(cell, folder)
+    lpips = job.lpips.get(protocol.lpips)
     total = sum(len(sets.test[name]) for name, _ in missing)
+    beat = heartbeat(folder, "scoring", total)
     with progress(console, f"{title} scoring", total) as update:
         done = 0
         for name, sigma in missing:
             scores = []
-            keep = keeper(folder, sets.test[name], name, sigma, suite.protocol.stamp)
-            for score in evaluate.scores(restore, sets.test[name], name, sigma, suite.protocol, job.lpips, keep):
-                if stopping():
+            keep = keeper(folder, sets.test[name], name, sigma, protocol.stamp)
+            for found in evaluate.scores(restore, sets.test[name], name, job.suite.task, sigma, protocol, lpips, keep):
+                if stop():
                     raise Interrupted(f"stopped while scoring {folder.path.name}; the same command goes on there")
-                scores.append(score)
+                scores.append(found)
                 done += 1
-                update(done, f"{name} sigma {sigma:g}: {'inf' if score.psnr is None else f'{score.psnr:.2f} dB'}")
+                at = "" if sigma is None else f" sigma {sigma:g}"
+                beat(done)
+                update(done, f"{name}{at}: {'inf' if found.psnr is None else f'{found.psnr:.2f} dB'}")
             record = Evaluation(
-                key=cell.key, data_set=name, data_sha256=set_sha256(sets.test[name]), sigma=sigma,
-                protocol=suite.protocol, stamp=suite.protocol.stamp, lpips_note=job.lpips_note, scores=tuple(scores),
+                key=cell.key, data_set=name, data_sha256=job.test_sha256(cell.mode, name), sigma=sigma,
+                protocol=protocol, stamp=protocol.stamp, lpips_note=job.lpips_notes.get(protocol.lpips),
+                scores=tuple(scores),
             )  # fmt: skip
-            path = folder.evaluation_path(name, sigma, suite.protocol.stamp)
+            path = folder.evaluation_path(name, sigma, protocol.stamp)
             folder.write(str(path.relative_to(folder.path)), record)
 
 
 def keeper(
-    folder: RunFolder, photographs: list[Photograph], name: str, sigma: float, stamp: str
+    folder: RunFolder, photographs: list[Photograph], name: str, sigma: float | None, stamp: str
 ) -> Callable[[Photograph, np.ndarray, np.ndarray], None]:
     """What keeps a crop of the first PICTURES images of a set as pictures in the run's folder."""
     numbers = {photo.name: number for number, photo in enumerate(photographs[:PICTURES])}
 
-    def keep(photo: Photograph, noisy: np.ndarray, restored: np.ndarray) -> None:
+    def keep(photo: Photograph, degraded: np.ndarray, restored: np.ndarray) -> None:
         if photo.name in numbers:
             path = folder.crop_path(name, sigma, stamp, numbers[photo.name])
-            write_atomic(path, evaluate.crop_strip(photo, name, noisy, restored))
+            write_atomic(path, evaluate.crop_strip(photo, name, degraded, restored))
 
     return keep
 
@@ -149,7 +232,8 @@ def _trained(
     probe: Probe | None,
     title: str,
     console: Console,
-    stopping: Callable[[], bool],
+    stop: Stop,
+    track: Log,
 ) -> methods.Restore:
     """The cell's trained network as a function of an image: from its stored weights, or trained now."""
     suite, model = job.suite, job.build(cell)
@@ -158,35 +242,43 @@ def _trained(
             raise RunError(
                 f"{folder.weights} is missing, so it cannot be evaluated anew; delete the folder to train again"
             )
-        model.load_state_dict(safetensors.torch.load_file(folder.weights))
+        model.load_state_dict(trained_state(folder))
     else:
         assert probe is not None
         batches = Batches(job.sets[cell.mode].training, suite.task, suite.recipe, derive(cell.seed, "data"))
-        clock = time.perf_counter()
+        beat = heartbeat(folder, "training", suite.recipe.steps)
         with progress(console, title, suite.recipe.steps) as update:
-            loss, rates = train(
-                model, batches, suite.recipe, job.device, folder, job.options.workers,
-                lambda done, loss, psnr: update(done, f"loss {loss:.4f}  {psnr:.2f} dB"), stopping,
+
+            def report(done: int, loss: float, psnr: float, waiting: float) -> None:
+                beat(done)
+                track(done, {"train/loss": loss, "train/psnr_db": psnr, "train/waiting": waiting})
+                data = f"  {waiting:.0%} waiting for data" if waiting > WAITING else ""
+                update(done, f"loss {loss:.4f}  {psnr:.2f} dB{data}")
+
+            log = train(
+                model, batches, suite.recipe, job.device, folder, job.options.workers, report, stop,
+                lambda text: console.print(f"{title}  {escape(text)}", highlight=False),
             )  # fmt: skip
         image = next(iter(job.sets[cell.mode].test.values()))[0].pixels
-        notes = reports(model.eval(), image, job.device, suite.protocol.tile)
+        notes = reports(model.eval(), image, job.device, job.protocols[cell.mode].tile)
         for name, note in notes.items():
             console.print(f"{title}  {name}: {', '.join(f'{k} {v}' for k, v in note.items())}", highlight=False)
-        state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        replace_with(folder.weights, lambda aside: safetensors.torch.save_file(state, aside))
+        state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+        write_atomic(folder.weights, safetensors.torch.save(state))
         training = Training(
             steps=suite.recipe.steps,
-            seconds=time.perf_counter() - clock,
-            seconds_per_step=statistics.median(rates),
-            loss=loss,
+            seconds=sum(line[4] * ((line[0] - 1) % LOG_EVERY + 1) for line in log),
+            seconds_per_step=statistics.median(line[4] for line in log),
+            loss=log[-1][1],
             weights_sha256=state_sha256(state),
             cost=probe.cost,
             notes=notes,
         )
         folder.write("training.json", training)
         folder.checkpoint.unlink(missing_ok=True)
+        folder.previous_checkpoint.unlink(missing_ok=True)
     model.to(job.device).eval()
-    return evaluate.network(model, job.device, suite.protocol, suite.recipe.precision)
+    return evaluate.network(model, job.device, job.protocols[cell.mode], suite.recipe.precision)
 
 
 def reports(model: UNet, image: np.ndarray, device: torch.device, tile: int) -> dict[str, dict[str, Any]]:
@@ -214,11 +306,6 @@ def reports(model: UNet, image: np.ndarray, device: torch.device, tile: int) -> 
     for handle in handles:
         handle.remove()
     return found
-
-
-def state_sha256(state: dict[str, torch.Tensor]) -> str:
-    """Of all weights by name: equal if and only if they are bit-identical."""
-    return digest({name: pixel_sha256(tensor.detach().cpu().numpy()) for name, tensor in state.items()})
 
 
 def _record(job: Job, cell: Cell) -> Run:
@@ -253,10 +340,10 @@ def announce(job: Job, todo: list[Cell], probes: dict[str, Probe], console: Cons
         console.print(f"[bold]{label:<10}[/bold]{text}", highlight=False, soft_wrap=True)
 
     say("suite", f"{suite.name}, preset {suite.preset}: {suite.title}")
-    sigmas = ", ".join(f"{sigma:g}" for sigma in suite.task.sigma_test)
+    sigmas = ", ".join(f"{sigma:g}" for sigma in suite.task.conditions if sigma is not None)
     for mode, sets in job.sets.items():
         train, test = (", ".join(f"{n} ({len(p)})" for n, p in part.items()) for part in (sets.train, sets.test))
-        say("data", f"{mode}: train on {train}; test on {test} at sigma {sigmas}")
+        say("data", f"{mode}: train on {train}; test on {test}" + (f" at sigma {sigmas}" if sigmas else ""))
     for name, why in job.absent.items():
         say("", f"without {name}: {why}")
     width, blocks = suite.backbone.width, list(suite.backbone.blocks)
@@ -264,9 +351,10 @@ def announce(job: Job, todo: list[Cell], probes: dict[str, Probe], console: Cons
     say("backbone", f"width {width}, blocks {blocks}, attention at levels {levels} of {len(blocks)}")
     steps = f"{recipe.steps} steps of {recipe.batch} crops of {recipe.crop} px, {recipe.precision}"
     say("recipe", f"{recipe.name}: {steps}; {recipe.card.time}")
-    say("protocol", f"{suite.protocol.stamp}: {suite.protocol.summary}")
-    if job.lpips_note:
-        say("lpips", f"n/a: {job.lpips_note}")
+    for protocol in {protocol.stamp: protocol for protocol in job.protocols.values()}.values():
+        say("protocol", f"{protocol.stamp}: {protocol.summary}")
+    for net, note in job.lpips_notes.items():
+        say("lpips", f"{net} is n/a: {note}")
     say("device", f"{device_name(job.device)}, {torch.get_num_threads()} threads")
     if job.device.type == "cuda" and suite.preset == "quick":
         say("", "this machine has a CUDA device: --preset full runs the paper's recipe as we read it")
@@ -277,7 +365,7 @@ def announce(job: Job, todo: list[Cell], probes: dict[str, Probe], console: Cons
     for name, probe in probes.items():
         cost, mine = probe.cost, [cell for cell in todo if cell.method == name]
         pixels = sum(
-            photo.pixels[..., 0].size * len(suite.task.sigma_test)
+            photo.pixels[..., 0].size * len(suite.task.conditions)
             for cell in mine for photos in job.sets[cell.mode].test.values() for photo in photos
         )  # fmt: skip
         training = sum(not (job.options.out / cell.folder / "training.json").is_file() for cell in mine)
@@ -292,25 +380,6 @@ def announce(job: Job, todo: list[Cell], probes: dict[str, Probe], console: Cons
         )
     if todo:
         say("expected", f"about {duration(seconds)} for {len(todo)} runs")
-
-
-@contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM ask for a stop at the next step, where the state is saved; a second Ctrl-C stops at once."""
-    asked = False
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked = True
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def how_to_go_on() -> str:

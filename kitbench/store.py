@@ -3,11 +3,13 @@
     results/denoise-colour-kit-s0-0123456789/
         run.json              what decides the run's numbers, and the environment that made it; written first
         log.csv               training log, a line every so many steps
-        checkpoint.safetensors  weights, optimiser state and step, until the training is done
+        checkpoint.safetensors  weights, optimiser state and step, with their checksum, until the training is done
+        checkpoint-previous.safetensors  the one before it
         weights.safetensors   the trained weights
         training.json         what the training cost; its presence says that the training is done
-        eval/SET-sigma-PROTOCOL.json   scores of every image of one test set, one sigma, one protocol
-        crops/SET-sigma-PROTOCOL-NUMBER.png   pictures of the first images of the set: whole, noisy, restored, clean
+        eval/SET-sigma-PROTOCOL.json   scores of every image of one test set, one sigma (if there is one), one protocol
+        failed.json           why the run is not complete, where it failed
+        crops/SET-sigma-PROTOCOL-NUMBER.png   pictures of the first images of the set: whole, input, restored, clean
 
 A file is written under another name, synced and renamed: a reader finds the old file or the new one, never a half.
 """
@@ -16,21 +18,27 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from filelock import FileLock, Timeout
 from pydantic import Field, ValidationError
 
 from kitbench.errors import InputError, RunError
-from kitbench.suite import Backbone, Frozen, Mode, Protocol, Recipe, Setting, Task
+from kitbench.suite import Backbone, Frozen, Mode, Protocol, Recipe, Setting, Task, condition
 
 SCHEMA = 1
-"""The version that this code writes and reads."""
+"""The version that this code writes and reads. No older one exists; a new one brings what migrates this one."""
+LARGEST = 64 << 20
+"""Bytes of the largest record that is read."""
+Stamp = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*\.v[0-9]+(\+[0-9a-f]{6})?$")]
+"""Part of file names: nothing in it leads out of the run's folder."""
 
 
 class Environment(Frozen):
@@ -48,6 +56,25 @@ class Environment(Frozen):
     python: str
     versions: dict[str, str]
     flags: dict[str, bool | int | str | None]
+
+
+class Cost(Frozen):
+    """What a method costs, at a stated resolution."""
+
+    parameters: int
+    attention_parameters: int
+    resolution: int
+    """Side in pixels of the square image that macs speaks of."""
+    macs: int | None
+    """Closed form, one forward of one image; None where the method states none."""
+    macs_counted: int | None
+    macs_note: str | None
+    """None where closed form and counter agree; else what differs, or which operator nobody counted."""
+    train_peak_bytes: int | None
+    """Peak memory of one training step beyond what was held before it."""
+    memory_note: str | None
+    calibration_seconds: float | None = None
+    """Time of a fixed piece of work on the same device in the same minute: seconds a step divided by it travel."""
 
 
 class Run(Frozen):
@@ -72,25 +99,8 @@ class Run(Frozen):
     train_sets: dict[str, str]
     """Digest of each training set's image checksums."""
     environment: Environment
-
-
-class Cost(Frozen):
-    """What a method costs, at a stated resolution."""
-
-    parameters: int
-    attention_parameters: int
-    resolution: int
-    """Side in pixels of the square image that macs speaks of."""
-    macs: int | None
-    """Closed form, one forward of one image; None where the method states none."""
-    macs_counted: int | None
-    macs_note: str | None
-    """None where closed form and counter agree; else what differs, or which operator nobody counted."""
-    train_peak_bytes: int | None
-    """Peak memory of one training step beyond what was held before it."""
-    memory_note: str | None
-    calibration_seconds: float | None = None
-    """Time of a fixed piece of work on the same device in the same minute: seconds a step divided by it travel."""
+    cost: Cost | None = None
+    """Of a network with given weights; that of a trained one is in training.json."""
 
 
 class Training(Frozen):
@@ -128,12 +138,60 @@ class Evaluation(Frozen):
     """Of the run."""
     data_set: str
     data_sha256: str
-    sigma: float
+    """Of the images, and of the degradation where the task makes it and has no sigma."""
+    sigma: float | None
+    """In 8-bit grey levels; None where the task has one condition."""
     protocol: Protocol
-    stamp: str
+    stamp: Stamp
     lpips_note: str | None
     """Why LPIPS is n/a; None where it was measured or not asked for."""
     scores: tuple[Score, ...]
+
+    @property
+    def condition(self) -> str:
+        """What stands behind the data set's name: `σ25`, or nothing."""
+        return condition(self.sigma)
+
+
+class Failure(Frozen):
+    """failed.json: why the run is not complete; gone once it is."""
+
+    schema_version: Literal[1] = 1
+    key: str
+    message: str
+    when: str
+    """UTC, ISO 8601."""
+
+
+class Owner(Frozen):
+    """.owner: the process that works on a run. Left behind by one that was killed."""
+
+    schema_version: Literal[1] = 1
+    pid: int
+    host: str
+    started: str
+    """UTC, ISO 8601."""
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} (since {self.started})"
+
+
+class Held(RunError):
+    """Another process works on the run."""
+
+
+class Progress(Frozen):
+    """progress.json: how far a run under way is; decides nothing, and goes when the run is done."""
+
+    schema_version: Literal[1] = 1
+    phase: Literal["training", "scoring"]
+    done: int
+    """Steps, or images."""
+    total: int
+    seconds_left: float | None
+    updated: float
+    """Seconds since the epoch."""
+    host: str
 
 
 class RunFolder:
@@ -144,7 +202,7 @@ class RunFolder:
 
     @property
     def run(self) -> Run:
-        return _read(Run, self.path / "run.json")
+        return read_record(Run, self.path / "run.json")
 
     @property
     def trained(self) -> bool:
@@ -152,7 +210,7 @@ class RunFolder:
 
     @property
     def training(self) -> Training | None:
-        return _read(Training, self.path / "training.json") if self.trained else None
+        return read_record(Training, self.path / "training.json") if self.trained else None
 
     @property
     def weights(self) -> Path:
@@ -163,53 +221,115 @@ class RunFolder:
         return self.path / "checkpoint.safetensors"
 
     @property
+    def previous_checkpoint(self) -> Path:
+        return self.path / "checkpoint-previous.safetensors"
+
+    @property
     def log(self) -> Path:
         return self.path / "log.csv"
 
     def evaluations(self) -> list[Evaluation]:
-        return [_read(Evaluation, path) for path in sorted((self.path / "eval").glob("*.json"))]
+        return [read_record(Evaluation, path) for path in sorted((self.path / "eval").glob("*.json"))]
 
-    def evaluation_path(self, data_set: str, sigma: float, stamp: str) -> Path:
-        return self.path / "eval" / f"{re.sub(r'[^A-Za-z0-9.-]', '_', data_set)}-{sigma:g}-{stamp}.json"
+    def evaluation_path(self, data_set: str, sigma: float | None, stamp: str) -> Path:
+        level = "" if sigma is None else f"{sigma:g}-"
+        return self.path / "eval" / f"{re.sub(r'[^A-Za-z0-9.-]', '_', data_set)}-{level}{stamp}.json"
 
-    def crop_path(self, data_set: str, sigma: float, stamp: str, number: int) -> Path:
+    def crop_path(self, data_set: str, sigma: float | None, stamp: str, number: int) -> Path:
         """The picture of the set's image of that number (from 0)."""
         return self.path / "crops" / f"{self.evaluation_path(data_set, sigma, stamp).stem}-{number}.png"
 
-    def evaluation(self, data_set: str, data_sha256: str, sigma: float, stamp: str) -> Evaluation | None:
+    def evaluation(self, data_set: str, data_sha256: str, sigma: float | None, stamp: str) -> Evaluation | None:
         """The stored evaluation of exactly these images under exactly this protocol, if there is one."""
         path = self.evaluation_path(data_set, sigma, stamp)
-        found = _read(Evaluation, path) if path.is_file() else None
+        found = read_record(Evaluation, path) if path.is_file() else None
         return found if found is not None and found.data_sha256 == data_sha256 else None
 
     def write(self, name: str, record: Frozen) -> None:
         write_atomic(self.path / name, (record.model_dump_json(indent=1) + "\n").encode())
 
+    @property
+    def progress(self) -> Progress | None:
+        path = self.path / "progress.json"
+        return read_record(Progress, path) if path.is_file() else None
+
+    @property
+    def failed(self) -> Failure | None:
+        path = self.path / "failed.json"
+        return read_record(Failure, path) if path.is_file() else None
+
+    @property
+    def failure(self) -> str | None:
+        """Why the run failed; None where it did not, or goes on well since."""
+        return self.failed.message if self.failed else None
+
+    def fail(self, key: str, message: str) -> None:
+        """Note why the run failed."""
+        self.write("failed.json", Failure(key=key, message=message, when=now()))
+
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Only one process works on a run; the lock goes with the process. Raises RunError where another holds it."""
+    def lock(self) -> Iterator[Owner | None]:
+        """Only one process works on a run. Raises Held, naming the owner, where another does.
+
+        The system drops the lock with the process that holds it, so a lock is never stale. Yields the owner before,
+        where it was killed; what it left half-written is removed.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / ".lock", timeout=0)
+        lock = FileLock(self.path / ".lock", timeout=0.2)  # `held` takes it for a moment
         try:
             lock.acquire()
         except Timeout as error:
-            raise RunError(f"Another process is working on {self.path}; wait for it, or stop it.") from error
+            owner = _owner(self.path) or "another process"
+            raise Held(f"{self.path} is being worked on by {owner}; wait for it, or stop it") from error
         try:
-            yield
+            before = _owner(self.path)
+            for left in self.path.rglob(".*.tmp"):
+                left.unlink()
+            self.write(".owner", Owner(pid=os.getpid(), host=platform.node(), started=now()))
+            try:
+                yield before
+            finally:
+                (self.path / ".owner").unlink(missing_ok=True)
         finally:
             lock.release()
 
+    def held(self) -> bool:
+        """Whether a process works on the run now."""
+        if not (self.path / ".lock").is_file():
+            return False
+        try:
+            with FileLock(self.path / ".lock", timeout=0):
+                return False
+        except Timeout:
+            return True
 
-def _read(model: type[Any], path: Path) -> Any:
+
+def _owner(folder: Path) -> Owner | None:
     try:
+        return read_record(Owner, folder / ".owner")
+    except InputError:
+        return None  # it comes and goes with the process
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def read_record(model: type[Any], path: Path) -> Any:
+    """A record from a file that a stranger may have written. Raises InputError."""
+    try:
+        if not path.is_file():  # a pipe would be waited on forever
+            raise InputError(f"{path} is no file; restore it or delete the run's folder.")
+        if path.stat().st_size > LARGEST:
+            raise InputError(f"{path} is larger than {LARGEST >> 20} MiB, which no record is; restore it.")
         raw = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error}); restore it or delete the run's folder.") from error
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA:
-        raise InputError(
-            f"{path} has schema version {version!r}, this kitbench reads {SCHEMA}; use the kitbench that wrote it."
-        )
+        newer = isinstance(version, int) and version > SCHEMA
+        advice = "a newer kitbench wrote it: update kitbench" if newer else "it is no record of kitbench: restore it"
+        raise InputError(f"{path} has schema version {str(version)[:20]!r}, this kitbench reads {SCHEMA}; {advice}.")
     try:
         return model.model_validate(raw)
     except ValidationError as error:
@@ -247,19 +367,24 @@ def writable(folder: Path) -> None:
         ) from error
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, surviving a power cut: written aside, synced, renamed, the folder synced."""
-    replace_with(path, lambda aside: aside.write_bytes(data))
+def write_atomic(path: Path, data: bytes, previous: Path | None = None) -> None:
+    """Write a file whole or not at all, surviving a power cut: written aside, synced, renamed, the folder synced.
+
+    `previous`: what the file that stood there is kept as.
+    """
+    replace_with(path, lambda aside: aside.write_bytes(data), previous)
 
 
-def replace_with(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write(aside)` make a file beside `path`, then put it in its place at once."""
+def replace_with(path: Path, write: Callable[[Path], object], previous: Path | None = None) -> None:
+    """Let `write(aside)` make a file beside `path`, then put it in its place at once. Otherwise as `write_atomic`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(aside)
         with aside.open("rb+") as file:
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            path.replace(previous)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -33,19 +33,127 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Task(Frozen):
-    """What is restored: additive white Gaussian noise, sigma in 8-bit grey levels (0..255)."""
+Grey = Annotated[float, Field(ge=0, le=255)]
+Pixels = Annotated[float, Field(gt=0, le=64)]
+Degrees = Annotated[float, Field(ge=-90, le=90)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
-    kind: Literal["denoise"]
-    sigma_train: tuple[Annotated[float, Field(ge=0, le=255)], Annotated[float, Field(ge=0, le=255)]]
-    """Each training crop draws its sigma uniformly between these two; equal ends train for one sigma."""
-    sigma_test: Annotated[tuple[Annotated[float, Field(gt=0, le=255)], ...], Field(min_length=1)]
+
+class Ranges(Frozen):
+    """A task whose keys are ranges [low, high]: a value is drawn between them for every crop and every test image."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        if self.sigma_train[0] > self.sigma_train[1]:
-            raise ValueError(f"sigma_train must be [low, high], found {list(self.sigma_train)}")
+        for key, value in self:
+            if isinstance(value, tuple) and key != "sigma_test" and value[0] > value[1]:
+                raise ValueError(f"{key} must be [low, high], found {list(value)}")
         return self
+
+    @property
+    def conditions(self) -> tuple[float | None, ...]:
+        """What every test set is scored at: noise levels, or None where a set has one condition."""
+        return (None,)
+
+
+def condition(sigma: float | None) -> str:
+    """What stands behind a test set's name: `σ25`, or nothing where a task has one condition."""
+    return "" if sigma is None else f"σ{sigma:g}"
+
+
+class Denoise(Ranges):
+    """Additive white Gaussian noise, sigma in 8-bit grey levels (0..255)."""
+
+    kind: Literal["denoise"]
+    sigma_train: tuple[Grey, Grey]
+    """Each training crop draws its sigma uniformly between these two; equal ends train for one sigma."""
+    sigma_test: Annotated[tuple[Annotated[float, Field(gt=0, le=255)], ...], Field(min_length=1)]
+
+    @property
+    def conditions(self) -> tuple[float | None, ...]:
+        return self.sigma_test
+
+
+class Deblur(Ranges):
+    """Camera shake: a kernel that follows a random trajectory, then noise (kitbench/data/degrade.py)."""
+
+    kind: Literal["deblur"]
+    length: tuple[Pixels, Pixels]
+    """Length of the trajectory, pixels."""
+    sigma: tuple[Grey, Grey]
+    """White Gaussian noise behind the blur, in 8-bit grey levels."""
+
+
+class Derain(Ranges):
+    """Rain streaks added to the scene (kitbench/data/degrade.py)."""
+
+    kind: Literal["derain"]
+    density: tuple[Share, Share]
+    """Streaks begun per pixel."""
+    length: tuple[Pixels, Pixels]
+    """Of a streak, pixels."""
+    width: tuple[Pixels, Pixels]
+    """Of a streak (standard deviation of its Gaussian profile), pixels."""
+    angle: tuple[Degrees, Degrees]
+    """Of an image's rain, degrees from the vertical."""
+    strength: tuple[Share, Share]
+    """Brightness of a streak, as a share of white."""
+
+
+class RealNoise(Ranges):
+    """Noise of a camera: Poisson and Gaussian in linear light, behind a colour mosaic (kitbench/data/degrade.py)."""
+
+    kind: Literal["denoise-real"]
+    shot: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]]
+    """Variance per unit of light, drawn uniformly in its logarithm; the read noise follows from it."""
+    mosaic: bool = True
+    """Every pixel sees one colour; the noise is interpolated as a bilinear demosaicing does."""
+
+
+Task = Annotated[Denoise | Deblur | Derain | RealNoise, Field(discriminator="kind")]
+Kind = Literal["denoise", "deblur", "derain", "denoise-real"]
+
+
+class Protocol(Frozen):
+    """How a result is scored. Rows of different protocols are never merged, averaged or compared."""
+
+    id: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+    version: Annotated[int, Field(ge=1)]
+    summary: str
+    noise_seed: Literal["hash", "numpy0"]
+    """hash: drawn from (data set, image, sigma). numpy0: NumPy's legacy generator, seed 0 before every image."""
+    rounding: Literal["8bit", "none"] = "8bit"
+    """8bit: prediction clipped to [0, 1] and rounded to the nearest of 256 levels; none: clipped only."""
+    border: Annotated[int, Field(ge=0, le=64)] = 0
+    """Pixels cut from each side before scoring."""
+    space: Literal["native", "y"] = "native"
+    """native: all channels (RGB or gray) together; y: luma of MATLAB's rgb2ycbcr."""
+    ssim: Literal["gaussian11", "matlab-rgb"] = "gaussian11"
+    """gaussian11: 11 x 11 Gaussian window, sigma 1.5, valid region, each channel alone, then averaged. matlab-rgb:
+    MATLAB's ssim of the RGB array as a volume, borders replicated."""
+    shift: Annotated[int, Field(ge=0, le=16)] = 0
+    """Compared at the integer shift of the prediction, up to so many pixels each way, that gives the best PSNR."""
+    lpips: Literal["none", "alex", "squeeze", "vgg"] = "none"
+    """LPIPS version 0.1 with this backbone; n/a, with the reason, where its weights are missing."""
+    tile: Annotated[int, Field(ge=0)] = 0
+    """0: whole images. Else square tiles of this side, alike for every method."""
+    overlap: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _tiles(self) -> Self:
+        if self.tile and not (self.tile >= 32 and self.overlap <= self.tile // 2):
+            raise ValueError(
+                f"tile {self.tile} with overlap {self.overlap}: tile must be at least 32 and overlap at most half"
+            )
+        return self
+
+    @property
+    def stamp(self) -> str:
+        """`id.vN`, with a hash behind it where a key differs from the shipped protocol of that id."""
+        stamp = f"{self.id}.v{self.version}"
+        shipped = _builtin("protocols").get(self.id)
+        if shipped is not None and Protocol.model_validate(tomllib.loads(shipped)) == self:
+            return stamp
+        return f"{stamp}+{digest(self.model_dump(exclude={'id', 'version', 'summary'}))[:6]}"
 
 
 class Sets(Frozen):
@@ -53,6 +161,8 @@ class Sets(Frozen):
 
     train: Annotated[tuple[str, ...], Field(min_length=1)]
     test: Annotated[tuple[str, ...], Field(min_length=1)]
+    protocol: Protocol | None = None
+    """How these are scored, where the suite's own protocol does not fit them."""
 
 
 class Source(Frozen):
@@ -136,6 +246,8 @@ class Recipe(Frozen):
     charbonnier_epsilon: Annotated[float, Field(gt=0, le=1)] = 1e-3
     augment: bool = True
     """Each crop is flipped and turned by a multiple of 90 degrees at random (8 orientations)."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay per step of a moving average of the weights, which is then what is kept and scored; 0: none."""
     precision: Literal["float32", "bf16"] = "float32"
     deterministic: bool = True
     checkpoint_every: Annotated[int, Field(ge=1)] = 500
@@ -146,46 +258,6 @@ class Recipe(Frozen):
         if self.warmup >= self.steps:
             raise ValueError(f"warmup ({self.warmup}) must be shorter than steps ({self.steps})")
         return self
-
-
-class Protocol(Frozen):
-    """How a result is scored. Rows of different protocols are never merged, averaged or compared."""
-
-    id: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
-    version: Annotated[int, Field(ge=1)]
-    summary: str
-    noise_seed: Literal["hash", "numpy0"]
-    """hash: drawn from (data set, image, sigma). numpy0: NumPy's legacy generator, seed 0 before every image."""
-    rounding: Literal["8bit", "none"] = "8bit"
-    """8bit: prediction clipped to [0, 1] and rounded to the nearest of 256 levels; none: clipped only."""
-    border: Annotated[int, Field(ge=0, le=64)] = 0
-    """Pixels cut from each side before scoring."""
-    space: Literal["native", "y"] = "native"
-    """native: all channels (RGB or gray) together; y: luma of MATLAB's rgb2ycbcr."""
-    ssim: Literal["gaussian11"] = "gaussian11"
-    """11 x 11 Gaussian window, sigma 1.5, valid region, each channel alone, then averaged."""
-    lpips: Literal["none", "alex", "squeeze", "vgg"] = "none"
-    """LPIPS version 0.1 with this backbone; n/a, with the reason, where its weights are missing."""
-    tile: Annotated[int, Field(ge=0)] = 0
-    """0: whole images. Else square tiles of this side, alike for every method."""
-    overlap: Annotated[int, Field(ge=0)] = 0
-
-    @model_validator(mode="after")
-    def _tiles(self) -> Self:
-        if self.tile and not (self.tile >= 32 and self.overlap <= self.tile // 2):
-            raise ValueError(
-                f"tile {self.tile} with overlap {self.overlap}: tile must be at least 32 and overlap at most half"
-            )
-        return self
-
-    @property
-    def stamp(self) -> str:
-        """`id.vN`, with a hash behind it where a key differs from the shipped protocol of that id."""
-        stamp = f"{self.id}.v{self.version}"
-        shipped = _builtin("protocols").get(self.id)
-        if shipped is not None and Protocol.model_validate(tomllib.loads(shipped)) == self:
-            return stamp
-        return f"{stamp}+{digest(self.model_dump(exclude={'id', 'version', 'summary'}))[:6]}"
 
 
 class Method(Frozen):
@@ -210,6 +282,13 @@ class Suite(Frozen):
     recipe: Recipe
     protocol: Protocol
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1)]
+
+    @property
+    def stamps(self) -> list[str]:
+        """Of all protocols that the suite may score by, its own first."""
+        sources = (self.data.embedded, self.data.folder)
+        own = [sets.protocol for source in sources for sets in (source.colour, source.gray) if sets and sets.protocol]
+        return list(dict.fromkeys(protocol.stamp for protocol in (self.protocol, *own)))
 
     @model_validator(mode="after")
     def _seeds_differ(self) -> Self:
@@ -292,6 +371,7 @@ def load(
     raw["preset"] = preset
     for kind in ("recipe", "protocol"):
         raw[kind] = _resolve(raw.get(kind), kind, base)
+    _resolve_protocols(raw, base)
     raw["methods"] = {
         key: value | {"attention": _beside(value.get("attention", key), base)}
         for key, value in _tables(raw.get("methods", {}), label).items()
@@ -307,6 +387,7 @@ def load(
     }
     if seeds:
         raw["seeds"] = list(seeds)
+    _resolve_protocols(raw, base)
     return parse(Suite, raw, f"suite {label}")
 
 
@@ -323,13 +404,15 @@ def _sentence(model: type[BaseModel], error: ValidationError, where: str) -> str
     # An unknown key is told before the key that is missing for it.
     faults = sorted(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
     fault = faults[0]
-    place = ".".join(str(part) for part in fault["loc"])
+    owner, parts = _walk(model, [str(part) for part in fault["loc"]])
+    place = ".".join(parts)
     if fault["type"] == "extra_forbidden":
-        owner = _model_at(model, [str(part) for part in fault["loc"][:-1]])
-        known = owner.model_fields if owner else ()
-        return f"In {where}: unknown key {place!r}; {nearest(str(fault['loc'][-1]), known)}"
+        return f"In {where}: unknown key {place!r}; {nearest(parts[-1], owner.model_fields if owner else ())}"
     if fault["type"] == "missing":
         return f"In {where}: the key {place!r} is missing; add it."
+    if fault["type"].startswith("union_tag"):
+        kinds = ", ".join(get_args(Kind))
+        return f"In {where}: {place}.kind is {fault['input'].get('kind')!r}; give one of {kinds}."
     message = fault["msg"].removeprefix("Value error, ")
     at = (
         f"{place} is {fault['input']!r}: "
@@ -341,21 +424,36 @@ def _sentence(model: type[BaseModel], error: ValidationError, where: str) -> str
     return f"In {where}: {at}{message[0].lower()}{message[1:]}."
 
 
-def _model_at(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel] | None:
-    """The model that describes the table at a dotted path, or None where keys are free (methods' settings)."""
-    for part in path:
-        if part not in model.model_fields:
-            return None
-        found = _model_of(model.model_fields[part].annotation)
-        if found is None:
-            return None
-        model = found
-    return model
+def _walk(model: type[BaseModel] | None, path: Sequence[str]) -> tuple[type[BaseModel] | None, list[str]]:
+    """The model that describes the table holding the last key of a report's path, and the path as people write it.
+
+    None where keys are free (methods' settings). A report names the chosen member of a union behind the union's key.
+    """
+    owner, parts, rest = model, [], list(path)
+    while rest:
+        part = rest.pop(0)
+        parts.append(part)
+        owner = model
+        if model is None or part not in model.model_fields:
+            model = None
+            continue
+        model = _model_of(model.model_fields[part].annotation, rest[0] if rest else None)
+        if rest and model is not None and _tag(model) == rest[0]:
+            rest.pop(0)
+    return owner, parts
 
 
-def _model_of(annotation: Any) -> type[BaseModel] | None:
-    if get_origin(annotation) is UnionType:
-        return next((m for m in map(_model_of, get_args(annotation)) if m), None)
+def _tag(model: type[BaseModel]) -> str | None:
+    """The `kind` that chooses this member of a union; None for other models."""
+    field = model.model_fields.get("kind")
+    return get_args(field.annotation)[0] if field and get_origin(field.annotation) is Literal else None
+
+
+def _model_of(annotation: Any, tag: object = None) -> type[BaseModel] | None:
+    """The model in an annotation; of several, the one with this tag, or the first."""
+    if get_origin(annotation) in (UnionType, Union):
+        found = [m for m in map(_model_of, get_args(annotation)) if m]
+        return next((m for m in found if _tag(m) == tag), found[0] if found else None)
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
@@ -377,6 +475,16 @@ def _resolve(value: object, kind: Literal["recipe", "protocol"], base: Path) -> 
         changes = {key: change for key, change in value.items() if key != "from"}
         return _merge(read_toml(value["from"], plural, base), changes)
     return value
+
+
+def _resolve_protocols(raw: dict[str, Any], base: Path) -> None:
+    """Read the protocols that single modes of the data name, in place."""
+    sources = raw.get("data")
+    for source in sources.values() if isinstance(sources, dict) else ():
+        for mode in get_args(Mode):
+            sets = source.get(mode) if isinstance(source, dict) else None
+            if isinstance(sets, dict) and "protocol" in sets:
+                sets["protocol"] = _resolve(sets["protocol"], "protocol", base)
 
 
 def _tables(value: object, label: str) -> dict[str, dict[str, Any]]:
@@ -424,7 +532,8 @@ def _set(raw: dict[str, Any], override: str, base: Path) -> None:
         if model is None or part not in model.model_fields:
             known = [".".join([*parts[:depth], field]) for field in (model.model_fields if model else ())]
             raise InputError(f"--set {key}: unknown key; {nearest(key.strip(), known)}")
-        model = _model_of(model.model_fields[part].annotation)
+        inside = table.get(part) if isinstance(table, dict) else None
+        model = _model_of(model.model_fields[part].annotation, inside.get("kind") if isinstance(inside, dict) else None)
         if depth + 1 < len(parts):
             table = table.setdefault(part, {})
             if not isinstance(table, dict):

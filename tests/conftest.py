@@ -21,7 +21,7 @@ TINY = """
 name = "tiny"
 title = "as small as a suite can be"
 default_preset = "only"
-references = ["noisy"]
+references = ["input"]
 protocol = { from = "awgn8", lpips = "none" }
 seeds = [0]
 [task]

@@ -55,7 +55,7 @@ def test_the_main_job_runs_from_end_to_end(finished: Path) -> None:
     assert list(runs(finished / "results")) == [
         "denoise-colour-conv-s0",
         "denoise-colour-kit-s0",
-        "denoise-colour-noisy",
+        "denoise-colour-input",
     ]
     for name, run in runs(finished / "results").items():
         record = json.loads((run / "run.json").read_text())
@@ -65,7 +65,7 @@ def test_the_main_job_runs_from_end_to_end(finished: Path) -> None:
         scored = [f"crops/skimage-test-25-awgn8.v1+*-{i}.png" for i in (0, 1)] + [
             "eval/skimage-test-25-awgn8.v1+*.json"
         ]
-        trained = ["log.csv", "training.json", "weights.safetensors"] if "noisy" not in name else []
+        trained = ["log.csv", "training.json", "weights.safetensors"] if "input" not in name else []
         expected = sorted([*scored, "run.json", *trained])
         assert len(files) == len(expected)
         assert all(fnmatch(file, pattern) for file, pattern in zip(files, expected, strict=True))

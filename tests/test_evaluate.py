@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from kitbench import evaluate, suite
 from kitbench.data.cards import Photograph, card, read
 
-PROTOCOL = suite.load("denoise", overrides=["protocol=awgn8"]).protocol
+SUITE = suite.load("denoise", overrides=["protocol=awgn8"])
+TASK, PROTOCOL = SUITE.task, SUITE.protocol
 
 
 @pytest.fixture(scope="module")
@@ -20,15 +21,18 @@ def photo() -> Photograph:
 
 
 def test_noise_is_seeded_by_data_set_image_and_sigma(photo: Photograph) -> None:
-    first = evaluate.noisy(photo, "set", 25, PROTOCOL)
-    assert np.array_equal(first, evaluate.noisy(photo, "set", 25.0, PROTOCOL))
+    first = evaluate.degraded(photo, "set", TASK, 25, PROTOCOL)
+    assert np.array_equal(first, evaluate.degraded(photo, "set", TASK, 25.0, PROTOCOL))
     other = Photograph("other", photo.pixels, photo.sha256)
-    for changed in (evaluate.noisy(photo, "other", 25, PROTOCOL), evaluate.noisy(other, "set", 25, PROTOCOL)):
+    for changed in (
+        evaluate.degraded(photo, "other", TASK, 25, PROTOCOL),
+        evaluate.degraded(other, "set", TASK, 25, PROTOCOL),
+    ):
         assert not np.array_equal(first, changed)
     clean = photo.pixels / 255
     assert (first - clean).std() * 255 == pytest.approx(25, rel=0.01)
     assert first.min() < 0  # not clipped
-    fifty = evaluate.noisy(photo, "set", 50, PROTOCOL)
+    fifty = evaluate.degraded(photo, "set", TASK, 50, PROTOCOL)
     assert abs(np.corrcoef((first - clean).ravel(), (fifty - clean).ravel())[0, 1]) < 0.01
 
 
@@ -36,11 +40,11 @@ def test_the_legacy_protocol_is_numpys_seed_0_before_every_image(photo: Photogra
     legacy = PROTOCOL.model_copy(update={"noise_seed": "numpy0"})
     np.random.seed(0)
     expected = np.float32(photo.pixels / np.float32(255)) + np.random.normal(0, 25 / 255.0, photo.pixels.shape)
-    assert np.array_equal(evaluate.noisy(photo, "any", 25, legacy), expected.astype(np.float32))
+    assert np.array_equal(evaluate.degraded(photo, "any", TASK, 25, legacy), expected.astype(np.float32))
 
 
 def test_scores_agree_with_scikit_image(photo: Photograph) -> None:
-    restored = evaluate.noisy(photo, "set", 25, PROTOCOL)
+    restored = evaluate.degraded(photo, "set", TASK, 25, PROTOCOL)
     found = evaluate.score(restored, photo, PROTOCOL, None, 0.0)
     rounded = np.rint(np.clip(restored, 0, 1) * 255).astype(np.uint8)
     expected = structural_similarity(
@@ -58,7 +62,7 @@ def test_scores_agree_with_scikit_image(photo: Photograph) -> None:
 
 
 def test_conventions_move_the_number_in_the_direction_that_they_are_known_for(photo: Photograph) -> None:
-    restored = evaluate.noisy(photo, "set", 25, PROTOCOL)
+    restored = evaluate.degraded(photo, "set", TASK, 25, PROTOCOL)
 
     def psnr(**changes: object) -> float:
         found = evaluate.score(restored, photo, PROTOCOL.model_copy(update=changes), None, 0.0).psnr

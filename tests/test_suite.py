@@ -110,6 +110,42 @@ def test_a_suite_file_of_the_users_own_takes_part_of_a_shipped_recipe(tmp_path: 
     assert resolved.seeds == (3, 4)
 
 
+@pytest.mark.parametrize(
+    ("name", "override", "expected"),
+    [
+        ("derain", "task.densty=[0, 1]", "did you mean 'task.density'?"),
+        ("derain", "task.density=[0.5, 0.1]", "density must be [low, high], found [0.5, 0.1]"),
+        ("deblur", "task.length=[1, 99]", "task.length.1 is 99"),
+        ("deblur", "task.kind=deblurr", "task.kind is 'deblurr'; give one of denoise, deblur, derain, denoise-real"),
+        ("deblur", "task.kind=derain", "unknown key 'task.sigma'"),
+        ("denoise-real", "data.folder.colour.protocol=rain", "Unknown protocol 'rain'"),
+        ("deblur", "data.folder.gray.protocol.shfit=3", "did you mean 'data.folder.gray.protocol.shift'?"),
+    ],
+)
+def test_a_fault_in_any_task_is_told_by_the_name_that_people_write(name: str, override: str, expected: str) -> None:
+    with pytest.raises(InputError) as refused:
+        suite.load(name, overrides=[override])
+    assert expected in str(refused.value)
+
+
+def test_a_mode_may_have_a_protocol_of_its_own() -> None:
+    resolved = suite.load("deblur", overrides=["data.folder.gray.protocol.shift=3"])
+    gray = resolved.data.folder.gray
+    assert gray is not None
+    assert gray.protocol is not None
+    assert (gray.protocol.id, gray.protocol.shift) == ("levin-gray8-shift5", 3)
+    assert gray.protocol.stamp.startswith("levin-gray8-shift5.v1+")
+    assert resolved.protocol.id == "blur-rgb8-ssim3d-tile"
+
+
+@pytest.mark.parametrize("name", suite.suite_names())
+def test_every_shipped_suite_trains_all_methods_alike_in_every_preset(name: str) -> None:
+    for preset in suite.read_toml(name, "suites", Path())["presets"]:
+        resolved = suite.load(name, preset)
+        assert resolved.name == name
+        assert "kit" in resolved.methods
+
+
 def test_a_changed_protocol_never_carries_the_stamp_of_the_shipped_one() -> None:
     shipped = suite.load("denoise", overrides=["protocol=awgn8"]).protocol
     changed = suite.load("denoise", overrides=["protocol=awgn8", "protocol.border=8"]).protocol

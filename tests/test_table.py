@@ -30,16 +30,16 @@ def test_rows_are_means_over_images_and_seeds(tmp_path: Path) -> None:
 def test_best_is_bold_and_second_underlined_as_printed(tmp_path: Path) -> None:
     for method, psnr, ssim in (("kit", 30.0, 0.9), ("window", 31.0, 0.8), ("local", 31.001, 0.7)):
         store(tmp_path, method, psnr, ssim=ssim)
-    store(tmp_path, "noisy", 20.0, seed=None)
+    store(tmp_path, "input", 20.0, seed=None)
     text = render(find([tmp_path]), "markdown")
     lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
-    assert list(lines) == ["Method", "noisy", "kit", "local", "window"]
+    assert list(lines) == ["Method", "input", "kit", "local", "window"]
     assert "<u>30.00</u> / **0.9000**" in lines["kit"]
     assert "**31.00** / <u>0.8000</u>" in lines["window"]
     assert "**31.00** / 0.7000" in lines["local"]  # equal as printed: both are best
     assert "1,234" in lines["kit"]
     assert "awgn8.v1" in lines["kit"]
-    assert "| n/a" in lines["noisy"].replace("|    ", "| ").replace("  ", "")
+    assert "| n/a" in lines["input"].replace("|    ", "| ").replace("  ", "")
 
 
 @pytest.mark.parametrize("form", ["markdown", "latex", "csv", "json", "terminal"])

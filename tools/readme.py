@@ -1,5 +1,7 @@
-"""Write the figures into the README: each block between `<!-- made by: COMMAND -->` and `<!-- end -->` becomes what the
-command prints. `python tools/readme.py` writes, `python tools/readme.py --check` exits with 1 where a block is stale.
+"""Write the figures into README.md and results/README.md, from stored runs.
+
+Each block between `<!-- made by: COMMAND -->` and `<!-- end -->` becomes what the command prints.
+`python tools/readme.py` writes, `python tools/readme.py --check` exits with 1 where a block is stale.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "results" / "README.md"]
 BLOCK = re.compile(r"(<!-- made by: (?P<command>.+?) -->\n)(?P<text>.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -23,18 +26,19 @@ def printed(command: str) -> str:
 
 
 def renewed(text: str) -> str:
-    """The README with every block made anew."""
+    """A page with every block made anew."""
     return BLOCK.sub(lambda block: f"{block[1]}\n{printed(block['command'])}\n\n{block[4]}", text)
 
 
 def main() -> int:
-    path = ROOT / "README.md"
-    old = path.read_text("utf-8")
-    new = renewed(old)
-    if "--check" in sys.argv[1:]:
-        return int(old != new)
-    path.write_text(new, "utf-8")
-    return 0
+    stale = False
+    for path in PAGES:
+        old = path.read_text("utf-8")
+        new = renewed(old)
+        stale |= old != new
+        if "--check" not in sys.argv[1:]:
+            path.write_text(new, "utf-8")
+    return int(stale and "--check" in sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Training batches: a pure function of (seed, step, index), whatever the number of workers or the step one starts from.
 
-Every method of a suite therefore sees the same crops, orientations and noise in the same order, and an interrupted run
-goes on at any step without a data position to save.
+Every method of a suite therefore sees the same crops, orientations and degradations in the same order, and an
+interrupted run goes on at any step without a data position to save.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kitbench.data.cards import Photograph
+from kitbench.data.degrade import degrade, margin
 from kitbench.errors import InputError
 from kitbench.seeds import generator
 from kitbench.suite import Recipe, Task
@@ -47,19 +49,55 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
     def sample(self, step: int, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(degraded, clean) number `index` of a step: float32 [crop, crop, C]."""
         random, crop = generator(self.seed, "batch", step, index), self.recipe.crop
-        pixels = self.photographs[int(np.searchsorted(self._cumulative, random.random(), side="right"))].pixels
-        top, left = (int(random.integers(size - crop + 1)) for size in pixels.shape[:2])
-        clean = pixels[top : top + crop, left : left + crop]
+        photo, top, left = self._place(random)
         turns, mirror = (int(random.integers(4)), bool(random.integers(2))) if self.recipe.augment else (0, False)
-        clean = np.rot90(clean[:, ::-1] if mirror else clean, turns).astype(np.float32) / 255
-        return add_noise(clean, random.uniform(*self.task.sigma_train), random), clean
+
+        def view(pixels: np.ndarray, around: int) -> np.ndarray:
+            cut = _cut(pixels, top, left, crop, around)
+            return np.rot90(cut[:, ::-1] if mirror else cut, turns).astype(np.float32) / 255
+
+        if photo.degraded is not None:
+            return view(photo.degraded, 0), view(photo.pixels, 0)
+        around = margin(self.task)
+        clean = view(photo.pixels, around)
+        degraded = degrade(clean, self.task, random)
+        inside = slice(around, around + crop)
+        return degraded[inside, inside], clean[inside, inside]
+
+    def _place(self, random: np.random.Generator) -> tuple[Photograph, int, int]:
+        """The photograph that a crop is cut from, and its top and left edge in pixels."""
+        photo = self.photographs[int(np.searchsorted(self._cumulative, random.random(), side="right"))]
+        top, left = (int(random.integers(size - self.recipe.crop + 1)) for size in photo.pixels.shape[:2])
+        return photo, top, left
+
+    def places(self, step: int) -> list[str]:
+        """Where each crop of a step's batch was cut, for people: image, column and row of its upper left corner."""
+        drawn = (self._place(generator(self.seed, "batch", step, index)) for index in range(self.recipe.batch))
+        return [f"{photo.name} at {left},{top}" for photo, top, left in drawn]
 
     def from_step(self, start: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of steps start, start + 1, ... in order; `workers` processes prepare them ahead."""
-        return iter(DataLoader(self, batch_size=None, sampler=range(start, len(self)), num_workers=workers))
+        """The batches of steps start, start + 1, ... in order, prepared ahead by `workers` processes, or by one thread."""
+        if workers:
+            yield from DataLoader(self, batch_size=None, sampler=range(start, len(self)), num_workers=workers)
+            return
+        with ThreadPoolExecutor(1, "batches") as thread:
+            ahead = thread.submit(self.__getitem__, start)
+            for step in range(start, len(self)):
+                batch = ahead.result()
+                if step + 1 < len(self):
+                    ahead = thread.submit(self.__getitem__, step + 1)
+                yield batch
 
 
-def add_noise(clean: np.ndarray, sigma: float, random: np.random.Generator) -> np.ndarray:
-    """White Gaussian noise of standard deviation sigma / 255, added in float32 and not clipped."""
-    noise = random.standard_normal(clean.shape, dtype=np.float32)
-    return clean + noise * np.float32(sigma / 255)
+def _cut(pixels: np.ndarray, top: int, left: int, crop: int, around: int) -> np.ndarray:
+    """A square crop with `around` more pixels on each side, mirrored where the image ends."""
+    rows, columns = (
+        slice(max(0, start - around), min(size, start + crop + around))
+        for start, size in zip((top, left), pixels.shape[:2], strict=True)
+    )
+    cut = pixels[rows, columns]
+    missing = [
+        (around - (start - where.start), around - (where.stop - start - crop))
+        for start, where in ((top, rows), (left, columns))
+    ]
+    return np.pad(cut, (*missing, (0, 0)), "reflect") if any(map(any, missing)) else cut

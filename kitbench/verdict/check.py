@@ -30,7 +30,7 @@ from tabulate import tabulate
 import kitbench
 from kitbench.errors import InputError
 from kitbench.store import RunFolder
-from kitbench.suite import Frozen
+from kitbench.suite import Frozen, condition
 from kitbench.verdict.table import Entry, entries, labels, mean_psnr, mean_ssim
 
 MEMORY = 0.05
@@ -41,22 +41,30 @@ ONE_SEED = {"PSNR": 0.1, "SSIM": 0.005}
 """Tolerance where the reference has one seed, so that no spread was measured; the line says so."""
 
 
+Place = tuple[str, str, str, str, str]
+"""Comparison, mode, method, data set, condition."""
+
+
+def _name(place: Place) -> str:
+    return f"{place[2]} on {place[3]} ({place[1]}) {place[4]}".strip()
+
+
 class Row(Frozen):
-    """The scores of one method on one data set at one sigma, by seed ('-' for a training-free method)."""
+    """The scores of one method on one data set under one condition, by seed ('-' for a training-free method)."""
 
     comparison: str
     mode: str
     method: str
     data_set: str
     data_sha256: str
-    sigma: float
+    sigma: float | None
     psnr: dict[str, float]
     ssim: dict[str, float]
     runs: tuple[str, ...]
 
     @property
-    def place(self) -> tuple[str, str, str, str, float]:
-        return self.comparison, self.mode, self.method, self.data_set, self.sigma
+    def place(self) -> Place:
+        return self.comparison, self.mode, self.method, self.data_set, condition(self.sigma)
 
 
 class CostRow(Frozen):
@@ -108,19 +116,19 @@ def collect(runs: Sequence[RunFolder], protocol: str | None) -> Reference:
     """What these runs reach. Raises InputError for rows of two protocols or of two versions of a data set."""
     found = entries(runs, protocol)
     names = labels(found)
-    groups: dict[tuple[str, str, str, str, float], list[Entry]] = {}
+    groups: dict[Place, list[Entry]] = {}
     trained: dict[tuple[str, str], dict[str, Entry]] = {}
     for entry in sorted(found, key=lambda e: (e.run.seed or 0, e.run.key)):
         name = names[entry.run.key, entry.run.method]
         if not math.isfinite(mean_psnr(entry)):
             raise InputError(f"{name} restored an image of {entry.evaluation.data_set} exactly: no PSNR to compare.")
-        place = (entry.run.comparison, entry.run.mode, name, entry.evaluation.data_set, entry.evaluation.sigma)
+        place = (entry.run.comparison, entry.run.mode, name, entry.evaluation.data_set, entry.evaluation.condition)
         groups.setdefault(place, []).append(entry)
         if entry.training:
             trained.setdefault((entry.run.comparison, name), {})[entry.run.key] = entry
     rows = [
         Row(
-            comparison=place[0], mode=place[1], method=place[2], data_set=place[3], sigma=place[4],
+            comparison=place[0], mode=place[1], method=place[2], data_set=place[3], sigma=group[0].evaluation.sigma,
             data_sha256=group[0].evaluation.data_sha256,
             psnr={_seed(e): mean_psnr(e) for e in group}, ssim={_seed(e): mean_ssim(e) for e in group},
             runs=tuple(e.run.key[:10] for e in group),
@@ -184,7 +192,7 @@ def compare(runs: Sequence[RunFolder], reference: Reference, time: float = TIME)
 
 
 def _scores(row: Row, found: Row | None, reference: Reference) -> Iterable[Line]:
-    name = f"{row.method} on {row.data_set} ({row.mode}) sigma {row.sigma:g}"
+    name = _name(row.place)
     if found is None:
         yield Line(name, "PSNR", None, float(np.mean(list(row.psnr.values()))), "not in these runs", True, ())
         return
@@ -210,9 +218,7 @@ def score_tolerance(
     if "-" in row.psnr:
         return FLOOR[quantity], "(training-free)"
     field = "psnr" if quantity == "PSNR" else "ssim"
-    peers = [
-        r for r in reference.rows if (r.comparison, r.data_set, r.sigma) == (row.comparison, row.data_set, row.sigma)
-    ]
+    peers = [r for r in reference.rows if (r.comparison, *r.place[3:]) == (row.comparison, *row.place[3:])]
     seeds = sorted(set.intersection(*(set(getattr(peer, field)) for peer in peers)))
     scores = np.array([[getattr(peer, field)[seed] for seed in seeds] for peer in peers])  # [methods, seeds]
     scores = scores if np.isfinite(scores).all() else scores[:0]
@@ -255,8 +261,7 @@ def changes(old: Reference, new: Reference) -> list[str]:
         a, b = before.get(place), after.get(place)
         if a != b:
             moved = "" if a is None or b is None else f" ({b - a:+.4f})"
-            name = f"{place[2]} on {place[3]} ({place[1]}) sigma {place[4]:g}"
-            told.append(f"{name}: PSNR {_shown(a)} -> {_shown(b)} dB{moved}")
+            told.append(f"{_name(place)}: PSNR {_shown(a)} -> {_shown(b)} dB{moved}")
     costs = [{(row.comparison, row.method): row for row in r.costs} for r in (old, new)]
     for key in sorted(costs[0].keys() & costs[1].keys()):
         for field in ("parameters", "macs", "peak_bytes", "step"):

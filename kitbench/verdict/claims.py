@@ -1,14 +1,14 @@
 """`kitbench claims`: the six statements of the KiT paper, as we read its abstract, put to the test by stored runs.
 
 A statement is broken into parts that stored numbers can answer. A part about quality is one paired difference over all
-images of the longest recipe that was stored (each image's mean over its sigmas), at 5 % after Holm's correction over
-all parts. A part about cost is an exponent in pixels, from a sweep (`kitbench scale`). A statement is supported where
+images of the longest recipe that was stored (each image's mean over its conditions), at 5 % after Holm's correction
+over all parts. A part about cost is an exponent in pixels, from a sweep (`kitbench scale`). A statement is supported where
 all its parts are, not supported where one part is contradicted, and not decided otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,10 +18,10 @@ from pydantic import ValidationError
 
 from kitbench.errors import InputError
 from kitbench.store import RunFolder, find
-from kitbench.suite import suite_names
+from kitbench.suite import Kind, suite_names
 from kitbench.verdict.compare import Column, Compared, adjusted, pooled
 from kitbench.verdict.statistics import difference, mean_interval
-from kitbench.verdict.table import Entry, entries, labels, mean_psnr
+from kitbench.verdict.table import Entry, entries, labels, mean_psnr, under
 
 if TYPE_CHECKING:
     from kitbench.cost.scale import Point, Sweep
@@ -73,7 +73,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Block:
-    """The runs of one comparison by method, then by data set and sigma."""
+    """The runs of one comparison by method, then by data set and condition."""
 
     methods: dict[str, dict[Column, list[Entry]]]
 
@@ -120,22 +120,41 @@ def blocks(found: Sequence[Entry]) -> list[Block]:
             columns = grouped.setdefault(entry.run.comparison, {}).setdefault(
                 names[entry.run.key, entry.run.method], {}
             )
-            columns.setdefault((entry.evaluation.data_set, entry.evaluation.sigma), []).append(entry)
+            columns.setdefault((entry.evaluation.data_set, entry.evaluation.condition), []).append(entry)
     return sorted((Block(methods) for _, methods in sorted(grouped.items())), key=lambda b: b.weight, reverse=True)
 
 
+TASKS: dict[Kind, str] = {"denoise": "denoising", "deblur": "deblurring", "derain": "deraining"}
+"""The tasks that the paper claims."""
+
+
 def claims(runs: Sequence[RunFolder], sweeps: Sequence[Sweep], protocol: str | None = None) -> list[Claim]:
-    """All six, in order. Raises InputError for runs of two protocols."""
-    found = blocks(entries(runs, protocol)) if runs else []
-    quality = _quality(found[0] if found else None)
+    """All six, in order. Raises InputError for runs of one task and two protocols."""
+    longest = {kind: found[0] for kind, found in _by_task(runs, protocol).items() if found}
+    main = longest.get("denoise") or max(longest.values(), key=lambda block: block.weight, default=None)
+    quality = _quality(main, longest)
     return [
         Claim(1, STATEMENTS[0], (quality["locality"], _quadratic(sweeps))),
         Claim(2, STATEMENTS[1], (quality["reach"],)),
-        Claim(3, STATEMENTS[2], (_recall(found[0] if found else None), quality["retrieval"])),
+        Claim(3, STATEMENTS[2], (_recall(main), quality["retrieval"])),
         Claim(4, STATEMENTS[3], (quality["connectivity"], quality["bias"], _linear(sweeps))),
-        Claim(5, STATEMENTS[4], (quality["best"], *(_not_run(task) for task in ("deblurring", "deraining")))),
+        Claim(5, STATEMENTS[4], tuple(quality[kind] for kind in TASKS)),
         Claim(6, STATEMENTS[5], (_dear(sweeps),)),
     ]
+
+
+def _by_task(runs: Sequence[RunFolder], protocol: str | None) -> dict[str, list[Block]]:
+    """The comparisons of each task: tasks have protocols of their own, which never meet."""
+    kinds: dict[str, list[RunFolder]] = {}
+    for folder in runs:
+        kinds.setdefault(folder.run.task.kind, []).append(folder)
+    if protocol is not None:
+        entries(runs, protocol)  # refuses one that nothing was scored under
+    scored = {
+        kind: [f for f in folders if protocol is None or any(under(e, protocol) for e in f.evaluations())]
+        for kind, folders in kinds.items()
+    }
+    return {kind: blocks(entries(folders, protocol)) for kind, folders in scored.items() if folders}
 
 
 QUESTIONS = {
@@ -144,36 +163,35 @@ QUESTIONS = {
     "retrieval": ("kit", "kit-random", "Do the nearest patches restore better than as many random ones?"),
     "connectivity": ("kit", "window", "Does non-local connectivity (KiT) restore better than windows?"),
     "bias": ("kit", "global", "Does KiT's locality restore better than global attention?"),
-    "best": ("kit", "the best other attention", "On denoising, does KiT restore best of all attentions?"),
 }
 
 
-def _quality(block: Block | None) -> dict[str, Part]:
-    asked: dict[str, Compared] = {}
-    missing: dict[str, tuple[str, str]] = {}
-    for name, (a, b, _) in QUESTIONS.items():
-        if name == "best":
-            b = _best_but_kit(block)
-        compared = None if block is None else compare_methods(block, a, b)
-        if compared is None:
-            missing[name] = (a, b)
-        else:
-            asked[name] = compared
+def _quality(main: Block | None, longest: Mapping[str, Block]) -> dict[str, Part]:
+    """Every question about quality, by name, and whether KiT is best, by task; corrected together."""
+    asked = {name: (main, a, b, question) for name, (a, b, question) in QUESTIONS.items()}
+    for kind, task in TASKS.items():
+        block = longest.get(kind)
+        asked[kind] = block, "kit", _best_but_kit(block), f"On {task}, does KiT restore best of all attentions?"
+    found = {name: None if block is None else compare_methods(block, a, b) for name, (block, a, b, _) in asked.items()}
+    answered = {name: compared for name, compared in found.items() if compared is not None}
+    answered = dict(zip(answered, adjusted(list(answered.values())), strict=True))
     parts = {}
-    for name, compared in zip(asked, adjusted(list(asked.values())), strict=True):
-        parts[name] = _judged(QUESTIONS[name][2], compared, block)
-    for name, (a, b) in missing.items():
-        parts[name] = Part(
-            QUESTIONS[name][2], OPEN, f"no stored runs of both {a} and {b} under one recipe",
-            command=run_command(block, [a, b], 5),
-        )  # fmt: skip
-    return parts | {"best": _state_of_the_art(parts["best"], block)}
+    for name, (block, a, b, question) in asked.items():
+        if name in answered:
+            part = _judged(question, answered[name], block)
+            parts[name] = _state_of_the_art(part, block) if name in TASKS else part
+        else:
+            parts[name] = Part(
+                question, OPEN, f"no stored runs of both {a} and {b} under one recipe",
+                command=run_command(block, [] if name in TASKS else [a, b], 5, name if name in TASKS else "denoise"),
+            )  # fmt: skip
+    return parts
 
 
 def _best_but_kit(block: Block | None) -> str:
     others = [name for name in (block.methods if block else ()) if not name.startswith("kit")]
     if block is None or not others:
-        return QUESTIONS["best"][1]
+        return "the best other attention"
 
     def mean(name: str) -> float:
         return float(np.mean([mean_psnr(e) for group in block.methods[name].values() for e in group]))
@@ -246,20 +264,13 @@ def _state_of_the_art(part: Part, block: Block | None) -> Part:
     return replace(
         part, verdict=OPEN,
         evidence=f"{part.evidence}; but {steps} steps of training say nothing of the state of the art",
-        command=run_command(None, [], 5),
+        command=run_command(None, [], 5, block.first.run.task.kind if block else "denoise"),
     )  # fmt: skip
 
 
-def _not_run(task: str) -> Part:
-    return Part(
-        f"On {task}, does KiT restore best of all attentions?", OPEN, f"no run of {task} is stored",
-        command=f"python -m kitbench list  # where it shows a suite of {task}: run that with --preset full",
-    )  # fmt: skip
-
-
-def run_command(block: Block | None, methods: Sequence[str], seeds: int) -> str:
+def run_command(block: Block | None, methods: Sequence[str], seeds: int, task: str = "denoise") -> str:
     """The command whose runs would decide: more seeds and the public test sets, of this recipe or the full one."""
-    suite, preset = (block.first.run.suite, block.first.run.preset) if block else ("denoise", "full")
+    suite, preset = (block.first.run.suite, block.first.run.preset) if block else (task, "full")
     suite = suite if suite in suite_names() else f"{suite}.toml"  # the user's own file
     chosen = "".join(f" --method {name}" for name in methods if " " not in name)
     seeds_text = ",".join(map(str, range(seeds)))

@@ -14,8 +14,13 @@ from kitbench.verdict.statistics import ALPHA, Array, Difference, difference, ho
 if TYPE_CHECKING:
     from kitbench.verdict.table import Entry
 
-Column = tuple[str, float]
-"""Data set and sigma."""
+Column = tuple[str, str]
+"""Data set and condition (`σ25`, or nothing)."""
+
+
+def heading(column: Column) -> str:
+    """What stands over a column: `CBSD68 σ25`, or `Rain100L`."""
+    return " ".join(part for part in column if part)
 
 
 @dataclass(frozen=True)
@@ -64,9 +69,9 @@ def paired(a: Sequence[Entry], b: Sequence[Entry]) -> tuple[Array, list[int], li
 
 
 def pooled(a: Mapping[Column, Sequence[Entry]], b: Mapping[Column, Sequence[Entry]]) -> Array | None:
-    """Differences a - b [seeds, images] over all data sets, each image's the mean over its sigmas; None without pairs.
+    """Differences a - b [seeds, images] over all data sets, each image's mean over its conditions; None without pairs.
 
-    The sigmas of one image are no independent images, so they are averaged first.
+    The conditions of one image are no independent images, so they are averaged first.
     """
     found: dict[tuple[str, str], dict[int, list[float]]] = {}
     for column in sorted(a.keys() & b.keys()):

@@ -134,7 +134,7 @@ class Crop:
     """A stored strip, cut into its squares (PNG bytes). `place` is left, top, width and height in % of `whole`."""
 
     whole: bytes
-    noisy: bytes
+    degraded: bytes
     restored: bytes
     clean: bytes
     error: bytes
@@ -150,14 +150,14 @@ def crop(path: Path) -> Crop:
             strip = np.asarray(file.convert("RGB"))
     except (OSError, KeyError, ValueError, AssertionError) as error:
         raise InputError(f"{path} is no stored crop ({error}); delete it, or run its evaluation again.") from error
-    small, noisy, restored, clean = (strip[:, i * side : (i + 1) * side] for i in range(4))
+    small, degraded, restored, clean = (strip[:, i * side : (i + 1) * side] for i in range(4))
     scale = side / max(height, width)
     small = small[: max(1, round(height * scale)), : max(1, round(width * scale))]
     error_map = np.abs(restored.astype(np.float32) - clean).mean(2) / ERROR_FULL
     coloured = (mpl.colormaps["magma"](np.clip(error_map, 0, 1))[..., :3] * 255).astype(np.uint8)
     place = (100 * left / width, 100 * top / height, 100 * side / width, 100 * side / height)
     palette = Image.fromarray(coloured).quantize(64)
-    squares = [png(Image.fromarray(square)) for square in (small, noisy, restored, clean)]
+    squares = [png(Image.fromarray(square)) for square in (small, degraded, restored, clean)]
     return Crop(squares[0], squares[1], squares[2], squares[3], png(palette), place)
 
 

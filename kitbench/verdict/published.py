@@ -7,7 +7,8 @@ from functools import cache
 from importlib import resources
 from typing import Literal
 
-from kitbench.suite import Frozen, parse
+from kitbench.suite import Frozen, condition, parse
+from kitbench.verdict.compare import Column, heading
 
 HEADING = "Published, not run here"
 CAUTION = (
@@ -29,10 +30,12 @@ class Published(Frozen):
     """One model on one task, as read in one place."""
 
     method: str
-    task: Literal["denoise", "deblur", "derain"]
+    task: Literal["denoise", "deblur", "derain", "denoise-real"]
     paper: str
     source: str
     """Where the figures were read."""
+    weights_sha256: str = ""
+    """Of the file of weights whose scores these are, where it is public; `kitbench anchors` scores it anew."""
     figures: tuple[Figure, ...]
 
 
@@ -47,21 +50,21 @@ def published() -> tuple[Published, ...]:
     )
 
 
-def lines(columns: set[tuple[str, float]] | None = None) -> list[list[str]]:
-    """Rows (method, task, data set, metric, dB, read in) of the figures at these (data set, sigma); of all without.
+def lines(columns: set[Column] | None = None) -> list[list[str]]:
+    """Rows (method, task, data set, metric, dB, read in) of the figures at these (data set, condition); of all without.
 
     A model without a readable figure is a row of its own, wherever the block is shown.
     """
     found = []
     for model in published():
         for figure in model.figures:
-            if columns is None or (figure.data_set, figure.sigma) in columns:
-                at = "" if figure.sigma is None else f" σ{figure.sigma:g}"
+            column = figure.data_set, condition(figure.sigma)
+            if columns is None or column in columns:
                 found.append(
                     [
                         model.method,
                         model.task,
-                        figure.data_set + at,
+                        heading(column),
                         figure.metric,
                         f"{figure.psnr_db:.2f}",
                         model.source,

@@ -22,7 +22,7 @@ import pandas as pd
 from kitbench.store import Run, RunFolder
 from kitbench.verdict import pictures, published
 from kitbench.verdict.claims import Block, blocks, claims, compare_methods
-from kitbench.verdict.compare import Column, Compared, adjusted, pooled
+from kitbench.verdict.compare import Column, Compared, adjusted, heading, pooled
 from kitbench.verdict.table import Entry, caption_of, entries, labels, notes_of, number, ranked, rows, split
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Gallery:
-    """The crops of one image at one sigma."""
+    """The crops of one image under one condition."""
 
     title: str
     whole: str
@@ -139,18 +139,18 @@ def _amount(value: Any, digits: int) -> Cell:
 
 
 def _table(block: pd.DataFrame, caption: str) -> Grid:
-    columns: list[Column] = list(dict.fromkeys(zip(block["data_set"], block["sigma"], strict=True)))
+    columns: list[Column] = list(dict.fromkeys(zip(block["data_set"], block["condition"], strict=True)))
     metrics = [("psnr_db", "PSNR dB", 2, True), ("ssim", "SSIM", 4, True)]
     metrics += [("lpips", "LPIPS", 4, False)] if block["lpips"].notna().any() else []
     resolution = block["resolution"].dropna()
     at = f" at {resolution.iloc[0]:.0f} px" if len(resolution) else ""
-    header = ["Method", *(f"{name} σ{sigma:g} {m[1]}" for name, sigma in columns for m in metrics)]
+    header = ["Method", *(f"{heading(column)} {m[1]}" for column in columns for m in metrics)]
     header += ["Parameters", f"GMACs{at}", "Peak memory of a step, MiB", "s a step", "Seeds", "Runs"]
     lines = []
     for method, own in block.groupby("method", sort=False):
         line = [_cell(str(method))]
         for column in columns:
-            match = own[(own["data_set"] == column[0]) & (own["sigma"] == column[1])]
+            match = own[(own["data_set"] == column[0]) & (own["condition"] == column[1])]
             for metric, _, digits, higher in metrics:
                 line.append(_score(block, match, column, metric, digits, higher))
         first = own.iloc[0]
@@ -255,7 +255,7 @@ def _differences(compared: Sequence[Compared]) -> Grid | None:
             ]
         )  # fmt: skip
     notes = [
-        "Paired by seed and image; an image's mean over its sigmas. Interval: hierarchical bootstrap over seeds and "
+        "Paired by seed and image; an image's mean over its conditions. Interval: hierarchical bootstrap over seeds and "
         "images, expanded to Student's t. p: the larger of a permutation test and the test over seeds and images.",
         "Shows: the true difference that so many seeds and images find in 4 cases of 5.",
         *dict.fromkeys(c.found.note + "." for c in compared if c.found.note),
@@ -282,11 +282,10 @@ def _pictures(
     if trained is None:
         return []
     methods = list(trained.methods)
-    column = max(
-        dict.fromkeys(zip(block["data_set"], block["sigma"], strict=True)), key=lambda c: (c[1] == 25, -abs(c[1] - 25))
-    )
-    here = block[(block["data_set"] == column[0]) & (block["sigma"] == column[1])].set_index("method")
-    name = f"{column[0]} σ{column[1]:g}"
+    columns = {(row.data_set, row.condition): _from_25(row.sigma) for row in block.itertuples()}
+    column = min(columns, key=columns.__getitem__)
+    here = block[(block["data_set"] == column[0]) & (block["condition"] == column[1])].set_index("method")
+    name = heading(column)
     shown = []
     for field_name, scale, label in (
         ("gmacs", 1.0, "GMACs of one image"),
@@ -312,6 +311,11 @@ def _pictures(
     return shown
 
 
+def _from_25(sigma: float | None) -> float:
+    """How far a noise level is from the one that is shown first; 0 where a task has none."""
+    return 0.0 if sigma is None or math.isnan(sigma) else abs(sigma - 25)
+
+
 def _folders(block: Block, method: str, folders: dict[str, RunFolder]) -> list[RunFolder]:
     keys = dict.fromkeys(e.run.key for group in block.methods[method].values() for e in group)
     return [folders[key] for key in keys]
@@ -335,7 +339,7 @@ def _galleries(found: Sequence[Entry], folders: dict[str, RunFolder]) -> tuple[l
             path = folders[entry.run.key].crop_path(evaluation.data_set, evaluation.sigma, evaluation.stamp, place)
             if not path.is_file():
                 break
-            key = (abs(evaluation.sigma - 25), entry.run.mode, evaluation.data_set, place)
+            key = (_from_25(evaluation.sigma), entry.run.mode, evaluation.data_set, place)
             name = f"{names[entry.run.key, entry.run.method]}"
             groups.setdefault(key, {}).setdefault(name, (path, entry, place))
     galleries, size, left_out = [], 0, 0
@@ -353,14 +357,15 @@ def _gallery(methods: dict[str, tuple[Path, Entry, int]]) -> Gallery:
     cut = {name: pictures.crop(path) for name, (path, _, _) in methods.items()}
     first = next(iter(cut.values()))
     _, entry, place = next(iter(methods.values()))
-    panels = [Panel("noisy", "", "", _png(first.noisy), None)] if "noisy" not in methods else []
-    for name, (_, own, _) in sorted(methods.items(), key=lambda item: item[0] != "noisy"):
+    panels = [Panel("input", "", "", _png(first.degraded), None)] if "input" not in methods else []
+    for name, (_, own, _) in sorted(methods.items(), key=lambda item: item[0] != "input"):
         psnr = own.evaluation.scores[place].psnr
         told_psnr = "exact" if psnr is None else f"{psnr:.2f} dB"
         panels.append(Panel(name, told_psnr, own.run.key[:10], _png(cut[name].restored), _png(cut[name].error)))
     panels.append(Panel("ground truth", "", "", _png(first.clean), None))
     evaluation = entry.evaluation
-    title = f"{evaluation.data_set}: {evaluation.scores[place].image}, σ{evaluation.sigma:g} ({entry.run.mode})"
+    image = f"{evaluation.scores[place].image} {evaluation.condition}".strip()
+    title = f"{evaluation.data_set}: {image} ({entry.run.mode})"
     return Gallery(title, _png(first.whole), first.place, panels)
 
 

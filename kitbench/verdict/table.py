@@ -1,6 +1,7 @@
 """Tables, from stored runs alone: the same runs give the same bytes.
 
-`rows` is the long form (a row per method, data set, sigma and protocol: the mean over seeds of the mean over images).
+`rows` is the long form (a row per method, data set, noise level and protocol: the mean over seeds of the mean over
+images).
 The wide form prints methods down, data sets and sigmas across, a block per comparison: only runs that share everything
 but the attention stand in one block, best in bold, second underlined, a star where the difference to the best is
 within noise (compare.py, statistics.py). Rows of two protocols are refused. Published figures stand in a block apart.
@@ -21,7 +22,7 @@ from tabulate import tabulate
 from kitbench.errors import InputError
 from kitbench.store import Evaluation, Run, RunFolder, Training
 from kitbench.verdict import published
-from kitbench.verdict.compare import Compared, adjusted, compare
+from kitbench.verdict.compare import Column, Compared, adjusted, compare, heading
 from kitbench.verdict.statistics import mean_interval
 
 Format = Literal["markdown", "latex", "csv", "json", "terminal"]
@@ -47,7 +48,7 @@ def entries(runs: Sequence[RunFolder], protocol: str | None) -> list[Entry]:
     ]
     stamps = sorted({entry.evaluation.stamp for entry in found})
     if protocol is not None:
-        chosen = [entry for entry in found if protocol in (entry.evaluation.stamp, entry.evaluation.protocol.id)]
+        chosen = [entry for entry in found if under(entry.evaluation, protocol)]
         if not chosen:
             raise InputError(f"No row was scored under protocol {protocol!r}; found: {', '.join(stamps) or 'none'}.")
         found = chosen
@@ -69,6 +70,11 @@ def entries(runs: Sequence[RunFolder], protocol: str | None) -> list[Entry]:
     return found
 
 
+def under(evaluation: Evaluation, protocol: str) -> bool:
+    """Whether a result was scored under a protocol, named by its id or its stamp."""
+    return protocol in (evaluation.stamp, evaluation.protocol.id)
+
+
 def rows(runs: Sequence[RunFolder], protocol: str | None = None) -> pd.DataFrame:
     """The long form, sorted. PSNR in dB, memory in bytes, times in seconds, GMACs at `resolution` px."""
     found = entries(runs, protocol)
@@ -77,14 +83,14 @@ def rows(runs: Sequence[RunFolder], protocol: str | None = None) -> pd.DataFrame
     for entry in found:
         key = (
             entry.run.comparison, entry.run.mode, names[entry.run.key, entry.run.method],
-            entry.evaluation.data_set, entry.evaluation.sigma,
+            entry.evaluation.data_set, entry.evaluation.condition,
         )  # fmt: skip
         groups.setdefault(key, []).append(entry)
     to_best = {(c.a, *where): c for where, c in _to_best(groups)}
     table = pd.DataFrame([_row(key, group, to_best.get((key[2], key[0], *key[3:]))) for key, group in groups.items()])
     order = table["comparison"].map(_comparison_order(found))
     trained = table["seeds"] != "-"
-    # References stand first, the weakest (the noisy input) on top; trained methods by name.
+    # References stand first, the weakest (the input) on top; trained methods by name.
     weakest = table.groupby("method")["psnr_db"].transform("mean").where(~trained, 0)
     return (
         table.assign(_order=order, _trained=trained, _weakest=weakest)
@@ -95,11 +101,11 @@ def rows(runs: Sequence[RunFolder], protocol: str | None = None) -> pd.DataFrame
 
 
 def _to_best(groups: dict[tuple[Any, ...], list[Entry]]) -> list[tuple[tuple[Any, ...], Compared]]:
-    """Every trained method against the best of its column, by (comparison, data set, sigma), Holm over the table."""
+    """Every trained method against the best of its column, by (comparison, data set, condition), after Holm."""
     columns: dict[tuple[Any, ...], dict[str, list[Entry]]] = {}
-    for (comparison, _, method, data_set, sigma), group in groups.items():
+    for (comparison, _, method, data_set, condition), group in groups.items():
         if comparison:
-            columns.setdefault((comparison, data_set, sigma), {})[method] = group
+            columns.setdefault((comparison, data_set, condition), {})[method] = group
     found = []
     for where, methods in sorted(columns.items()):
         means = {method: math.fsum(map(mean_psnr, group)) / len(group) for method, group in sorted(methods.items())}
@@ -111,7 +117,7 @@ def _to_best(groups: dict[tuple[Any, ...], list[Entry]]) -> list[tuple[tuple[Any
 
 
 def _row(key: tuple[Any, ...], group: list[Entry], to_best: Compared | None) -> dict[str, Any]:
-    comparison, mode, method, data_set, sigma = key
+    comparison, mode, method, data_set, condition = key
     group = sorted(group, key=lambda entry: entry.run.seed or 0)
     first = group[0]
     cost = first.training.cost if first.training else None
@@ -126,7 +132,8 @@ def _row(key: tuple[Any, ...], group: list[Entry], to_best: Compared | None) -> 
         "mode": mode,
         "method": method,
         "data_set": data_set,
-        "sigma": sigma,
+        "sigma": first.evaluation.sigma,
+        "condition": condition,
         "psnr_db": _mean([mean_psnr(entry) for entry in group]),
         "psnr_pm_seeds": _half([mean_psnr(entry) for entry in group]),
         "ssim": _mean([mean_ssim(entry) for entry in group]),
@@ -218,7 +225,7 @@ def render(runs: Sequence[RunFolder], form: Format, protocol: str | None = None)
         records = json.loads(table.to_json(orient="records", double_precision=10))
         return json.dumps(records, indent=1) + "\n"
     blocks = [_block(block, run, form) for block, run in split(table, entries(runs, protocol))]
-    figures = published.lines(set(zip(table["data_set"], table["sigma"], strict=True)))
+    figures = published.lines(set(zip(table["data_set"], table["condition"], strict=True)))
     if figures:
         blocks.append(_published(figures, form))
     return "\n".join(blocks)
@@ -243,7 +250,7 @@ def _published(figures: list[list[str]], form: Format) -> str:
 
 def _block(block: pd.DataFrame, run: Run, form: Format) -> str:
     styles = _STYLES[form]
-    columns = list(dict.fromkeys(zip(block["data_set"], block["sigma"], strict=True)))
+    columns = list(dict.fromkeys(zip(block["data_set"], block["condition"], strict=True)))
     shows_lpips = block["lpips"].notna().any()
     metrics = [("psnr_db", 2, True), ("ssim", 4, True)] + ([("lpips", 4, False)] if shows_lpips else [])
     ranks = {
@@ -254,13 +261,13 @@ def _block(block: pd.DataFrame, run: Run, form: Format) -> str:
     names = ["PSNR dB", "SSIM", "LPIPS"][: len(metrics)]
     resolution = block["resolution"].dropna()
     at = f" at {resolution.iloc[0]:.0f} px" if len(resolution) else ""
-    header = ["Method", *(f"{name} σ{sigma:g}: {' / '.join(names)}" for name, sigma in columns)]
+    header = ["Method", *(f"{heading(column)}: {' / '.join(names)}" for column in columns)]
     header += ["Parameters", f"GMACs{at}", "Peak memory of a step (MiB)", "s a step", "Seeds", "Protocol"]
     lines, notes = [], notes_of(block)
     for method, own in block.groupby("method", sort=False):
         cells = []
         for column in columns:
-            match = own[(own["data_set"] == column[0]) & (own["sigma"] == column[1])]
+            match = own[(own["data_set"] == column[0]) & (own["condition"] == column[1])]
             parts = []
             for metric, digits, _ in metrics:
                 value = match[metric].iloc[0] if len(match) else None
@@ -333,11 +340,9 @@ def caption_of(run: Run) -> str:
     )
 
 
-def ranked(
-    block: pd.DataFrame, column: tuple[str, float], metric: str, digits: int, higher: bool
-) -> tuple[str, str | None]:
+def ranked(block: pd.DataFrame, column: Column, metric: str, digits: int, higher: bool) -> tuple[str, str | None]:
     """The best and the second value of a column, as printed: equal prints share a rank."""
-    match = block[(block["data_set"] == column[0]) & (block["sigma"] == column[1])][metric].dropna()
+    match = block[(block["data_set"] == column[0]) & (block["condition"] == column[1])][metric].dropna()
     values = sorted({round(float(value), digits) for value in match}, reverse=higher)
     return (number(values[0], digits) if values else "", number(values[1], digits) if len(values) > 1 else None)
 

@@ -28,7 +28,7 @@ def three(tmp_path: Path) -> Path:
     for seed in range(4):
         for number, (method, gain) in enumerate({"kit": 0.2, "window": 0.2, "conv": 0.0}.items()):
             store(tmp_path, method, photographs(seed, number, gain), seed, data_set="CBSD68", sigma=50)
-    store(tmp_path, "noisy", photographs(0, 9, -10), None, data_set="CBSD68", sigma=50)
+    store(tmp_path, "input", photographs(0, 9, -10), None, data_set="CBSD68", sigma=50)
     return tmp_path
 
 
@@ -73,7 +73,7 @@ def test_the_star_stands_where_the_difference_to_the_best_is_noise(three: Path) 
     assert sum(r"\*" in lines[name] for name in ("kit", "window")) == 1
     assert r"\*" not in lines["conv"]
     assert "±" in lines["conv"]
-    assert "±" not in lines["noisy"]
+    assert "±" not in lines["input"]
     assert r"\* within noise" in text
 
 

@@ -49,7 +49,7 @@ def test_the_page_has_every_part_and_names_every_run(page: Path, tiny_runs: Path
         assert folder.run.key[:10] in text
         assert folder.path.name in text
     assert text.count('class="gallery"') == 2  # two test images, one sigma
-    assert text.count('<figure data-name="') == 2 * 4  # noisy, conv, kit, ground truth
+    assert text.count('<figure data-name="') == 2 * 4  # input, conv, kit, ground truth
     assert text.count('<figure class="picture') == 5  # two fronts, curves, differences, the sweep
     assert "python -m kitbench run --suite tiny.toml --seeds 0,1" in html.unescape(text)
 
@@ -91,7 +91,7 @@ def test_differences_beyond_noise_are_told_in_words(tmp_path: Path) -> None:
 def test_a_crop_is_cut_into_its_squares_and_a_damaged_one_is_refused(tiny_runs: Path, tmp_path: Path) -> None:
     path = next(tiny_runs.glob("*-conv-s0-*/crops/*-0.png"))
     crop = pictures.crop(path)
-    assert all(data.startswith(b"\x89PNG") for data in (crop.whole, crop.noisy, crop.restored, crop.clean, crop.error))
+    assert all(data.startswith(b"\x89PNG") for data in (crop.whole, crop.degraded, crop.restored, crop.clean, crop.error))
     left, top, width, height = crop.place
     assert 0 <= left <= 100 - width
     assert 0 <= top <= 100 - height

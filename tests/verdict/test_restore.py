@@ -140,7 +140,7 @@ def test_the_command_restores_beside_the_input_and_refuses_to_overwrite(tiny_run
         (["text.png", "--run", run], "is no picture"),
         (["missing.png", "--run", run], "cannot be read"),
         (["a.png", "--run", str(tiny_runs)], "give one"),
-        (["a.png", "--overwrite", "--run", str(next(tiny_runs.glob("*noisy*")))], "training-free"),
+        (["a.png", "--overwrite", "--run", str(next(tiny_runs.glob("*input*")))], "training-free"),
         (["a.png", "a.png", "--run", run], "Two pictures"),
     ):
         assert sentence in refused(tmp_path, "restore", *arguments)

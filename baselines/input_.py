@@ -1,4 +1,4 @@
-"""noisy: the input itself, unrestored.
+"""input: the degraded image itself, unrestored.
 
 Paper: none.
 Operator: the identity. It shows, under the very protocol of the table (clipping and rounding included), what every
@@ -12,6 +12,6 @@ from __future__ import annotations
 import numpy as np
 
 
-def restore(image: np.ndarray, sigma: float) -> np.ndarray:
+def restore(image: np.ndarray, sigma: float | None) -> np.ndarray:
     """The image itself: float32 [H, W, C], nominal range 0..1 but not clipped."""
     return image
