@@ -7,6 +7,7 @@ LPIPS, which needs a network, is in kitbench/lpips.py.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from kitbench.errors import InputError
 
 _RADIUS = 5  # the 11 x 11 window of Wang et al. 2004
 _SIGMA = 1.5
-_STRIP = 128  # rows filtered at a time: the planes of one strip stay in the cache
+_STRIP = 64  # rows filtered at a time: the planes of one strip stay in the cache
 
 
 def psnr(a: NDArray, b: NDArray, data_range: float = 255.0) -> float:
@@ -53,20 +54,46 @@ def ssim(a: NDArray, b: NDArray, data_range: float = 255.0, threads: int | None 
             f"SSIM needs images of at least {window} x {window} pixels, found {a.shape[0]} x {a.shape[1]}: "
             "leave SSIM out of the protocol or give larger images."
         )
-    planes = list(zip(cv2.split(a), cv2.split(b), strict=True))
-    halo = 2 * _RADIUS
-    strips = [
-        (x[top : top + _STRIP + halo], y[top : top + _STRIP + halo])
-        for x, y in planes
-        for top in range(0, a.shape[0] - halo, _STRIP)
-    ]
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    threads = threads or min(4, _cores())
-    if threads == 1 or len(strips) == 1:
-        sums = [_ssim_sum(x, y, c1, c2) for x, y in strips]
-    else:
-        sums = list(_pool(threads).map(lambda strip: _ssim_sum(strip[0], strip[1], c1, c2), strips))
-    return math.fsum(sums) / ((a.shape[0] - halo) * (a.shape[1] - halo) * len(planes))
+    return _mean_ssim(a, b, data_range, threads)
+
+
+def ssim_volume(a: NDArray, b: NDArray, data_range: float = 255.0, threads: int | None = None) -> float:
+    """MATLAB's `ssim(a, b)` of an image given as [H, W, 3] array: it is taken for a volume whose third axis is colour.
+
+    What the scripts of the field print for GoPro, HIDE and SIDD (MPRNet's and Restormer's evaluate_*.m among them). The
+    Gaussian of 11 taps, sigma 1.5, runs along all three axes, every border replicated; the mean is over all voxels.
+    K1 = 0.01, K2 = 0.03, population variance, float64. Colour counts as contrast, so that it is far above `ssim`.
+    a, b: [H, W] or [H, W, C], of one shape and one dtype (uint8, float32 or float64), of any size; of a gray image it
+    is MATLAB's ssim of a matrix. threads as for `ssim`. Raises InputError if shapes or dtypes differ or are others.
+    """
+    _check(a, b)
+    r = _RADIUS
+    padded = [cv2.copyMakeBorder(x, r, r, r, r, cv2.BORDER_REPLICATE) for x in (a, b)]
+    return _mean_ssim(padded[0], padded[1], data_range, threads, _mix(a.shape[2] if a.ndim == 3 else 1))
+
+
+def best_shift(prediction: NDArray, target: NDArray, shift: int) -> tuple[NDArray, NDArray]:
+    """The inner part of the target, and the part of the prediction that fits it best, over all shifts by whole pixels.
+
+    For blind deblurring, where image and kernel are known up to a shift that cancels out. Of all (2 shift + 1)^2 shifts
+    of up to `shift` pixels on each axis the one of the highest PSNR is taken; score PSNR and SSIM on what is returned.
+    For the set of Levin et al. (CVPR 2009) print searches 5 px, in steps of a quarter pixel by linear interpolation,
+    and leaves 15 px of border out (their comp_upto_shift.m, and after it SelfDeblur and KAIR): whole pixels give at
+    most that PSNR, and equal it where the estimate is not off by a fraction of a pixel.
+    prediction, target: as for `psnr`, more than 2 shift pixels a side. Returns two views, 2 shift pixels less a side.
+    Raises InputError if they are not alike, or too small.
+    """
+    _check(prediction, target)
+    height, width = target.shape[:2]
+    if min(height, width) <= 2 * shift:
+        raise InputError(
+            f"Shifts of up to {shift} px need images larger than {2 * shift} px a side, found {height} x {width}: "
+            "give larger images or a smaller shift."
+        )
+    inner = target[shift : height - shift, shift : width - shift]
+    places = sorted(itertools.product(range(2 * shift + 1), repeat=2), key=lambda at: math.dist(at, (shift, shift)))
+    parts = (prediction[y : y + inner.shape[0], x : x + inner.shape[1]] for y, x in places)
+    return max(parts, key=lambda part: psnr(part, inner)), inner  # of equals the least shifted
 
 
 def luma(rgb: NDArray) -> NDArray:
@@ -99,41 +126,57 @@ def _check(a: NDArray, b: NDArray) -> None:
         raise InputError(f"Images to compare must be [H, W] or [H, W, C] and not empty, found {list(a.shape)}.")
 
 
-def _ssim_sum(a: NDArray[Any], b: NDArray[Any], c1: float, c2: float) -> float:
-    """The sum of the SSIM map of one strip of one channel.
+def _mean_ssim(a: NDArray, b: NDArray, data_range: float, threads: int | None, mix: NDArray | None = None) -> float:
+    """The mean of the SSIM map of the valid region, strip by strip."""
+    halo = 2 * _RADIUS
+    tops = range(0, a.shape[0] - halo, _STRIP)
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
 
-    With s = a + b and d = a - b, the four products of the formula are sums and differences of the squares of s and d
-    (2ab = (s^2 - d^2) / 2, a^2 + b^2 = (s^2 + d^2) / 2): four filters, and fewer passes than in a and b.
+    def strip(top: int) -> float:
+        rows = slice(top, top + _STRIP + halo)
+        return _ssim_sum(a[rows], b[rows], c1, c2, mix)
+
+    threads = threads or min(4, _cores())
+    sums = list(map(strip, tops) if threads == 1 or len(tops) == 1 else _pool(threads).map(strip, tops))
+    return math.fsum(sums) / ((a.shape[0] - halo) * (a.shape[1] - halo) * math.prod(a.shape[2:]))
+
+
+def _ssim_sum(a: NDArray[Any], b: NDArray[Any], c1: float, c2: float, mix: NDArray | None) -> float:
+    """The sum of the SSIM map of one strip, [H, W] or [H, W, C]; `mix` is the filter along the channels, if any.
+
+    Filtered are a, b, ab and (a - b)^2, which of uint8 are integers of 8 and 16 bits: no other product is needed, since
+    a^2 + b^2 = (a - b)^2 + 2ab, and the constants ride on the filter. Every pass over float64 counts here.
     """
-    s: NDArray[Any] = cv2.add(a, b, dtype=cv2.CV_64F)
-    d: NDArray[Any] = cv2.subtract(a, b, dtype=cv2.CV_64F)
-    mean_s, mean_d = _blur(s), _blur(d)
-    mean_s *= mean_s
-    mean_d *= mean_d
-    s *= s
-    d *= d
-    var_s, var_d = _blur(s), _blur(d)
-    var_s -= mean_s
-    var_d -= mean_d
+    if a.dtype == np.uint8:
+        difference = cv2.absdiff(a, b)
+        product, square = (cv2.multiply(x, y, dtype=cv2.CV_16U) for x, y in ((a, b), (difference, difference)))
+    else:
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        product, square = a * b, (a - b) ** 2
+    mean, other = _blur(a, mix), _blur(b, mix)
+    contrast = _blur(product, mix, 2.0, c1 + c2)
+    variances = _blur(square, mix)
 
-    top = mean_s - mean_d
-    top += 2 * c1
-    mean_s += mean_d
-    mean_s += 2 * c1
-    covariance = var_s - var_d
-    covariance += 2 * c2
-    var_s += var_d
-    var_s += 2 * c2
-    top *= covariance
-    mean_s *= var_s
-    top /= mean_s
-    return float(top.sum())
+    luminance = mean * other
+    luminance *= 2
+    luminance += c1  # 2 mean_a mean_b + c1
+    mean -= other
+    mean *= mean
+    contrast -= luminance  # 2 covariance + c2
+    variances -= mean
+    variances += contrast  # variance_a + variance_b + c2
+    mean += luminance  # mean_a^2 + mean_b^2 + c1
+    luminance *= contrast
+    mean *= variances
+    luminance /= mean
+    return float(luminance[_RADIUS:-_RADIUS, _RADIUS:-_RADIUS].sum())  # where the whole window lies inside
 
 
-def _blur(plane: NDArray) -> NDArray:
-    """[H, W] -> [H - 10, W - 10]: only where the whole window lies inside."""
+def _blur(plane: NDArray, mix: NDArray | None, times: float = 1.0, plus: float = 0.0) -> NDArray:
+    """times x plane, filtered, + plus: float64 of the plane's shape, false in the outer 5 pixels."""
     kernel = _kernel()
-    return cv2.sepFilter2D(plane, -1, kernel, kernel)[_RADIUS:-_RADIUS, _RADIUS:-_RADIUS]
+    blurred = cv2.sepFilter2D(plane, cv2.CV_64F, times * kernel, kernel, delta=plus)
+    return blurred if mix is None or blurred.ndim == 2 else blurred @ mix
 
 
 @cache
@@ -141,6 +184,15 @@ def _kernel() -> NDArray:
     x = np.arange(-_RADIUS, _RADIUS + 1)
     kernel = np.exp(-(x**2) / (2 * _SIGMA**2))
     return kernel / kernel.sum()
+
+
+@cache
+def _mix(channels: int) -> NDArray:
+    """[channels in, channels out]: the window along the channels, its border replicated."""
+    mix = np.zeros((channels, channels))
+    for out, (tap, weight) in itertools.product(range(channels), enumerate(_kernel())):
+        mix[np.clip(out + tap - _RADIUS, 0, channels - 1), out] += weight
+    return mix
 
 
 def _cores() -> int:

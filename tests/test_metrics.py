@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
+from skimage import data
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from kitbench.errors import InputError
-from kitbench.metrics import luma, psnr, ssim
+from kitbench.metrics import best_shift, luma, psnr, ssim, ssim_volume
 
 
 def pair(shape: tuple[int, ...], seed: int = 0, sigma: float = 25.0, dtype: type = np.uint8):
@@ -68,6 +70,65 @@ def test_views_and_reversed_channels_are_read_right():
     a, b = pair((80, 90, 3))
     assert ssim(a[::2, :, ::-1], b[::2, :, ::-1]) == pytest.approx(ssim(a[::2].copy(), b[::2].copy()), abs=1e-12)
     assert psnr(a[::2, :, ::-1], b[::2, :, ::-1]) == psnr(a[::2].copy(), b[::2].copy())
+
+
+def volume_ssim(a, b):
+    """MATLAB's ssim, written out: scipy's Gaussian of radius 5 along all axes, nearest = replicated borders."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+
+    def blur(x):
+        return gaussian_filter(x, 1.5, mode="nearest", truncate=3.5)
+
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    ma, mb = blur(a), blur(b)
+    va, vb, covariance = blur(a * a) - ma * ma, blur(b * b) - mb * mb, blur(a * b) - ma * mb
+    return np.mean((2 * ma * mb + c1) * (2 * covariance + c2) / ((ma * ma + mb * mb + c1) * (va + vb + c2)))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(64, 50, 3), (301, 40, 3), (33, 45), (20, 21, 1), (9, 4, 3), (30, 31, 7)])
+def test_ssim_of_a_volume_is_three_gaussians_with_replicated_borders(shape, dtype):
+    a, b = pair(shape, dtype=dtype)
+    assert ssim_volume(a, b) == pytest.approx(volume_ssim(a, b), abs=1e-9)
+
+
+def test_ssim_of_a_volume_is_far_from_ssim_by_channel():
+    """The window spans the channels: colour itself is contrast, beside which noise matters less."""
+    scene = data.astronaut()[:128, :128]
+    noise = np.random.default_rng(0).normal(0, 25, scene.shape)
+    noisy = np.clip(np.round(scene + noise), 0, 255).astype(np.uint8)
+    assert ssim_volume(scene, noisy) > ssim(scene, noisy) + 0.05
+    a, _ = pair((64, 65, 3))
+    assert ssim_volume(a, a) == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("offset", [(0, 0), (5, -5), (-3, 2), (1, 4)])
+@pytest.mark.parametrize("channels", [(), (3,)])
+def test_best_shift_finds_the_shift_that_was_made(offset, channels):
+    scene, _ = pair((80, 90, *channels))
+    _, noise = pair((80, 90, *channels), seed=3)
+    y, x = offset
+    target, prediction = scene[10:70, 10:80], scene[10 - y : 70 - y, 10 - x : 80 - x]
+    found, inner = best_shift(prediction, target, 5)
+    assert np.array_equal(inner, target[5:-5, 5:-5])
+    assert np.array_equal(found, inner)
+    # With noise on it the same place wins: it is the best of all places, tried one by one.
+    noisy = np.clip(prediction + 0.2 * noise[:60, :70], 0, 255).astype(np.uint8)
+    found, inner = best_shift(noisy, target, 5)
+    places = [noisy[i : i + 50, j : j + 60] for i in range(11) for j in range(11)]
+    assert psnr(found, inner) == max(psnr(np.ascontiguousarray(place), inner) for place in places)
+    assert np.shares_memory(found[:1, :1], noisy[5 + y : 6 + y, 5 + x : 6 + x])
+
+
+def test_of_equal_shifts_the_least_is_taken_and_no_shift_is_the_whole_image():
+    flat = np.full((20, 20), 7, np.uint8)
+    found, inner = best_shift(flat, flat, 3)
+    assert found.shape == inner.shape == (14, 14)
+    assert np.shares_memory(found[:1, :1], flat[3:4, 3:4])
+    a, b = pair((30, 31))
+    assert all(np.array_equal(x, y) for x, y in zip(best_shift(a, b, 0), (a, b), strict=True))
+    with pytest.raises(InputError, match="larger than 20 px a side, found 20 x 20"):
+        best_shift(flat, flat, 10)
 
 
 def test_equal_images_have_infinite_psnr_and_ssim_one():
