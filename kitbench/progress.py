@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from kitbench.store import Progress as Record
+from kitbench.store import RunFolder
+
 Update = Callable[[int, str], None]
 """Called with (how much is done, what to say of it)."""
 LINE_SECONDS = 20.0
+BEAT_SECONDS = 5.0
+"""Between two renewals of progress.json."""
 
 
 @contextmanager
@@ -55,6 +62,28 @@ def _lines(console: Console, title: str, total: int) -> Update:
     return update
 
 
+def heartbeat(folder: RunFolder, phase: Literal["training", "scoring"], total: int) -> Callable[[int], None]:
+    """What keeps progress.json in a run's folder fresh, called with how much is done."""
+    first: tuple[int, float] | None = None
+    last = 0.0
+
+    def beat(done: int) -> None:
+        nonlocal first, last
+        now = time.time()
+        if first is None:
+            first = (done, now)
+        if now - last < BEAT_SECONDS:
+            return
+        last = now
+        left = (now - first[1]) / (done - first[0]) * (total - done) if done > first[0] else None
+        folder.write(
+            "progress.json",
+            Record(phase=phase, done=done, total=total, seconds_left=left, updated=now, host=platform.node()),
+        )
+
+    return beat
+
+
 def duration(seconds: float) -> str:
     """`45 s`, `3 min 20 s`, `2 h 5 min`."""
     whole = max(0, round(seconds))
@@ -63,3 +92,12 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def gib(amount: float) -> str:
+    """`350 MiB`, `71.2 GiB`, `8.0 PiB`."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+    place = 0
+    while amount >= 1024 and place < len(units) - 1:
+        amount, place = amount / 1024, place + 1
+    return f"{amount:.3g} {units[place]}" if amount < 100 else f"{amount:.0f} {units[place]}"

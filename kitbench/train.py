@@ -1,7 +1,7 @@
 """The training loop: linear, the same for every method, and a pure function of the cell.
 
 Before each step every generator is seeded from (seed, step), and a batch is a pure function of the same; so weights,
-optimiser state and the number of the step are all that a checkpoint needs to go on bit for bit.
+their average, optimiser state and the number of the step are all that a checkpoint needs to go on bit for bit.
 """
 
 from __future__ import annotations
@@ -11,23 +11,31 @@ import io
 import math
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from kitbench.backbone import UNet
 from kitbench.data.batches import Batches
+from kitbench.data.cards import pixel_sha256
 from kitbench.errors import Interrupted, RunError
 from kitbench.seeds import derive
-from kitbench.store import RunFolder, replace_with, write_atomic
-from kitbench.suite import Recipe
+from kitbench.stop import Stop
+from kitbench.store import RunFolder, write_atomic
+from kitbench.suite import Recipe, digest
 
 LOG_EVERY = 10
-Report = Callable[[int, float, float], None]
-"""Called with (steps done, loss, training PSNR in dB), both means over the stretch since the last call."""
+DIVERGED = 10.0
+"""A loss that is not below it ends the run: images lie in [0, 1], and NaN is below nothing."""
+Report = Callable[[int, float, float, float], None]
+"""Called with (steps done, loss, training PSNR in dB, share of the time that was spent waiting for data), all of the
+stretch since the last call."""
+Line = tuple[int, float, float, float, float, float]
+"""Of the log: steps done, loss, PSNR in dB, learning rate, seconds a step, and those of them spent waiting for data."""
+HEADER = ("step", "loss", "psnr_db", "lr", "seconds_per_step", "seconds_data")
 
 
 def train(
@@ -38,64 +46,106 @@ def train(
     folder: RunFolder,
     workers: int,
     report: Report,
-    stopping: Callable[[], bool],
-) -> tuple[float, list[float]]:
-    """Train in place from the last checkpoint, or from the start.
+    stop: Stop,
+    say: Callable[[str], None] = print,
+) -> list[Line]:
+    """Train in place from the last good checkpoint, or from the start; `say` is told of a damaged one.
 
-    Returns the mean loss of the last logged stretch, and the seconds a step of every stretch of LOG_EVERY steps.
-    Raises RunError where the loss is not finite, naming the step, and Interrupted, with a checkpoint written, once
-    `stopping()` is true.
+    Returns the log: means over stretches of LOG_EVERY steps. Leaves the moving average in the model, if there is one.
+    Raises RunError where the loss or the weights are not finite or the loss is not below DIVERGED, naming step and
+    batch, with the last good checkpoint kept; and Interrupted, with a checkpoint written, once `stop()` is true.
     """
     model.to(device).train()
+    parameters = list(model.parameters())
     optimiser = torch.optim.AdamW(
         decay_groups(model, recipe.weight_decay), lr=recipe.lr, betas=recipe.betas, fused=True
     )
+    average = [p.detach().clone() for p in parameters] if recipe.ema else []
+    move_average = get_ema_multi_avg_fn(recipe.ema)
     sums = torch.zeros(
         2, device=device
     )  # of loss and of squared error, over the stretch since the last line of the log
-    start, log = resume(model, optimiser, sums, folder)
-    loader = batches.from_step(start, workers)
-    first, clock = start, time.perf_counter()
-    rates: list[float] = []
-    for step in range(start, recipe.steps):
-        degraded, clean = (images.to(device, non_blocking=True) for images in next(loader))
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(recipe, step)
-        torch.manual_seed(derive(batches.seed, "step", step))
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-            restored = model(degraded)
-        error = restored.float() - clean
-        loss = loss_of(error, recipe)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        if recipe.clip:
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        optimiser.step()
+    losses = torch.zeros(LOG_EVERY, device=device)  # of single steps: tells which one went wrong
+    start, log = resume(model, optimiser, average, sums, folder, say)
+    done = start
 
-        sums += torch.stack((loss.detach(), error.detach().square().mean()))
-        done = step + 1
-        if done % LOG_EVERY == 0 or done == recipe.steps:
-            stretch = (done - 1) % LOG_EVERY + 1
-            mean_loss, mse = (sums / stretch).tolist()  # waits for the device
-            if not math.isfinite(mean_loss):
-                raise RunError(
-                    f"the loss is {mean_loss} within steps {done - stretch} to {done - 1}; the run was stopped"
-                )
-            now = time.perf_counter()
-            rates.append((now - clock) / (done - first))
-            log.append((done, mean_loss, -10 * math.log10(mse), learning_rate(recipe, step), rates[-1]))
-            report(done, mean_loss, log[-1][2])
-            sums.zero_()
-            first, clock = done, now
-        stop = stopping() and done < recipe.steps
-        if stop or (done % recipe.checkpoint_every == 0 and done < recipe.steps):
-            paused = time.perf_counter()
-            save(model, optimiser, sums, done, log, folder)
-            clock += time.perf_counter() - paused  # a checkpoint is no part of a step's time
-        if stop:
-            raise Interrupted(f"stopped at step {done} of {recipe.steps} of {folder.path.name}, saved")
-    write_log(log, folder.log)
-    return log[-1][1], [line[4] for line in log]
+    def keep() -> str:
+        """Write the state after `done` steps. Raises RunError where it is not worth keeping."""
+        check(losses, range(done - done % LOG_EVERY, done), parameters, batches, folder)
+        save(model, optimiser, average, sums, done, log, folder)
+        return f"stopped at step {done} of {recipe.steps} of {folder.path.name}, saved"
+
+    loader = batches.from_step(start, workers)
+    first, clock, waited = start, time.perf_counter(), 0.0
+    with stop.saved_by(keep):
+        for step in range(start, recipe.steps):
+            asked = time.perf_counter()
+            batch = next(loader)
+            waited += time.perf_counter() - asked
+            degraded, clean = (images.to(device, non_blocking=True) for images in batch)
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(recipe, step)
+            torch.manual_seed(derive(batches.seed, "step", step))
+            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+                restored = model(degraded)
+            error = restored.float() - clean
+            loss = loss_of(error, recipe)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            if recipe.clip:
+                nn.utils.clip_grad_norm_(parameters, recipe.clip)
+
+            with stop.state:  # from here to the end of the block the state is that of no step
+                optimiser.step()
+                if recipe.ema:
+                    move_average(average, parameters, None)
+                losses[step % LOG_EVERY] = loss.detach()
+                sums += torch.stack((loss.detach(), error.detach().square().mean()))
+                done = step + 1
+                if done % LOG_EVERY == 0 or done == recipe.steps:
+                    stretch = (done - 1) % LOG_EVERY + 1
+                    mean_loss, mse = (sums / stretch).tolist()  # waits for the device
+                    if not mean_loss < DIVERGED:
+                        check(losses, range(done - stretch, done), parameters, batches, folder)
+                    now = time.perf_counter()
+                    psnr = -10 * math.log10(mse) if mse else math.inf
+                    seconds, waiting = ((now - clock) / (done - first), waited / (done - first))
+                    log.append((done, mean_loss, psnr, learning_rate(recipe, step), seconds, waiting))
+                    report(done, mean_loss, psnr, waiting / seconds)
+                    sums.zero_()
+                    first, clock, waited = done, now, 0.0
+            stopping = stop() and done < recipe.steps
+            if stopping or (done % recipe.checkpoint_every == 0 and done < recipe.steps):
+                paused = time.perf_counter()
+                with stop.state:
+                    said = keep()
+                clock += time.perf_counter() - paused  # a checkpoint is no part of a step's time
+                if stopping:
+                    raise Interrupted(said)
+    check(losses, range(0), parameters, batches, folder)
+    with torch.no_grad():
+        for parameter, mean in zip(parameters, average, strict=False):
+            parameter.copy_(mean)
+    write_log(log, folder)
+    return log
+
+
+def check(
+    losses: Tensor, steps: range, parameters: Sequence[nn.Parameter], batches: Batches, folder: RunFolder
+) -> None:
+    """Raises RunError where a loss of these steps is not below DIVERGED, or a weight is not finite."""
+    values = losses.tolist()
+    bad = next((step for step in steps if not values[step % LOG_EVERY] < DIVERGED), None)
+    if bad is not None:
+        places = batches.places(bad)
+        crops = ", ".join(places[:16]) + (f" and {len(places) - 16} more" if len(places) > 16 else "")
+        what = f"the loss is {values[bad % LOG_EVERY]:.4g} at step {bad}, on the crops {crops}"
+    elif not torch.stack([p.isfinite().all() for p in parameters]).all():
+        what = "weights are not finite, though every loss was"
+    else:
+        return
+    kept = f"{folder.checkpoint} is kept" if folder.checkpoint.is_file() else "there was no checkpoint yet"
+    raise RunError(f"training went astray: {what}; stopped, {kept}. A smaller recipe.lr or a longer warmup may help")
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -121,59 +171,118 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": still, "weight_decay": 0.0}]
 
 
-Line = tuple[int, float, float, float, float]
-
-
 def save(
-    model: nn.Module, optimiser: torch.optim.Optimizer, sums: Tensor, done: int, log: Sequence[Line], folder: RunFolder
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    average: Sequence[Tensor],
+    sums: Tensor,
+    done: int,
+    log: Sequence[Line],
+    folder: RunFolder,
 ) -> None:
-    """Checkpoint: weights, optimiser state and running sums; the number of steps done and the log in the metadata."""
-    tensors = {f"model.{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}
-    for number, state in optimiser.state_dict()["state"].items():
-        tensors |= {f"optimiser.{number}.{name}": torch.as_tensor(value).contiguous() for name, value in state.items()}
-    tensors["sums"] = sums
+    """Checkpoint: weights, their average, optimiser state and running sums; steps done, log and checksum as metadata.
+
+    The checkpoint before it is kept under another name.
+    """
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for number, own in optimiser.state_dict()["state"].items():
+        state |= {f"optimiser.{number}.{name}": torch.as_tensor(value) for name, value in own.items()}
+    state |= {f"average.{number}": tensor for number, tensor in enumerate(average)}
+    state["sums"] = sums
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     metadata = {"steps": str(done), "log": _csv(log)}
-    replace_with(folder.checkpoint, lambda aside: safetensors.torch.save_file(tensors, aside, metadata))
+    metadata["sha256"] = digest([state_sha256(tensors), metadata])
+    write_atomic(folder.checkpoint, safetensors.torch.save(tensors, metadata), folder.previous_checkpoint)
+    write_log(log, folder)
 
 
 def resume(
-    model: nn.Module, optimiser: torch.optim.Optimizer, sums: Tensor, folder: RunFolder
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    average: Sequence[Tensor],
+    sums: Tensor,
+    folder: RunFolder,
+    say: Callable[[str], None],
 ) -> tuple[int, list[Line]]:
-    """Load the run's checkpoint where there is one. Returns the number of steps done, and the log up to there."""
-    if not folder.checkpoint.is_file():
-        return 0, []
+    """Load the run's checkpoint where there is one, and where it is damaged the one before it.
+
+    Returns the number of steps done, and the log up to there. Raises RunError where no checkpoint is good.
+    """
+    damaged = []
+    for path in (folder.checkpoint, folder.previous_checkpoint):
+        if not path.is_file():
+            continue
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                metadata = dict(file.metadata() or {})
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is no dict
+            found = metadata.pop("sha256", None)
+            if found != digest([state_sha256(tensors), metadata]):
+                raise ValueError("its content has not the checksum that it states")
+            _load(model, optimiser, average, sums, tensors)
+            lines = list(csv.reader(io.StringIO(metadata["log"])))[1:]
+            log = [(int(line[0]), *(float(value) for value in line[1:])) for line in lines]
+            done = int(metadata["steps"])
+        except (safetensors.SafetensorError, OSError, RuntimeError, KeyError, ValueError) as error:
+            damaged.append(f"checkpoint {path} is damaged ({error})")
+            continue
+        if damaged:
+            say(f"{damaged[0]}; going on from the one before it, at step {done}")
+        return done, log  # type: ignore[return-value]
+    if damaged:
+        raise RunError(f"{' and '.join(damaged)}; delete what is damaged to train from the start")
+    return 0, []
+
+
+def _load(
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    average: Sequence[Tensor],
+    sums: Tensor,
+    tensors: dict[str, Tensor],
+) -> None:
+    """Put a checkpoint's tensors into their places."""
+    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimiser."):
+            _, number, name = key.split(".")
+            # In the parameter's own memory format (channels-last kernels), as the optimiser had made it.
+            like = parameters[int(number)]
+            value = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
+            state.setdefault(int(number), {})[name] = value
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+    for place, mean in enumerate(average):
+        mean.copy_(tensors[f"average.{place}"])
+    sums.copy_(tensors["sums"])
+
+
+def trained_state(folder: RunFolder) -> dict[str, Tensor]:
+    """The trained weights of a run. Raises RunError where they are missing, or not those that were stored."""
+    advice = "restore it, or delete the run's folder to train again"
     try:
-        with safetensors.safe_open(folder.checkpoint, "pt") as file:
-            metadata = file.metadata()
-        tensors = safetensors.torch.load_file(folder.checkpoint)
-        model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-        parameters = [p for group in optimiser.param_groups for p in group["params"]]
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("optimiser."):
-                _, number, name = key.split(".")
-                # In the parameter's own memory format (channels-last kernels), as the optimiser had made it.
-                like = parameters[int(number)]
-                value = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
-                state.setdefault(int(number), {})[name] = value
-        optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-        sums.copy_(tensors["sums"])
-        rows = list(csv.reader(io.StringIO(metadata["log"])))[1:]
-        log = [(int(r[0]), *(float(value) for value in r[1:])) for r in rows]
-        return int(metadata["steps"]), log  # type: ignore[return-value]
-    except (safetensors.SafetensorError, RuntimeError, KeyError, ValueError) as error:
-        raise RunError(
-            f"checkpoint {folder.checkpoint} is damaged ({error}); delete it to train from the start"
-        ) from error
+        state = safetensors.torch.load_file(folder.weights)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise RunError(f"{folder.weights} cannot be read ({error}); {advice}") from error
+    training = folder.training
+    if training is None or state_sha256(state) != training.weights_sha256:
+        raise RunError(f"{folder.weights} is damaged: it has not the checksum that training.json states; {advice}")
+    return state
 
 
-def write_log(log: Sequence[Line], path: Path) -> None:
-    write_atomic(path, _csv(log).encode())
+def state_sha256(state: dict[str, Tensor]) -> str:
+    """Of all weights by name: equal if and only if they are bit-identical."""
+    return digest({name: pixel_sha256(tensor.detach().cpu().numpy()) for name, tensor in state.items()})
+
+
+def write_log(log: Sequence[Line], folder: RunFolder) -> None:
+    write_atomic(folder.log, _csv(log).encode())
 
 
 def _csv(log: Sequence[Line]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("step", "loss", "psnr_db", "lr", "seconds_per_step"))
+    writer.writerow(HEADER)
     writer.writerows(log)
     return text.getvalue()

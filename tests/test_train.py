@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 
 from kitbench import NUMERICS, methods, suite
 from kitbench.backbone import UNet
-from kitbench.cell import Cell
+from kitbench.cell import Cell, decisive
 from kitbench.data.batches import Batches
 from kitbench.data.cards import card, read
 from kitbench.errors import Interrupted, RunError
-from kitbench.run import state_sha256
+from kitbench.stop import Stop
 from kitbench.store import RunFolder
-from kitbench.suite import Recipe
-from kitbench.train import decay_groups, learning_rate, loss_of, train
+from kitbench.suite import Recipe, digest
+from kitbench.train import decay_groups, learning_rate, loss_of, state_sha256, train
+from tests.conftest import ROOT
 
 SETS = [
     "backbone.width=8",
@@ -32,13 +37,33 @@ SUITE = suite.load("denoise", "smoke", [*SETS, "recipe.checkpoint_every=4"])
 CPU = torch.device("cpu")
 
 
-def trained(folder: Path, name: str = "kit", recipe: Recipe = SUITE.recipe, stop_at: int | None = None) -> UNet:
-    """Train in `folder`; `stop_at`: as if Ctrl-C had come after so many steps."""
+class After(Stop):
+    """Calls `act(n)` after the n-th step; its truth asks for a stop, as Ctrl-C would."""
+
+    def __init__(self, act: Callable[[int], bool]) -> None:
+        super().__init__()
+        self.act, self.steps = act, 0
+
+    def __call__(self) -> bool:
+        self.steps += 1
+        return self.act(self.steps)
+
+
+def built(name: str = "kit") -> UNet:
     method = methods.load(name)
-    model = UNet(3, SUITE.backbone, method, method.resolve(SUITE.methods[name].settings), 0)
+    return UNet(3, SUITE.backbone, method, method.resolve(SUITE.methods[name].settings), 0)
+
+
+def trained(
+    folder: Path, name: str = "kit", recipe: Recipe = SUITE.recipe, stop_at: int | None = None,
+    said: list[str] | None = None, model: UNet | None = None, act: Callable[[int], bool] | None = None,
+) -> UNet:  # fmt: skip
+    """Train in `folder`; `stop_at`: as if Ctrl-C had come after so many steps."""
+    model = model or built(name)
     batches = Batches(read(card("skimage-train"), None, "colour"), SUITE.task, recipe, 5)
-    steps = iter(range(1, 10_000))
-    train(model, batches, recipe, CPU, RunFolder(folder), 0, lambda *_: None, lambda: next(steps) == stop_at)
+    stop = After(act or (lambda step: step == stop_at))
+    say = [].append if said is None else said.append
+    train(model, batches, recipe, CPU, RunFolder(folder), 0, lambda *_: None, stop, say)
     return model
 
 
@@ -50,7 +75,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 def _numbers(folder: Path) -> str:
     """The log without its times."""
-    return "\n".join(line.rpartition(",")[0] for line in (folder / "log.csv").read_text().splitlines())
+    return "\n".join(line.rsplit(",", 2)[0] for line in (folder / "log.csv").read_text().splitlines())
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 7, 11])
@@ -64,13 +89,82 @@ def test_an_interrupted_run_ends_bit_for_bit_as_one_that_was_not(
     assert (state_sha256(resumed.state_dict()), _numbers(tmp_path)) == uninterrupted
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+def cut(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def flip(where: float) -> Callable[[bytes], bytes]:
+    """One bit flipped at a share of the file's length."""
+
+    def change(data: bytes) -> bytes:
+        place = int(where * (len(data) - 1))
+        return data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]
+
+    return change
+
+
+@pytest.mark.parametrize("damage", [cut, lambda _: b"", *map(flip, (0, 0.002, 0.02, 0.4, 0.7, 1))])
+def test_a_damaged_checkpoint_is_recognised_and_the_one_before_it_used(
+    damage: Callable[[bytes], bytes], tmp_path: Path, uninterrupted: tuple[str, str]
+) -> None:
     with pytest.raises(Interrupted):
-        trained(tmp_path, stop_at=6)
+        trained(tmp_path, stop_at=10)
     path = tmp_path / "checkpoint.safetensors"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(RunError, match=r"checkpoint .* is damaged"):
+    path.write_bytes(damage(path.read_bytes()))
+    said: list[str] = []
+    resumed = trained(tmp_path, said=said)
+    assert len(said) == 1
+    assert "checkpoint.safetensors is damaged" in said[0]
+    assert "going on from the one before it, at step 8" in said[0]
+    assert (state_sha256(resumed.state_dict()), _numbers(tmp_path)) == uninterrupted
+
+
+def test_a_crash_between_the_two_renames_of_a_checkpoint_loses_nothing(
+    tmp_path: Path, uninterrupted: tuple[str, str]
+) -> None:
+    with pytest.raises(Interrupted):
+        trained(tmp_path, stop_at=10)
+    (tmp_path / "checkpoint.safetensors").rename(tmp_path / "checkpoint-previous.safetensors")
+    resumed = trained(tmp_path)
+    assert (state_sha256(resumed.state_dict()), _numbers(tmp_path)) == uninterrupted
+
+
+def test_where_no_checkpoint_is_good_the_run_says_so_and_touches_nothing(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        trained(tmp_path, stop_at=10)
+    paths = [tmp_path / "checkpoint.safetensors", tmp_path / "checkpoint-previous.safetensors"]
+    for path in paths:
+        path.write_bytes(cut(path.read_bytes()))
+    before = [path.read_bytes() for path in paths]
+    with pytest.raises(RunError, match=r"checkpoint\.safetensors is damaged .*previous\.safetensors is damaged"):
         trained(tmp_path)
+    assert before == [path.read_bytes() for path in paths]
+
+
+def test_the_moving_average_of_the_weights_is_what_is_left(tmp_path: Path) -> None:
+    """Against the recursion itself, a = d a + (1 - d) w, over the weights after every step."""
+    recipe = SUITE.recipe.model_copy(update={"ema": 0.75})
+    model = built("conv")
+    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def watch(step: int) -> bool:
+        for name, p in model.named_parameters():
+            average[name] = 0.75 * average[name] + 0.25 * p.detach()
+        return False
+
+    trained(tmp_path, "conv", recipe, model=model, act=watch)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, average[name])
+
+
+def test_a_run_with_a_moving_average_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    recipe = SUITE.recipe.model_copy(update={"ema": 0.9})
+    whole = trained(tmp_path / "whole", "conv", recipe)
+    with pytest.raises(Interrupted):
+        trained(tmp_path / "parts", "conv", recipe, stop_at=7)
+    parts = trained(tmp_path / "parts", "conv", recipe)
+    assert state_sha256(parts.state_dict()) == state_sha256(whole.state_dict())
+    assert state_sha256(whole.state_dict()) != state_sha256(trained(tmp_path / "none", "conv").state_dict())
 
 
 def test_training_lowers_the_loss(tmp_path: Path) -> None:
@@ -79,9 +173,56 @@ def test_training_lowers_the_loss(tmp_path: Path) -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_steps(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="the loss is (nan|inf) within steps"):
-        trained(tmp_path, "conv", SUITE.recipe.model_copy(update={"lr": 1e30, "clip": 0.0}))
+def poisoned(at: int, tmp_path: Path, value: float = math.nan) -> str:
+    """The sentence of a run whose weights get `value` after the step `at`; checkpoints come after every fourth step."""
+    model = built("conv")
+
+    def act(step: int) -> bool:
+        if step == at:
+            with torch.no_grad():
+                model.head.weight[0, 0, 0, 0] = value
+        return False
+
+    with pytest.raises(RunError) as caught:
+        trained(tmp_path, "conv", model=model, act=act)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("at", "kept"), [(1, None), (5, 4), (7, 4), (9, 8), (10, 8)])
+def test_a_loss_that_is_not_finite_names_step_and_batch_and_keeps_the_last_good_checkpoint(
+    at: int, kept: int | None, tmp_path: Path
+) -> None:
+    """The step behind the poisoned one is the first to feel it: step `at`, counted from 0."""
+    sentence = poisoned(at, tmp_path)
+    batches = Batches(read(card("skimage-train"), None, "colour"), SUITE.task, SUITE.recipe, 5)
+    assert f"the loss is nan at step {at}, on the crops {', '.join(batches.places(at))};" in sentence
+    if kept is None:
+        assert "there was no checkpoint yet" in sentence
+        assert not (tmp_path / "checkpoint.safetensors").exists()
+    else:
+        with safetensors.safe_open(tmp_path / "checkpoint.safetensors", "pt") as file:
+            assert file.metadata()["steps"] == str(kept)
+            assert all(file.get_tensor(name).isfinite().all() for name in file.keys())  # noqa: SIM118
+
+
+def test_weights_that_went_bad_in_the_last_step_are_not_kept(tmp_path: Path) -> None:
+    assert "weights are not finite, though every loss was" in poisoned(12, tmp_path)
+
+
+def test_a_loss_that_grows_without_bound_stops_the_run(tmp_path: Path) -> None:
+    assert re.search(r"the loss is \d[\d.]*e\+\d+ at step 3,", poisoned(3, tmp_path, 1e9))
+
+
+def test_the_places_of_a_batch_are_where_its_crops_come_from() -> None:
+    recipe = SUITE.recipe.model_copy(update={"augment": False})
+    photographs = {p.name: p for p in read(card("skimage-train"), None, "colour")}
+    batches = Batches(list(photographs.values()), SUITE.task, recipe, 5)
+    _, clean = batches[3]
+    for image, place in zip(clean, batches.places(3), strict=True):
+        name, _, corner = place.rpartition(" at ")
+        left, top = map(int, corner.split(","))
+        crop = photographs[name].pixels[top : top + recipe.crop, left : left + recipe.crop]
+        assert torch.equal(image, torch.from_numpy(crop.copy()).permute(2, 0, 1).float() / 255)
 
 
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
@@ -127,7 +268,7 @@ def cell(**changes: object) -> Cell:
         {"mode": "gray"}, {"attention": "window"}, {"source_sha256": "11"}, {"settings": {"k": 8}}, {"seed": 1},
         {"device": "NVIDIA H100"}, {"train_sha256": "01"},
         *({"suite": suite.load("denoise", "smoke", [*SETS, o])} for o in (
-            "recipe.lr=1e-4", "recipe.loss=l2", "backbone.ffn_ratio=3", "task.sigma_train=[0, 50]")),
+            "recipe.lr=1e-4", "recipe.ema=0.9", "recipe.loss=l2", "backbone.ffn_ratio=3", "task.sigma_train=[0, 50]")),
     ],
 )  # fmt: skip
 def test_all_that_decides_numbers_changes_the_key(changes: dict) -> None:
@@ -141,6 +282,17 @@ def test_nothing_else_changes_the_key() -> None:
     assert cell(suite=other).key == cell().key
     assert dataclasses.replace(cell(), method="renamed").key == cell().key
     assert dataclasses.replace(cell(), method="renamed").folder != cell().folder
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "results/reference").glob("*/*-s0-*/run.json")), ids=lambda p: p.parent.name
+)
+def test_stored_runs_keep_their_keys(path: Path) -> None:
+    """A setting that recipes got later is no part of the key of a run that does not use it."""
+    record = RunFolder(path.parent).run
+    assert digest(record.identity) == record.key == json.loads(path.read_text())["key"]
+    assert record.recipe is not None
+    assert decisive(record.recipe) == record.identity["recipe"]
 
 
 def test_only_method_and_seed_leave_the_comparison_as_it_is() -> None:

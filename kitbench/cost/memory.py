@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
@@ -98,6 +99,19 @@ def resident_peak_bytes(fn: Callable[[], object]) -> int:
 def _status(key: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on the device; on the CPU no more than the control group may use."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    free = psutil.virtual_memory().available
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        file = Path(name)
+        if file.is_file() and (text := file.read_text().strip()).isdigit():
+            free = min(free, int(text))
+    return free
 
 
 class OpenOperators(TorchDispatchMode):

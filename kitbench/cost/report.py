@@ -11,6 +11,7 @@ from tabulate import tabulate
 
 from kitbench.cost.fit import Exponent, Quantity, crossings, exponent, largest
 from kitbench.cost.worker import What
+from kitbench.progress import gib
 
 if TYPE_CHECKING:
     from kitbench.cost.scale import Point, Sweep
@@ -70,7 +71,6 @@ def curves(sweep: Sweep) -> list[tuple[str, What]]:
 
 def markdown(sweep: Sweep) -> str:
     """The page that `scale.md` holds."""
-    from kitbench.cost.scale import gib
 
     told = sweep.environment
     subject = {"attention": "attention alone", "block": "one block", "model": "whole model"}[sweep.scope]
@@ -97,8 +97,6 @@ def summary(sweep: Sweep) -> str:
 
 
 def _exponents(sweep: Sweep, what: What, form: str = "github") -> str:
-    from kitbench.cost.scale import gib
-
     header = ["method", *(f"exponent of {name}" for name in QUANTITIES), f"largest side within {gib(sweep.budget)}, px"]
     rows = []
     for method, _ in (curve for curve in curves(sweep) if curve[1] == what):
@@ -118,8 +116,6 @@ def _shown(found: Exponent | None) -> str:
 
 
 def _points(sweep: Sweep, what: What) -> str:
-    from kitbench.cost.scale import gib
-
     header = ["method", "side, px", "GMACs", "GFLOPs", "peak memory", "time, ms", "quartiles", "rounds", "remark"]
     rows = []
     for method, _ in (curve for curve in curves(sweep) if curve[1] == what):

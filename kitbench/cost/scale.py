@@ -17,19 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
 from pydantic import ValidationError
 from rich.console import Console
 
 from kitbench import methods
 from kitbench.cost.flops import count_module, reconcile
-from kitbench.cost.memory import predict_peak_bytes
+from kitbench.cost.memory import free_bytes, predict_peak_bytes
 from kitbench.cost.timing import Sample, compare
 from kitbench.cost.worker import Child, Failed, Memory, Outcome, Scope, Spec, What, build, closed_form, step
 from kitbench.environment import choose_device, environment
 from kitbench.errors import InputError
-from kitbench.progress import duration, progress
+from kitbench.progress import duration, gib, progress
 from kitbench.store import Environment, writable, write_atomic
 from kitbench.suite import Frozen, Setting, digest, load
 
@@ -354,7 +353,7 @@ def _start(options: Options) -> Sweep:
     if len(labels) < len(options.methods):
         raise InputError("A method is listed twice; list each once, with different settings.")
     sources = {name: methods.load(name).source_sha256 for name, _ in labels.values()}
-    limit = parse_bytes(options.memory) if options.memory else round(SHARE * _free(device))
+    limit = parse_bytes(options.memory) if options.memory else round(SHARE * free_bytes(device))
     told = environment(device)
     decides = [
         labels, sources, options.scope, options.dim, options.heads, options.device, options.patience, told.host,
@@ -387,17 +386,6 @@ def _resumed(sweep: Sweep, path: Path) -> Sweep:
 
 def _backbone(options: Options) -> Any:
     return load("denoise").backbone if options.scope == "model" else None
-
-
-def _free(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = psutil.virtual_memory().available
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        file = Path(name)
-        if file.is_file() and (text := file.read_text().strip()).isdigit():
-            free = min(free, int(text))
-    return free
 
 
 def parse_method(text: str) -> tuple[str, dict[str, Setting]]:
@@ -449,12 +437,3 @@ def parse_bytes(text: str) -> int:
         raise InputError(f"{text!r} is no amount of memory; write for example 8GiB or 512MiB.")
     base = 1000 if (match[3] or "iB").lower() == "b" and match[2] else 1024
     return round(float(match[1]) * base ** " KMGTP".index(match[2].upper() or " "))
-
-
-def gib(amount: float) -> str:
-    """`350 MiB`, `71.2 GiB`, `8.0 PiB`."""
-    units: Sequence[str] = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
-    place = 0
-    while amount >= 1024 and place < len(units) - 1:
-        amount, place = amount / 1024, place + 1
-    return f"{amount:.3g} {units[place]}" if amount < 100 else f"{amount:.0f} {units[place]}"

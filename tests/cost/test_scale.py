@@ -17,7 +17,6 @@ from kitbench.cost.scale import (
     Options,
     Point,
     Sweep,
-    gib,
     guess_seconds,
     parse_bytes,
     parse_method,
@@ -26,6 +25,7 @@ from kitbench.cost.scale import (
 )  # fmt: skip
 from kitbench.cost.worker import Child, Failed, Spec, build, closed_form
 from kitbench.errors import InputError
+from kitbench.progress import gib
 
 HEAD = '''
 """A method that misbehaves when it really runs."""
