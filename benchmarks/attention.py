@@ -2,6 +2,7 @@
 floor.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/attention.py   # measures: attention.json, attention.png
+    python benchmarks/attention.py --device cuda --json gpu.json   # the same on a GPU
     python benchmarks/attention.py --markdown                # prints the table of the stored JSON
 
 One image of 64 to 1024 px, C = 32 (1 head) and 64 (2 heads), float32, 8 x 8 patches, k = 4 and 8; whole modules, with
@@ -43,12 +44,12 @@ from torch import Tensor, nn
 from kitbench.attention import kit, layout, reference
 from kitbench.attention.operator import patch_attention
 from kitbench.cost import memory, timing
+from kitbench.environment import choose_device, device_name
 
 HERE = Path(__file__).parent
-CPU = torch.device("cpu")
 ROUNDS = {64: 7, 128: 5, 256: 5, 512: 5, 1024: 3}
 SECONDS = 40  # at most, for the rounds of one case and pass
-CASES = [(dim, k, pixels) for dim in (32, 64) for k in (4, 8) for pixels in ROUNDS]
+CASES = [(dim, k) for dim in (32, 64) for k in (4, 8)]
 REFERENCE_UP_TO = 512
 GLOBAL_UP_TO = 128
 Row = dict[str, Any]
@@ -120,13 +121,13 @@ def search(module: nn.Module, x: Tensor) -> Callable[[], object]:
     return lambda: module.neighbours(patches, None)
 
 
-def rates() -> tuple[float, float]:
+def rates(device: torch.device) -> tuple[float, float]:
     """Multiply-adds a second of a product of 2048^2 matrices; bytes a second that a copy of 256 MiB moves."""
-    a, b, c = torch.randn(3, 2048, 2048)
-    source = torch.randn(1 << 26)
+    a, b, c = torch.randn(3, 2048, 2048, device=device)
+    source = torch.randn(1 << 26, device=device)
     target = torch.empty_like(source)
-    product = timing.sampler(lambda: torch.mm(a, b, out=c), CPU)
-    copy = timing.sampler(lambda: target.copy_(source), CPU)
+    product = timing.sampler(lambda: torch.mm(a, b, out=c), device)
+    copy = timing.sampler(lambda: target.copy_(source), device)
     found = timing.compare({"product": product, "copy": copy}, rounds=9)
     return 2048**3 / found["product"].median, 2 * source.nbytes / found["copy"].median
 
@@ -143,14 +144,16 @@ def floors(dim: int, k: int, pixels: int, product_rate: float, copy_rate: float)
     }
 
 
-def measure_case(dim: int, k: int, pixels: int, product_rate: float, copy_rate: float) -> list[Row]:
+def measure_case(
+    dim: int, k: int, pixels: int, rounds: int, device: torch.device, product_rate: float, copy_rate: float
+) -> list[Row]:
     torch.manual_seed(0)
     coarse = torch.randn(1, dim, pixels // 8, pixels // 8)
     x = (F.interpolate(coarse, (pixels, pixels), mode="bilinear") + 0.3 * torch.randn(1, dim, pixels, pixels)).permute(
         0, 2, 3, 1
     )
-    x = F.layer_norm(x, (dim,)).contiguous()
-    built = operators(dim, k, pixels)
+    x = F.layer_norm(x, (dim,)).contiguous().to(device)
+    built = {name: module.to(device) for name, module in operators(dim, k, pixels).items()}
     floor = floors(dim, k, pixels, product_rate, copy_rate)
     rows = []
     for mode, make in (("forward", forward), ("training", training)):
@@ -159,10 +162,8 @@ def measure_case(dim: int, k: int, pixels: int, product_rate: float, copy_rate: 
             calls["retrieval"] = search(built["kit"], x)
         for call in calls.values():
             call()
-        peaks = {name: memory.peak_bytes(call, CPU) for name, call in calls.items()}
-        times = timing.compare(
-            {name: timing.sampler(call, CPU) for name, call in calls.items()}, ROUNDS[pixels], SECONDS
-        )
+        peaks = {name: memory.peak_bytes(call, device) for name, call in calls.items()}
+        times = timing.compare({name: timing.sampler(call, device) for name, call in calls.items()}, rounds, SECONDS)
         for name, timed in times.items():
             row = {
                 "dim": dim,
@@ -201,10 +202,10 @@ def exponent(rows: list[Row], key: str, dim: int, k: int, mode: str) -> float:
     return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
 
 
-def machine() -> dict[str, Any]:
-    model = platform.processor()
+def machine(device: torch.device) -> dict[str, Any]:
+    model = device_name(device) if device.type == "cuda" else platform.processor()
     info = Path("/proc/cpuinfo")
-    if info.exists():
+    if device.type == "cpu" and info.exists():
         model = next(
             (line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), model
         )
@@ -218,17 +219,23 @@ def machine() -> dict[str, Any]:
     }
 
 
-def measure() -> dict[str, Any]:
-    product_rate, copy_rate = rates()
+def measure(device: torch.device, rounds: dict[int, int]) -> dict[str, Any]:
+    product_rate, copy_rate = rates(device)
     print(f"products {product_rate / 1e9:.1f} GMAC/s, copies {copy_rate / 1e9:.1f} GB/s", flush=True)
-    rows = [row for case in CASES for row in measure_case(*case, product_rate, copy_rate)]
+    rows = [
+        row
+        for case in CASES
+        for pixels, wanted in rounds.items()
+        for row in measure_case(*case, pixels, wanted, device, product_rate, copy_rate)
+    ]
     exponents = [
         {"dim": dim, "k": k, "mode": mode, "time": exponent(rows, "seconds", dim, k, mode),
          "memory": exponent(rows, "peak_bytes", dim, k, mode)}
         for dim in (32, 64) for k in (4, 8) for mode in ("forward", "training")
+        if sum(side >= 256 for side in rounds) > 1
     ]  # fmt: skip
     return {
-        "machine": machine(),
+        "machine": machine(device),
         "product_macs_per_second": product_rate,
         "copy_bytes_per_second": copy_rate,
         "rows": rows,
@@ -304,11 +311,15 @@ def main() -> None:
         "--markdown", action="store_true", help="print the table of the stored JSON and measure nothing"
     )
     parser.add_argument("--json", type=Path, default=HERE / "attention.json", help="where the figures are kept")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--sizes", default=",".join(map(str, ROUNDS)), help="sides of the map, pixels")
+    parser.add_argument("--rounds", type=int, help="timed rounds a case; by default as many as the size allows")
     options = parser.parse_args()
     if options.markdown:
         print(markdown(json.loads(options.json.read_text())))
         return
-    stored = measure()
+    sizes = [int(side) for side in options.sizes.split(",")]
+    stored = measure(choose_device(options.device), {side: options.rounds or ROUNDS.get(side, 3) for side in sizes})
     options.json.write_text(json.dumps(stored, indent=1) + "\n")
     picture(stored, options.json.with_suffix(".png"))
     print(markdown(stored))

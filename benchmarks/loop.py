@@ -1,0 +1,122 @@
+"""Throughput of the training loop, against a bare loop of forward, backward and step on the same model and batches.
+
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/loop.py                       # the quick preset, on the CPU
+    python benchmarks/loop.py --preset full --device cuda                   # where there is a GPU
+
+The bare loop is what one would write by hand: batches that lie ready in memory, no seeding, no log, no clipping, no
+checkpoint. The training loop is `kitbench.train.train`, with all of them. Both run STEPS steps by turns; the first
+STEPS / 3 of each are not counted. The figure is the median over the rounds of (bare seconds) / (loop seconds).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import torch
+
+from kitbench import methods, suite
+from kitbench.backbone import UNet
+from kitbench.cost.timing import waited_seconds
+from kitbench.data.batches import Batches
+from kitbench.data.cards import card, read
+from kitbench.environment import choose_device, device_name, make_repeatable
+from kitbench.stop import Stop
+from kitbench.store import RunFolder
+from kitbench.suite import Recipe, Suite
+from kitbench.train import LOG_EVERY, decay_groups, loss_of, train
+
+STEPS = 3 * LOG_EVERY
+
+
+def network(chosen: Suite, name: str) -> UNet:
+    loaded = methods.load(chosen.methods[name].attention, name)
+    return UNet(3, chosen.backbone, loaded, loaded.resolve(chosen.methods[name].settings), 0)
+
+
+def looped(model: UNet, batches: Batches, recipe: Recipe, device: torch.device, workers: int) -> float:
+    """Seconds a step of kitbench's own loop."""
+    with tempfile.TemporaryDirectory() as folder:
+        _, rates = train(model, batches, recipe, device, RunFolder(Path(folder)), workers, lambda *_: None, Stop())
+    return statistics.mean(rates[1:])
+
+
+def bare(model: UNet, ready: list[tuple[torch.Tensor, torch.Tensor]], recipe: Recipe, device: torch.device) -> float:
+    """Seconds a step of a loop written by hand."""
+    model.to(device).train()
+    optimiser = torch.optim.AdamW(
+        decay_groups(model, recipe.weight_decay), lr=recipe.lr, betas=recipe.betas, fused=True
+    )
+    clock = 0.0
+    for step in range(STEPS):
+        if step == LOG_EVERY:
+            _wait(device)
+            clock = time.perf_counter()
+        degraded, clean = (images.to(device, non_blocking=True) for images in ready[step])
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+            restored = model(degraded)
+        loss = loss_of(restored.float() - clean, recipe)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+    _wait(device)
+    return (time.perf_counter() - clock) / (STEPS - LOG_EVERY)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="quick", help="of the suite denoise")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--methods", default="kit,window,conv")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--workers", type=int, default=0, help="processes that prepare the loop's batches")
+    parser.add_argument("--json", type=Path, help="keep the figures here")
+    options = parser.parse_args()
+    chosen = suite.load("denoise", options.preset, [f"recipe.steps={STEPS}", "recipe.warmup=0"])
+    recipe, device = chosen.recipe, choose_device(options.device)
+    make_repeatable(recipe)
+    batches = Batches(read(card("skimage-train"), None, "colour"), chosen.task, recipe, 0)
+    ready = [batches[step] for step in range(STEPS)]
+    print(
+        f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, preset {options.preset}"
+    )
+    found = {}
+    for name in options.methods.split(","):
+        ratios, seconds, dropped = [], [], 0
+        while len(ratios) < options.rounds and dropped < 2 * options.rounds:
+            waited, start = waited_seconds(), time.perf_counter()
+            first, second = network(chosen, name), network(chosen, name)
+            pair = [looped(first, batches, recipe, device, options.workers), bare(second, ready, recipe, device)]
+            if waited_seconds() - waited > 0.05 * (time.perf_counter() - start):
+                dropped += 1  # other processes held the processors
+                continue
+            ratios.append(pair[1] / pair[0])
+            seconds.append(pair[0])
+        if not ratios:
+            print(f"{name:12s} no undisturbed round of {dropped}")
+            continue
+        found[name] = {"share": statistics.median(ratios), "rounds": ratios, "seconds": statistics.median(seconds)}
+        low, high = min(ratios), max(ratios)
+        print(f"{name:12s} {statistics.median(ratios):6.1%} of the bare loop [{low:.1%}, {high:.1%}], "
+              f"{1e3 * statistics.median(seconds):.1f} ms a step, {dropped} rounds dropped", flush=True)  # fmt: skip
+    if options.json:
+        record = {"device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
+                  "preset": options.preset, "steps": STEPS, "methods": found}  # fmt: skip
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

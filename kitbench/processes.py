@@ -1,0 +1,88 @@
+"""The processes that share one run: `torchrun --nproc-per-node N -m kitbench run ...`, by torch's own means.
+
+Outside torchrun there is one process, and nothing here does anything. Under it every process reads the same data and
+takes the same decisions: those that depend on files are taken by the first process, which alone writes records.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that share the run."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """This process's part of `count` things: neighbours, of sizes that differ by one at most, nothing twice."""
+        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, ask: Callable[[], bool]) -> Callable[[], bool]:
+        """Whether any process says yes: all are asked now; the result, where it is called, waits for them."""
+        if self.size == 1:
+            return ask
+        told = torch.tensor(int(ask()))  # on the CPU: waits for no device
+        pending = dist.all_reduce(told, op=dist.ReduceOp.MAX, async_op=True)
+
+        def known() -> bool:
+            pending.wait()
+            return bool(told)
+
+        return known
+
+    def agree(self, value: T) -> T:
+        """What the first process says; the value is anything that pickle takes."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    def gather(self, values: list[T]) -> list[T]:
+        """The values of all processes, one process after another, at every one of them."""
+        if self.size == 1:
+            return values
+        boxes: list[list[T]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(boxes, values)
+        return [value for box in boxes for value in box]
+
+
+def started_by_torchrun() -> bool:
+    return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+@contextmanager
+def world() -> Iterator[World]:
+    """Join the other processes that torchrun has started while the block runs; alone where it has not."""
+    if not started_by_torchrun():
+        yield World()
+        return
+    cuda = torch.cuda.is_available()
+    if cuda and int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    yield World(dist.get_rank(), dist.get_world_size())
+    dist.destroy_process_group()  # not after an error: the others may be waiting, and torchrun ends them

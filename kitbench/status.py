@@ -1,0 +1,135 @@
+"""What is queued, running, done and failed, from the run folders and the plans beside them alone.
+
+A run under way keeps `progress.json` in its folder, renewed every few seconds; a launcher keeps what it is about to run
+in `OUT/.launch/`. Neither decides a number, and both may be deleted. Works wherever the folder can be read: on another
+machine of a cluster a run counts as running while its progress is fresh.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from kitbench.errors import InputError
+from kitbench.progress import duration
+from kitbench.store import Run, RunFolder, find, read_record
+from kitbench.suite import Frozen, Mode, digest
+
+if TYPE_CHECKING:
+    from kitbench.cell import Cell
+
+State = Literal["running", "queued", "stopped", "failed", "done"]
+STATES: tuple[State, ...] = ("running", "queued", "stopped", "failed", "done")
+FRESH_SECONDS = 300.0
+"""A run whose progress is older than this is not running any more, where its lock cannot tell."""
+
+
+class Planned(Frozen):
+    """A cell that a launcher is to run."""
+
+    name: str
+    mode: Mode
+    method: str
+    seed: int | None
+    work: str
+    """Digest of all that decides the numbers of the cell but the device, which may not be known before it runs."""
+
+    @classmethod
+    def of(cls, cell: Cell) -> Planned:
+        name = cell.folder.rpartition("-")[0]
+        return cls(name=name, mode=cell.mode, method=cell.method, seed=cell.seed, work=work_of(cell.identity()))
+
+
+class Plan(Frozen):
+    """OUT/.launch/plan-SUITE-LAUNCHER.json"""
+
+    schema_version: Literal[1] = 1
+    launcher: str
+    pid: int
+    cells: tuple[Planned, ...]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One run, or one that is planned."""
+
+    name: str
+    state: State
+    work: str
+    done: int | None
+    total: int | None
+    """Steps while training, images while scoring."""
+    left: float | None
+    """Seconds, as the run itself expects."""
+    note: str
+
+
+def work_of(identity: dict[str, object]) -> str:
+    """Digest of a run's identity without its device."""
+    return digest({key: value for key, value in identity.items() if key != "device"})
+
+
+def plan_path(out: Path, suite: str, launcher: str) -> Path:
+    return out / ".launch" / f"plan-{suite}-{launcher}.json"
+
+
+def survey(paths: Sequence[Path], now: Callable[[], float] = time.time) -> list[Line]:
+    """Every run at the paths (folders of runs, or folders that hold them), then what is planned but not begun."""
+    lines = []
+    plans = [plan for path in paths for plan in sorted(path.glob(".launch/plan-*.json"))]
+    try:
+        folders = find(paths)
+    except InputError:
+        if not plans:
+            raise
+        folders = []
+    for folder in folders:
+        lines.append(_line(folder, folder.run, now()))
+    begun = {line.work for line in lines}
+    for path in plans:
+        for cell in read_record(Plan, path).cells:
+            if cell.work not in begun:
+                begun.add(cell.work)
+                lines.append(Line(cell.name, "queued", cell.work, None, None, None, ""))
+    return sorted(lines, key=lambda line: STATES.index(line.state))
+
+
+def _line(folder: RunFolder, run: Run, now: float) -> Line:
+    progress, work = folder.progress, work_of(run.identity)
+    steps = run.recipe.steps if run.recipe else None
+    failure = folder.failure
+    if progress is not None:
+        fresh = now - progress.updated < FRESH_SECONDS
+        running = folder.held() if progress.host == os.uname().nodename else fresh
+        what = f"{progress.phase}; {duration(now - progress.updated)} ago" if not running else progress.phase
+        state: State = "running" if running else "failed" if failure else "stopped"
+        note = failure if state == "failed" and failure else what
+        left = progress.seconds_left if running else None
+        return Line(folder.path.name, state, work, progress.done, progress.total, left, note)
+    if failure:
+        return Line(folder.path.name, "failed", work, None, steps, None, failure)
+    if folder.held():
+        return Line(folder.path.name, "running", work, None, steps, None, "preparing")
+    if not any((folder.path / "eval").glob("*.json")):
+        return Line(folder.path.name, "stopped", work, steps if folder.trained else None, steps, None, "not scored")
+    return Line(folder.path.name, "done", work, steps, steps, None, "")
+
+
+def render(lines: Sequence[Line]) -> Iterator[list[str]]:
+    """The cells of the table that `status` prints, a list a line."""
+    for line in lines:
+        share = "" if line.total is None else f"{line.done or 0}/{line.total}"
+        left = "" if line.left is None else duration(line.left)
+        yield [line.state, line.name, share, left, line.note]
+
+
+def summary(lines: Sequence[Line]) -> str:
+    """`3 running, 20 queued, 1 done; the longest has about 5 min left`."""
+    counts = {state: sum(line.state == state for line in lines) for state in STATES}
+    text = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    left = [line.left for line in lines if line.left is not None]
+    return f"{text}; the longest that is running has about {duration(max(left))} left" if left else text
