@@ -392,6 +392,58 @@ def explain(image: Path, folder: Path, method_file: Path | None, device: str, at
     click.echo(f"wrote {out}")
 
 
+@cli.command()
+@PATHS
+@METHOD_FILE
+@DATA
+@DEVICE
+@click.option("--workers", type=click.IntRange(0, 64), default=0, help="Processes that prepare batches.")
+@click.option("--out", type=click.Path(path_type=Path), help="Keep the new runs in this folder, and go on there.")
+def reproduce(
+    paths: tuple[Path, ...], method_file: Path | None, data: Path | None, device: str, workers: int, out: Path | None
+) -> None:
+    """Make stored runs again, each from its own record alone: bit-identical, within the seed spread, or different.
+
+    Exit code 1 where one is different.
+    """
+    from kitbench import reproduce as job
+    from kitbench.job import Options
+    from kitbench.store import find
+
+    runs, console, different = find(paths), _console(), []
+    for folder in runs:
+        siblings = [other for other in find([folder.path.absolute().parent]) if other.path.name != folder.path.name]
+        with job.folder_for(out) as place:
+            options = Options(place, data, device, workers, None)
+            outcome = job.reproduce(folder, siblings, options, method_file, console)
+        colour = {"bit-identical": "green", "different": "red"}.get(outcome.verdict)
+        click.secho(f"{folder.path.name}: {outcome.verdict}: {outcome.why}", fg=colour)
+        for note in outcome.notes:
+            click.echo(f"  {note}")
+        if outcome.verdict != "bit-identical":
+            click.echo(f"  the first thing that differs: {outcome.first or 'nothing that is recorded'}")
+        if outcome.verdict == "different":
+            different.append(folder.path.name)
+    if different:
+        click.echo(f"{len(different)} of {len(runs)} runs are different: {', '.join(different)}")
+        raise SystemExit(1)
+
+
+@cli.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+def diff(a: Path, b: Path) -> None:
+    """Explain how two stored runs differ: data, code, settings, device, versions, flags, and their numbers."""
+    from kitbench.store import find
+    from kitbench.verdict.diff import differences
+
+    [one], [two] = (_one_run(find([path])) for path in (a, b))
+    found = differences(one, two)
+    for difference in found:
+        click.echo(str(difference))
+    click.echo(f"{len(found)} differences" if found else "no difference: weights, losses and scores are bit-identical")
+
+
 @cli.command(name="list")
 @DATA
 def list_(data: Path | None) -> None:

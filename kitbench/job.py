@@ -253,9 +253,9 @@ class Job(Scoring):
                 model(x)
 
         moments = 2 * 4 * sum(p.numel() for p in model.parameters())
-        batch = (recipe.batch, channels, recipe.crop, recipe.crop)
+        batch = (min(recipe.batch, self.options.micro_batch or recipe.batch), channels, recipe.crop, recipe.crop)
         for what, call, shape, extra, advice in (
-            ("a training step", step, batch, moments, "recipe.batch or recipe.crop"),
+            ("a training step", step, batch, moments, "--micro-batch"),
             (f"a test image of {width} x {height} px", forward, (1, channels, height, width), 0, "protocol.tile"),
         ):
             try:
