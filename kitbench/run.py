@@ -22,6 +22,7 @@ from torch import nn
 from kitbench import evaluate, methods
 from kitbench.backbone import UNet
 from kitbench.cell import Cell
+from kitbench.cost.timing import waited_seconds
 from kitbench.data.batches import Batches
 from kitbench.data.cards import Photograph
 from kitbench.environment import command_line, device_name, environment
@@ -247,6 +248,7 @@ def _trained(
         assert probe is not None
         batches = Batches(job.sets[cell.mode].training, suite.task, suite.recipe, derive(cell.seed, "data"))
         beat = heartbeat(folder, "training", suite.recipe.steps)
+        clock, kept_waiting = time.perf_counter(), waited_seconds()
         with progress(console, title, suite.recipe.steps) as update:
 
             def report(done: int, loss: float, psnr: float, waiting: float) -> None:
@@ -259,6 +261,7 @@ def _trained(
                 model, batches, suite.recipe, job.device, folder, job.options.workers, report, stop,
                 lambda text: console.print(f"{title}  {escape(text)}", highlight=False),
             )  # fmt: skip
+        contended = (waited_seconds() - kept_waiting) / (time.perf_counter() - clock) / torch.get_num_threads()
         image = next(iter(job.sets[cell.mode].test.values()))[0].pixels
         notes = reports(model.eval(), image, job.device, job.protocols[cell.mode].tile)
         for name, note in notes.items():
@@ -271,6 +274,7 @@ def _trained(
             seconds_per_step=statistics.median(line[4] for line in log),
             loss=log[-1][1],
             weights_sha256=state_sha256(state),
+            contended=round(contended, 3),
             cost=probe.cost,
             notes=notes,
         )

@@ -111,6 +111,9 @@ class Training(Frozen):
     seconds: float
     seconds_per_step: float
     """Median over the logged stretches of training, data loading included."""
+    contended: float | None = None
+    """Share of the time of training that its threads waited for a processor: above a few hundredths other work slowed
+    the steps. None: not recorded."""
     loss: float
     """Mean over the last logged stretch."""
     weights_sha256: str

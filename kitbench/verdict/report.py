@@ -23,7 +23,7 @@ from kitbench.store import Run, RunFolder
 from kitbench.verdict import pictures, published
 from kitbench.verdict.claims import Block, blocks, claims, compare_methods
 from kitbench.verdict.compare import Column, Compared, adjusted, heading, pooled
-from kitbench.verdict.table import Entry, caption_of, entries, labels, notes_of, number, ranked, rows, split
+from kitbench.verdict.table import Entry, caption_of, entries, labels, notes_of, number, ranked, rows, slowed, split
 
 if TYPE_CHECKING:
     from kitbench.cost.scale import Sweep
@@ -155,13 +155,13 @@ def _table(block: pd.DataFrame, caption: str) -> Grid:
                 line.append(_score(block, match, column, metric, digits, higher))
         first = own.iloc[0]
         peak = first["train_peak_bytes"]
-        macs = _amount(first["gmacs"], 2)
+        macs, step = _amount(first["gmacs"], 2), _amount(first["seconds_per_step"], 3)
         mark = "†" if isinstance(first["gmacs_note"], str) else ""
         line += [
             _amount(first["parameters"], 0),
             Cell(macs.text + mark, macs.key),
             _amount(None if pd.isna(peak) else peak / 2**20, 1),
-            _amount(first["seconds_per_step"], 3),
+            Cell(step.text + ("‡" if slowed(first) else ""), step.key),
             _cell(str(first["seeds"])),
             _cell(" ".join(dict.fromkeys(",".join(own["runs"]).split(",")))),
         ]

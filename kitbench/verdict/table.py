@@ -27,6 +27,8 @@ from kitbench.verdict.statistics import mean_interval
 
 Format = Literal["markdown", "latex", "csv", "json", "terminal"]
 NOT_MEASURED = "n/a"
+SLOWED = 0.05
+"""Share of the time that a training waited for a processor, from which on its seconds a step carry a sign."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,7 @@ def _row(key: tuple[Any, ...], group: list[Entry], to_best: Compared | None) -> 
         "resolution": cost.resolution if cost else None,
         "train_peak_bytes": _mean(peaks),
         "seconds_per_step": _mean([entry.training.seconds_per_step for entry in group if entry.training]),
+        "contended": max([entry.training.contended or 0 for entry in group if entry.training], default=None),
         "protocol": first.evaluation.stamp,
         "best": to_best.b if to_best else None,
         "to_best_db": to_best.found.mean if to_best else None,
@@ -293,7 +296,7 @@ def _block(block: pd.DataFrame, run: Run, form: Format) -> str:
             number(first["parameters"], 0),
             number(first["gmacs"], 2) + mark,
             number(None if pd.isna(first["train_peak_bytes"]) else first["train_peak_bytes"] / 2**20, 1),
-            number(first["seconds_per_step"], 3),
+            number(first["seconds_per_step"], 3) + (styles.double_dagger if slowed(first) else ""),
             str(first["seeds"]),
             str(first["protocol"]),
         ]
@@ -313,6 +316,11 @@ def notes_of(block: pd.DataFrame) -> list[str]:
     """What the signs in a block mean, and what its seeds and images could have shown."""
     noted = block.dropna(subset=["gmacs_note"]).drop_duplicates("method")
     notes = [f"† {row['method']}: {row['gmacs_note']}." for row in noted.to_dict("records")]
+    waited = [row["contended"] for _, row in block.iterrows() if slowed(row)]
+    if waited:
+        notes.append(
+            f"‡ other work slowed these steps: they waited for a processor up to {max(waited):.0%} of the time."
+        )
     compared = block[block["best"].notna()]
     if block["psnr_pm_seeds"].notna().any():
         notes.append("± half the 95 % interval over seeds (Student), for exactly these images.")
@@ -328,6 +336,11 @@ def notes_of(block: pd.DataFrame) -> list[str]:
         notes.append(sentence)
     reasons = dict.fromkeys(compared["statistics_note"].dropna())
     return notes + [f"{reason[0].upper()}{reason[1:]}; such differences stay undecided." for reason in reasons]
+
+
+def slowed(row: pd.Series) -> bool:
+    """Whether a row's seconds a step were measured while other work held the processors."""
+    return bool(pd.notna(row["contended"]) and row["contended"] > SLOWED)
 
 
 def caption_of(run: Run) -> str:
@@ -361,6 +374,7 @@ class Styles:
     plus_minus: str
     star: str
     dagger: str
+    double_dagger: str
 
 
 _TEX = {
@@ -370,6 +384,7 @@ _TEX = {
     "σ": r"$\sigma$=",
     "±": r"$\pm$",
     "†": r"$\dagger$",
+    "‡": r"$\ddagger$",
 } | {letter: rf"\{letter}" for letter in "_%&#${}"}
 
 
@@ -382,9 +397,11 @@ def _markdown(text: str) -> str:
 
 
 _STYLES = {
-    "markdown": Styles(lambda t: f"**{t}**", lambda t: f"<u>{t}</u>", _markdown, "±", r"\*", "†"),
-    "latex": Styles(lambda t: f"\\textbf{{{t}}}", lambda t: f"\\underline{{{t}}}", _tex, r"$\pm$", "*", r"$\dagger$"),
-    "terminal": Styles(lambda t: f"\033[1m{t}\033[0m", lambda t: f"\033[4m{t}\033[0m", lambda t: t, "±", "*", "†"),
+    "markdown": Styles(lambda t: f"**{t}**", lambda t: f"<u>{t}</u>", _markdown, "±", r"\*", "†", "‡"),
+    "latex": Styles(
+        lambda t: f"\\textbf{{{t}}}", lambda t: f"\\underline{{{t}}}", _tex, r"$\pm$", "*", r"$\dagger$", r"$\ddagger$"
+    ),
+    "terminal": Styles(lambda t: f"\033[1m{t}\033[0m", lambda t: f"\033[4m{t}\033[0m", lambda t: t, "±", "*", "†", "‡"),
 }
 
 
