@@ -1,0 +1,90 @@
+"""Files to pixels: an image file, or the images inside a MATLAB .mat file, as uint8 [H, W, 3] or [H, W, 1].
+
+Knows nothing of data sets. What is no 8-bit RGB or gray image is refused in one sentence.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from kitbench.errors import InputError
+
+GRAY_WEIGHTS = np.array([0.298936021293775, 0.587043074451121, 0.114020904255103])
+"""MATLAB's rgb2gray (the inverse of the NTSC matrix), which made BSD68 from CBSD68: equal there in every pixel."""
+
+
+def decode(path: Path) -> np.ndarray:
+    """One image file as uint8 [H, W, 3] (RGB) or [H, W, 1] (gray). Raises InputError for anything else."""
+    try:
+        with Image.open(path) as image:
+            mode = image.mode
+            pixels = np.asarray(image)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{path} is not a readable image ({error}); replace the file.") from error
+    if mode not in ("RGB", "L"):
+        raise InputError(f"{path} has pixel format {mode}, expected 8-bit RGB or gray; replace the file.")
+    return np.ascontiguousarray(pixels if pixels.ndim == 3 else pixels[..., None])
+
+
+@lru_cache(maxsize=2)
+def blocks(path: Path) -> np.ndarray:
+    """The images of a .mat file whose variable has the file's name: uint8 [..., H, W, C], as MATLAB indexes them.
+
+    Both formats are read: up to MATLAB 7.2 (scipy) and 7.3, which is HDF5 with reversed axes (h5py). Raises
+    InputError for an unreadable file, a missing variable, and pixels that are not 8-bit or not [..., H, W, 1 or 3].
+    """
+    array = variable(path, path.stem)
+    if array.dtype != np.uint8:
+        raise InputError(f"{path} holds {path.stem} as {array.dtype}, expected 8-bit pixels (uint8); replace the file.")
+    if array.ndim < 4 or array.shape[-1] not in (1, 3):
+        shape = " x ".join(map(str, array.shape))
+        raise InputError(f"{path} holds {path.stem} of {shape}, expected images x height x width x 1 or 3 channels.")
+    return np.ascontiguousarray(array)  # MATLAB's order would scatter every row of a crop
+
+
+def variable(path: Path, name: str) -> np.ndarray:
+    """One array of a .mat file, axes in MATLAB's order. Raises InputError for an unreadable file or a missing name."""
+    import h5py
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    try:
+        if h5py.is_hdf5(path):
+            with h5py.File(path, "r") as file:
+                found = {key: np.asarray(value).T for key, value in file.items() if key == name}
+                names = list(file)
+        else:
+            found = loadmat(path)
+            names = [key for key in found if not key.startswith("__")]
+    except (OSError, ValueError, TypeError, NotImplementedError, MatReadError) as error:
+        raise InputError(f"{path} is not a readable .mat file ({error}); replace the file.") from error
+    if name not in found:
+        raise InputError(
+            f"{path} has no variable {name!r}, it holds {', '.join(names) or 'nothing'}; replace the file."
+        )
+    return np.asarray(found[name])
+
+
+def kernels(path: Path) -> list[np.ndarray]:
+    """The blur kernels of Levin09's kernels.mat: float64 [K, K], K odd, of sum 1, for correlation (cv2.filter2D).
+
+    MATLAB 7.3 stores a cell array as references to transposed matrices. Raises InputError for another file.
+    """
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            return [np.asarray(file[cell]).T for cell in np.asarray(file["kernels"]).ravel()]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} does not hold the cell array 'kernels' in MATLAB's 7.3 format ({error}); replace the file."
+        ) from error
+
+
+def to_gray(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] to uint8 [H, W, 1] by MATLAB's rgb2gray."""
+    return np.floor(pixels @ GRAY_WEIGHTS + 0.5).astype(np.uint8)[..., None]
