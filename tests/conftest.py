@@ -35,7 +35,7 @@ gray = { train = ["skimage-train"], test = ["skimage-gray"] }
 [data.folder]
 modes = ["colour", "gray"]
 colour = { train = ["BSDS500"], test = ["CBSD68", "Kodak24"] }
-gray = { train = ["BSDS500"], test = ["Set12"] }
+gray = { train = ["BSDS500-399"], test = ["Set12"] }
 [backbone]
 width = 8
 head_dim = 8

@@ -77,6 +77,8 @@ class Card(Frozen):
     """Names that the set's folder goes by, below the data folder."""
     layouts: tuple[tuple[str, ...], ...] = ()
     """Glob patterns of the clean images in that folder: the first group that matches a file is the set's layout."""
+    without: tuple[str, ...] = ()
+    """Files of the layout that this set leaves out."""
     pairs: tuple[Pairs, ...] = ()
     """Instead of `layouts`, where the set has inputs of its own: the first that matches a file is the set's layout."""
     count: Annotated[int, Field(ge=1)]
@@ -229,7 +231,8 @@ def entries(card: Card, folder: Path) -> list[Entry]:
 def _entries(card: Card, folder: Path) -> list[Entry]:
     for layout in card.layouts:
         if files := glob(folder, layout):
-            return [Entry(_name(path, folder), path) for path in files]
+            left_out = {folder / name for name in card.without}
+            return [Entry(_name(path, folder), path) for path in files if path not in left_out]
     # Layouts may share their targets, so the inputs tell which one it is.
     by_inputs = (pairs for pairs in card.pairs if _matches(folder, pairs.inputs))
     by_targets = (pairs for pairs in card.pairs if _matches(folder, pairs.targets))

@@ -1,0 +1,131 @@
+"""Overlap of training and test images: copies, turned copies and crops are found by content, and nothing else."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kitbench import suite
+from kitbench.data import overlap
+from kitbench.data.cards import Photograph, card, locate, pixel_sha256, read
+from kitbench.data.overlap import assert_disjoint, overlaps
+from kitbench.errors import InputError
+
+
+def photo(pixels: np.ndarray, name: str = "photo") -> Photograph:
+    pixels = np.ascontiguousarray(pixels)
+    return Photograph(name, pixels, pixel_sha256(pixels))
+
+
+@pytest.fixture(scope="module")
+def scene() -> np.ndarray:
+    return read(card("skimage-test"), None, "colour")[0].pixels[:160, :200]
+
+
+ORIENTATIONS = [(turns, mirror) for turns in range(4) for mirror in (False, True)]
+
+
+@pytest.mark.parametrize(("turns", "mirror"), ORIENTATIONS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_turned_crop_is_found_whichever_side_it_is_on(
+    turns: int, mirror: bool, channels: int, scene: np.ndarray
+) -> None:
+    whole, crop = scene[..., :channels], scene[37:101, 53:143, :channels]
+    crop = np.rot90(crop[:, ::-1] if mirror else crop, turns)
+    for train, test in ((whole, crop), (crop, whole)):
+        [found] = overlaps({"a": [photo(train)]}, {"b": [photo(test)]})
+        assert (found.train, found.test) == ("a/photo", "b/photo")
+        assert found.shared >= overlap.ENOUGH
+
+
+def test_images_that_share_a_region_of_47_pixels_are_found(scene: np.ndarray) -> None:
+    left, right = scene[:100, :110], scene[53:, 63:]  # they share [53:100, 63:110]
+    assert overlaps({"a": [photo(left)]}, {"b": [photo(right)]})
+    assert not overlaps({"a": [photo(scene[:100, :100])]}, {"b": [photo(scene[:, 100:])]})
+
+
+def test_one_changed_pixel_in_every_square_is_another_image(scene: np.ndarray) -> None:
+    changed = scene.copy()
+    changed[::8, ::8] ^= 1
+    assert not overlaps({"a": [photo(scene)]}, {"b": [photo(changed)]})
+
+
+def test_flat_regions_prove_nothing() -> None:
+    random = np.random.default_rng(0)
+    skies = [np.full((128, 128, 3), 255, np.uint8) for _ in range(2)]
+    for sky in skies:
+        sky[96:] = random.integers(0, 256, (32, 128, 3))
+        sky[:8] = 0
+    assert not overlaps({"a": [photo(skies[0])]}, {"b": [photo(skies[1])]})
+
+
+def test_the_hash_of_a_place_is_that_of_the_square_cut_there(scene: np.ndarray) -> None:
+    pixels = scene[:40, :53]
+    places = overlap._everywhere(pixels).reshape(25, 38)
+    for top, left in ((0, 0), (24, 37), (7, 20)):
+        square = pixels[top : top + 16, left : left + 16]
+        hashes = overlap._squares(square)
+        assert hashes.shape == (1, 8)
+        assert hashes[0, 0] == places[top, left]
+        turned = {int(overlap._everywhere(np.rot90(square, n))[0]) for n in range(4)}
+        turned |= {int(overlap._everywhere(np.rot90(square[:, ::-1], n))[0]) for n in range(4)}
+        assert set(hashes[0].tolist()) == turned
+
+
+def test_every_pair_that_overlaps_is_told_and_the_first_is_named(scene: np.ndarray) -> None:
+    test = {"t": [photo(scene[:80], "top"), photo(scene[80:], "bottom"), photo(scene[:80], "top again")]}
+    found = overlaps({"w": [photo(scene, "whole")]}, test)
+    assert [pair.test for pair in found] == ["t/top", "t/bottom", "t/top again"]
+    with pytest.raises(InputError, match=r"w/whole \(train\) is or contains t/top \(test\).*3 such pairs"):
+        assert_disjoint({"w": [photo(scene, "whole")]}, test)
+
+
+def test_the_backgrounds_of_rain100l_are_crops_of_bsds500_but_not_of_its_test_split(data_root: Path) -> None:
+    if locate(card("Rain100L"), data_root) is None:
+        pytest.skip(f"Rain100L is not in {data_root}")
+    rain = {"Rain100L": read(card("Rain100L"), data_root, "colour")[:40]}
+    photos = read(card("BSD500"), data_root, "colour")
+    known = [photo for photo in photos if "test" not in photo.name]
+    found = overlaps({"BSD500": known}, rain)
+    assert {pair.test for pair in found} == {f"Rain100L/{photo.name}" for photo in rain["Rain100L"]}
+    assert all(pair.shared == pair.squares for pair in found)
+    assert_disjoint({"BSDS500-test": [photo for photo in photos if "test" in photo.name]}, rain)
+
+
+def sets_of_suites(source: str) -> list[tuple[suite.Mode, str, str]]:
+    """What shipped suites train on and test on, each once."""
+    found = set()
+    for name in suite.suite_names():
+        data = getattr(suite.load(name).data, source)
+        for mode in data.modes:
+            sets = getattr(data, mode)
+            found |= {(mode, train, test) for train in sets.train for test in sets.test}
+    return sorted(found)
+
+
+@cache
+def photographs(name: str, root: Path | None, mode: suite.Mode) -> list[Photograph]:
+    return read(card(name), root, mode)
+
+
+@pytest.mark.parametrize(("mode", "train", "test"), sets_of_suites("embedded"))
+def test_the_embedded_sets_of_shipped_suites_are_disjoint(mode: suite.Mode, train: str, test: str) -> None:
+    assert_disjoint({train: photographs(train, None, mode)}, {test: photographs(test, None, mode)})
+
+
+@pytest.mark.parametrize(("mode", "train", "test"), sets_of_suites("folder"))
+def test_the_real_sets_of_shipped_suites_are_disjoint(mode: suite.Mode, train: str, test: str, data_root: Path) -> None:
+    for name in (train, test):
+        if locate(card(name), data_root) is None:
+            pytest.skip(f"{name} is not in {data_root}")
+    assert_disjoint({train: photographs(train, data_root, mode)}, {test: photographs(test, data_root, mode)})
+
+
+def test_set12_shows_a_part_of_a_training_photograph(data_root: Path) -> None:
+    """Whoever trains on BSD400, as most print does, trains on the starfish of Set12."""
+    train = {"BSDS500": [photo for photo in read(card("BSDS500"), data_root, "gray") if "12003" in photo.name]}
+    [found] = overlaps(train, {"Set12": photographs("Set12", data_root, "gray")})
+    assert (found.train, found.test) == ("BSDS500/images/train/12003", "Set12/04")
