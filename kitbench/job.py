@@ -238,7 +238,7 @@ class Job(Scoring):
         A method that cannot run on fake tensors is let through: nothing is known of it.
         """
         recipe, channels, protocol = self.suite.recipe, CHANNELS[cell.mode], self.protocols[cell.mode]
-        sides = [photo.pixels.shape[:2] for photos in self.sets[cell.mode].test.values() for photo in photos]
+        sides = [photo.shape[:2] for photos in self.sets[cell.mode].test.values() for photo in photos]
         tile = protocol.tile or max(map(max, sides))
         height, width = max(((min(h, tile), min(w, tile)) for h, w in sides), key=math.prod)
         free = free_bytes(self.device)

@@ -369,7 +369,7 @@ def announce(job: Job, todo: list[Cell], probes: dict[str, Probe], console: Cons
     for name, probe in probes.items():
         cost, mine = probe.cost, [cell for cell in todo if cell.method == name]
         pixels = sum(
-            photo.pixels[..., 0].size * len(suite.task.conditions)
+            photo.shape[0] * photo.shape[1] * len(suite.task.conditions)
             for cell in mine for photos in job.sets[cell.mode].test.values() for photo in photos
         )  # fmt: skip
         training = sum(not (job.options.out / cell.folder / "training.json").is_file() for cell in mine)

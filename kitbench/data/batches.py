@@ -26,7 +26,7 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, photographs: Sequence[Photograph], task: Task, recipe: Recipe, seed: int) -> None:
         for photo in photographs:
-            height, width = photo.pixels.shape[:2]
+            height, width = photo.shape[:2]
             if min(height, width) < recipe.crop:
                 raise InputError(
                     f"Training image {photo.name} is {width} x {height} px, smaller than the crop of {recipe.crop}; "
@@ -34,7 +34,7 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
                 )
         self.photographs, self.task, self.recipe, self.seed = photographs, task, recipe, seed
         # A photograph is drawn by its number of crops, so that every place in the data is equally likely.
-        places = np.array([np.prod(np.subtract(p.pixels.shape[:2], recipe.crop) + 1) for p in photographs], float)
+        places = np.array([np.prod(np.subtract(p.shape[:2], recipe.crop) + 1) for p in photographs], float)
         self._cumulative = np.cumsum(places) / places.sum()
         self._cumulative[-1] = 1.0  # rounding must not leave a gap below 1
 
@@ -67,7 +67,7 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
     def _place(self, random: np.random.Generator) -> tuple[Photograph, int, int]:
         """The photograph that a crop is cut from, and its top and left edge in pixels."""
         photo = self.photographs[int(np.searchsorted(self._cumulative, random.random(), side="right"))]
-        top, left = (int(random.integers(size - self.recipe.crop + 1)) for size in photo.pixels.shape[:2])
+        top, left = (int(random.integers(size - self.recipe.crop + 1)) for size in photo.shape[:2])
         return photo, top, left
 
     def places(self, step: int) -> list[str]:
