@@ -53,7 +53,7 @@ def published() -> tuple[Published, ...]:
 def lines(columns: set[Column] | None = None) -> list[list[str]]:
     """Rows (method, task, data set, metric, dB, read in) of the figures at these (data set, condition); of all without.
 
-    A model without a readable figure is a row of its own, wherever the block is shown.
+    A model without a readable figure is a row of its own, wherever the block speaks of its task.
     """
     found = []
     for model in published():
@@ -70,9 +70,10 @@ def lines(columns: set[Column] | None = None) -> list[list[str]]:
                         model.source,
                     ]
                 )
-    if found:
-        found += [[m.method, m.task, "", "", "n/a", m.source] for m in published() if not m.figures]
-    return found
+    tasks = {line[1] for line in found}
+    return found + [
+        [m.method, m.task, "", "", "n/a", m.source] for m in published() if not m.figures and m.task in tasks
+    ]
 
 
 HEADER = ["Method", "Task", "Data set", "Metric", "dB", "Read in"]
