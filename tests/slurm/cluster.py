@@ -14,6 +14,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -132,20 +133,22 @@ class Cluster:
         self._start("slurmd", "-D", "-N", node)
 
     def cut(self, node: str) -> None:
-        """Cut a node's power: its daemon and every process of its jobs are killed at once."""
+        """Cut a node's power: its daemons and every process of its jobs are killed before they can tell anybody."""
+        daemon = self.processes.pop(f"slurmd {node}", None)
+        tasks, daemons = [], [] if daemon is None or daemon.poll() is not None else [psutil.Process(daemon.pid)]
         for process in psutil.process_iter():
             try:
-                of_node = process.environ()
+                environment, parent = process.environ(), process.parent()
             except psutil.Error:  # gone meanwhile, or not ours
                 continue
-            mine = of_node.get("SLURM_CONF") == str(self.configuration)
-            if mine and of_node.get("SLURMD_NODENAME") == node and process.pid != os.getpid():
+            if (environment.get("SLURM_CONF"), environment.get("SLURMD_NODENAME")) == (str(self.configuration), node):
+                tasks.append(process)
+                if parent is not None and parent.name().startswith("slurmstepd"):
+                    daemons.append(parent)
+        for process in (*daemons, *tasks):
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
-        daemon = self.processes.pop(f"slurmd {node}", None)
         if daemon is not None:
-            for child in psutil.Process(daemon.pid).children(recursive=True) if daemon.poll() is None else []:
-                child.kill()
-            daemon.kill()
             daemon.wait()
 
     def down(self, node: str) -> None:

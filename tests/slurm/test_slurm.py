@@ -14,7 +14,9 @@ from tests.conftest import TINY, run_kitbench
 from tests.slurm.cluster import CannotStart, Cluster
 from tests.test_cli import numbers, runs
 
-SUITE = TINY.replace("steps = 12", "steps = 400").replace("checkpoint_every = 4", "checkpoint_every = 10")
+SUITE = TINY.replace('references = ["input"]', "references = []").replace(
+    "steps = 12, batch = 2, crop = 32, checkpoint_every = 4", "steps = 500, batch = 2, crop = 32, checkpoint_every = 10"
+)
 SECONDS = 150
 
 
@@ -65,13 +67,13 @@ def test_cells_survive_a_lost_node_and_a_preemption_bit_for_bit(cluster: Cluster
         "20",
     )
     dry = run_kitbench(tmp_path, *arguments, "--dry-run").stdout
-    assert "3 of 3 cells go to Slurm" in dry
+    assert "2 of 2 cells go to Slurm" in dry
     assert "--only colour/kit/0" in dry
     assert not (tmp_path / "results").exists()
 
     done = run_kitbench(tmp_path, *arguments, **cluster.environment)
-    assert "submitted 3 jobs" in done.stdout
-    assert "3 queued" in run_kitbench(tmp_path, "status", "results").stdout
+    assert "submitted 2 jobs" in done.stdout
+    assert "2 queued" in run_kitbench(tmp_path, "status", "results").stdout
 
     # Both nodes are at work and have saved something; then one loses its power, and the other's job is preempted.
     results = tmp_path / "results"
@@ -85,7 +87,7 @@ def test_cells_survive_a_lost_node_and_a_preemption_bit_for_bit(cluster: Cluster
     cluster.command("scontrol", "update", "nodename=n1", "state=resume")
 
     until("all done", lambda: set(jobs(cluster, "JobState").values()) == {"COMPLETED"}, cluster, tmp_path)
-    assert "3 done" in run_kitbench(tmp_path, "status", "results").stdout
+    assert "2 done" in run_kitbench(tmp_path, "status", "results").stdout
     plain = tmp_path / "plain"
     plain.mkdir()
     (plain / "tiny.toml").write_text(SUITE)
@@ -95,4 +97,4 @@ def test_cells_survive_a_lost_node_and_a_preemption_bit_for_bit(cluster: Cluster
         name: numbers(run) for name, run in expected.items()
     }
     again = run_kitbench(tmp_path, *arguments, **cluster.environment)
-    assert "0 of 3 cells" in again.stdout
+    assert "0 of 2 cells" in again.stdout
