@@ -1,7 +1,7 @@
 """dncnn: a plain convolutional denoiser with published weights, the anchor of the Gaussian denoising protocol.
 
-Paper: Zhang, Zuo, Chen, Meng and Zhang, "Beyond a Gaussian Denoiser: Residual Learning of Deep CNN for Image Denoising",
-    IEEE Transactions on Image Processing 26 (7), 2017.
+Paper: Zhang, Zuo, Chen, Meng and Zhang, "Beyond a Gaussian Denoiser: Residual Learning of Deep CNN for Image
+    Denoising", IEEE Transactions on Image Processing 26 (7), 2017.
 Operator: 3x3 convolutions with ReLU between them predict the noise, which is taken from the input. Blind to sigma.
 Cost: 9 (2 C width + (depth - 2) width^2) multiply-adds a pixel: linear in H and in W.
 Departures: batch normalisation is merged into the convolutions, as in the files that KAIR (cszn/KAIR) publishes, whose
@@ -9,6 +9,8 @@ Departures: batch normalisation is merged into the convolutions, as in the files
 """
 
 from __future__ import annotations
+
+import itertools
 
 from torch import Tensor, nn
 
@@ -22,7 +24,7 @@ class Network(nn.Module):
             raise ValueError(f"depth must be at least 2 and width at least 1, found {depth} and {width}")
         widths = [channels, *[width] * (depth - 1), channels]
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in itertools.pairwise(widths):
             layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(inplace=True)]
         self.model = nn.Sequential(*layers[:-1])
 

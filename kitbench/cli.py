@@ -45,47 +45,57 @@ DATA = click.option(
     "--data", type=click.Path(path_type=Path), envvar="KITBENCH_DATA", show_envvar=True,
     help="Folder that holds data sets; without it, photographs that ship with scikit-image.",
 )  # fmt: skip
-
-
-@cli.command()
-@click.option("--suite", required=True, help="A suite's name (kitbench list), or the path of a .toml file.")
-@click.option("--preset", help="smoke, quick or full; the suite's own default without it.")
-@click.option(
-    "--method", "method", multiple=True, help="Run only this method: a name, or the path of a .py file. Repeatable."
-)
-@click.option(
+SUITE = click.option("--suite", required=True, help="A suite's name (kitbench list), or the path of a .toml file.")
+PRESET = click.option("--preset", help="smoke, quick or full; the suite's own default without it.")
+SET = click.option(
     "--set",
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
     help="Change one setting, e.g. recipe.steps=2000. Repeatable.",
 )
-@click.option("--seeds", help="Seeds, e.g. 0,1,2.")
-@DATA
-@click.option(
+OUT = click.option(
     "--out", type=click.Path(path_type=Path), default=Path("results"), show_default=True, help="Folder for the runs."
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option(
-    "--workers", type=click.IntRange(0, 64), default=0, show_default=True, help="Processes that prepare batches."
-)
-@click.option(
+LPIPS = click.option(
     "--lpips-weights",
     metavar="FILE",
     envvar="KITBENCH_LPIPS_WEIGHTS",
     show_envvar=True,
     help="Backbone weights for LPIPS.",
 )
+DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+
+
+@cli.command()
+@SUITE
+@PRESET
+@click.option(
+    "--method", "method", multiple=True, help="Run only this method: a name, or the path of a .py file. Repeatable."
+)
+@SET
+@click.option("--seeds", help="Seeds, e.g. 0,1,2.")
+@DATA
+@OUT
+@DEVICE
+@click.option(
+    "--workers", type=click.IntRange(0, 64), default=0, show_default=True, help="Processes that prepare batches."
+)
+@LPIPS
 @click.option("--micro-batch", type=click.IntRange(1), metavar="N",
               help="Most crops at a time on a device; their gradients add up to the batch's. Moves rounding only.")  # fmt: skip
 @click.option("--track", multiple=True, metavar="NAME", help="tensorboard, wandb or mlflow too. Repeatable.")
 @click.option("--launcher", type=click.Choice(["local", "slurm"]),
               help="Spread the runs over worker processes here, or submit them to Slurm. One after another without it.")  # fmt: skip
-@click.option("--jobs", type=click.IntRange(1), help="Runs at a time; by default one a GPU, one a core, or as Slurm allows.")
+@click.option(
+    "--jobs", type=click.IntRange(1), help="Runs at a time; by default one a GPU, one a core, or as Slurm allows."
+)
 @click.option("--gpus", help="local: which GPUs, e.g. 0,1. slurm: how many a run.")
 @click.option("--cpus", type=click.IntRange(1), help="Cores a run.")
 @click.option("--partition", help="Of Slurm.")
-@click.option("--time", "minutes", type=click.IntRange(1), metavar="MINUTES", help="Slurm's time limit; a run goes on behind it.")
+@click.option(
+    "--time", "minutes", type=click.IntRange(1), metavar="MINUTES", help="Slurm's time limit; a run goes on behind it."
+)
 @click.option("--dry-run", is_flag=True, help="Print what a launcher would run, and run nothing.")
 @click.option("--only", hidden=True, metavar="CELL", help="One cell, e.g. colour/kit/0: what a worker runs.")
 @click.pass_context
@@ -119,7 +129,6 @@ def run(
     from kitbench.job import Options
     from kitbench.run import how_to_go_on
     from kitbench.run import run as run_suite
-    from kitbench.verdict.table import render
 
     if only:
         resolved = launch.restrict(resolved, only)
@@ -139,18 +148,25 @@ def run(
     except RunError as error:
         raise RunError(f"{error}. {how_to_go_on()}") from error
     if complete:
-        scored = {evaluation.stamp for folder in complete for evaluation in folder.evaluations()}
-        stamps = [stamp for stamp in resolved.stamps if stamp in scored]
-        for stamp in stamps:
-            click.echo()
-            click.echo(render(complete, "terminal", stamp), color=console.is_terminal or None)
-        for folder in complete:
-            click.echo(f"wrote {folder.path}")
-        for stamp in stamps:
-            again = shlex.join(["python", "-m", "kitbench", "table", str(out), "--protocol", stamp])
-            click.echo(f"The table again, from the stored runs: {again}")
+        _show(complete, resolved.stamps, out, console)
     if failed:
         raise RunError(f"{len(failed)} of the suite's runs failed: " + "; ".join(failed))
+
+
+def _show(complete: list[Any], stamps: list[str], out: Path, console: Console) -> None:
+    """The table of each protocol that these runs were scored under, and how to get it again."""
+    from kitbench.verdict.table import render
+
+    scored = {evaluation.stamp for folder in complete for evaluation in folder.evaluations()}
+    shown = [stamp for stamp in stamps if stamp in scored]
+    for stamp in shown:
+        click.echo()
+        click.echo(render(complete, "terminal", stamp), color=console.is_terminal or None)
+    for folder in complete:
+        click.echo(f"wrote {folder.path}")
+    for stamp in shown:
+        again = shlex.join(["python", "-m", "kitbench", "table", str(out), "--protocol", stamp])
+        click.echo(f"The table again, from the stored runs: {again}")
 
 
 def _again(context: click.Context) -> list[str]:
@@ -326,7 +342,6 @@ RUN = click.option("--run", "folder", required=True, type=click.Path(path_type=P
 METHOD_FILE = click.option(
     "--method", "method_file", type=click.Path(path_type=Path), help="Python file of a method that is not shipped."
 )
-DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 
 
 @cli.command()
@@ -364,6 +379,59 @@ def _one_run(found: list[Any]) -> list[Any]:
     if len(found) > 1:
         raise InputError(f"--run names a folder of {len(found)} runs; give one, for example {found[0].path}.")
     return found
+
+
+@cli.command(name="eval")
+@click.option(
+    "--method", required=True, metavar="NAME|FILE", help="A network (class Network), or a training-free method."
+)
+@click.option(
+    "--weights", type=click.Path(path_type=Path), help="The network's weights: .safetensors, or of torch.save."
+)
+@click.option("--key", help="Which state dict in that file, where it holds several.")
+@SUITE
+@PRESET
+@SET
+@DATA
+@OUT
+@DEVICE
+@LPIPS
+def eval_(
+    method: str,
+    weights: Path | None,
+    key: str | None,
+    suite: str,
+    preset: str | None,
+    overrides: tuple[str, ...],
+    data: Path | None,
+    out: Path,
+    device: str,
+    lpips_weights: str | None,
+) -> None:
+    """Score a network with given weights on a suite's test sets, under its protocol, into rows like all others."""
+    from kitbench import pretrained
+    from kitbench.job import Options
+    from kitbench.run import how_to_go_on
+
+    given = None if weights is None else pretrained.Weights(weights, key)
+    options = Options(out, data, device, 0, lpips_weights)
+    console = _console()
+    try:
+        resolved, complete = pretrained.run(suite, preset, overrides, method, given, options, console)
+    except RunError as error:
+        raise RunError(f"{error}. {how_to_go_on()}") from error
+    _show(complete, resolved.stamps, out, console)
+
+
+@cli.command()
+@PATHS
+@click.option("--out", type=click.Path(path_type=Path), help="Write Markdown to this file instead of the terminal.")
+def anchors(paths: tuple[Path, ...], out: Path | None) -> None:
+    """Set the scores of published weights beside what their authors printed."""
+    from kitbench.store import find
+    from kitbench.verdict import anchors as beside
+
+    _give(beside.markdown(beside.anchors(find(paths))), out)
 
 
 @cli.command()
@@ -470,10 +538,7 @@ def list_(data: Path | None) -> None:
     show(
         "Methods",
         ["name", "kind", "about"],
-        [
-            [n, "trained" if trained else "training-free", text.splitlines()[0]]
-            for n, (trained, text) in methods.cards().items()
-        ],
+        [[n, kind, text.splitlines()[0]] for n, (kind, text) in methods.cards().items()],
     )
     where = {name: locate(card, data) for name, card in cards().items()}
     show(

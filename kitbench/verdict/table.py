@@ -122,7 +122,7 @@ def _row(key: tuple[Any, ...], group: list[Entry], to_best: Compared | None) -> 
     comparison, mode, method, data_set, condition = key
     group = sorted(group, key=lambda entry: entry.run.seed or 0)
     first = group[0]
-    cost = first.training.cost if first.training else None
+    cost = first.training.cost if first.training else first.run.cost
     macs = None if cost is None else cost.macs if cost.macs is not None else cost.macs_counted
     lpips = [_mean([score.lpips for score in entry.evaluation.scores]) for entry in group]
     peaks = [entry.training.cost.train_peak_bytes for entry in group if entry.training]
@@ -142,7 +142,7 @@ def _row(key: tuple[Any, ...], group: list[Entry], to_best: Compared | None) -> 
         "ssim_pm_seeds": _half([mean_ssim(entry) for entry in group]),
         "lpips": _mean(lpips),
         "images": len(first.evaluation.scores),
-        "seeds": ",".join(str(entry.run.seed) for entry in group) if cost else "-",
+        "seeds": ",".join(str(entry.run.seed) for entry in group) if first.training else "-",
         "parameters": cost.parameters if cost else None,
         "gmacs": macs / 1e9 if macs is not None else None,
         "gmacs_note": cost.macs_note if cost else None,

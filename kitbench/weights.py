@@ -1,0 +1,102 @@
+"""Files of weights: read without running anything that they hold, and fitted into a network or refused by name.
+
+safetensors, or what torch.save wrote; the latter is a pickle, of which nothing but tensors and plain containers is
+accepted (torch.load with weights_only).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from kitbench.errors import InputError
+
+NAMED = 3
+"""Keys that a sentence names at most."""
+
+
+def file_sha256(path: Path) -> str:
+    """Of a file's bytes. Raises InputError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"Weights file {path} cannot be read ({error.strerror}); give a readable file.") from error
+
+
+def load_file(path: Path) -> dict[str, Any]:
+    """The dictionary in a file of weights, on the CPU. Raises InputError where there is none."""
+    try:
+        if path.suffix == ".safetensors":
+            return dict(safetensors.torch.load_file(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{path} cannot be read as a file of weights ({reason}): give another one.") from error
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error):
+            raise InputError(
+                f"{path} holds Python objects or code, which are never run here: save the state dict alone, "
+                f"for example with safetensors.torch.save_file."
+            ) from error
+        raise InputError(f"{path} is no file of weights that torch wrote: give another one.") from error
+    if not isinstance(state, dict):
+        raise InputError(f"{path} holds a {type(state).__name__}, expected a state dict of tensors: give another one.")
+    return state
+
+
+def read_state(path: Path, key: str | None = None) -> dict[str, Tensor]:
+    """The state dict in a file: the file's own dictionary, or the one inside it, which `key` names where there are two.
+
+    A prefix `module.` before all keys, which DataParallel leaves, is taken off. Raises InputError.
+    """
+    found = load_file(path)
+    inside = sorted(name for name, value in found.items() if isinstance(value, Mapping) and _is_state(value))
+    if key is not None:
+        if key not in inside:
+            raise InputError(f"{path} holds no state dict {key!r}; found: {', '.join(inside) or 'none'}.")
+        found = found[key]
+    elif not _is_state(found):
+        if len(inside) != 1:
+            which = f"several ({', '.join(inside)}); choose one with --key" if inside else "none; give another file"
+            raise InputError(f"{path} should hold one state dict of tensors, it holds {which}.")
+        found = found[inside[0]]
+    if all(name.startswith("module.") for name in found):
+        found = {name.removeprefix("module."): tensor for name, tensor in found.items()}
+    return dict(found)
+
+
+def _is_state(value: Mapping[Any, Any]) -> bool:
+    return bool(value) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+
+
+def fit(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Load the weights into the network, every key of both. Raises InputError that names the first that do not fit."""
+    own = network.state_dict()
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    faults = [
+        *([f"lacks {_first(missing)}"] if missing else []),
+        *([f"has {_first(unknown)}, which the network has not"] if unknown else []),
+        *([f"has {_first([_sizes(n, state[n], own[n]) for n in sorted(shapes)])}"] if shapes else []),
+    ]
+    if faults:
+        raise InputError(f"{path} does not fit the network: it {'; it '.join(faults)}; give the weights of this one.")
+    network.load_state_dict(state)
+
+
+def _sizes(name: str, found: Tensor, expected: Tensor) -> str:
+    return f"{name} of {list(found.shape)} instead of {list(expected.shape)}"
+
+
+def _first(names: list[str]) -> str:
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
