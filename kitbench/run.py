@@ -6,6 +6,7 @@ What is asked for is checked first (kitbench/job.py); from here on a cell that f
 from __future__ import annotations
 
 import errno
+import hashlib
 import statistics
 import time
 from collections import deque
@@ -26,7 +27,7 @@ from kitbench.cost.timing import waited_seconds
 from kitbench.data.batches import Batches
 from kitbench.data.cards import Photograph
 from kitbench.environment import command_line, device_name, environment
-from kitbench.errors import Interrupted, RunError
+from kitbench.errors import InputError, Interrupted, RunError
 from kitbench.job import Job, Options, Probe, Scoring, set_sha256
 from kitbench.progress import duration, heartbeat, progress
 from kitbench.seeds import derive
@@ -51,14 +52,22 @@ def run(suite: Suite, options: Options, console: Console) -> tuple[list[RunFolde
     with interruptible(how_to_go_on) as stop:
         job = Job(suite, options)
         folders = {cell: RunFolder(options.out / cell.folder) for cell in job.cells}
-        todo = [cell for cell in job.cells if job.unfinished(cell, folders[cell])]
+        todo = [cell for cell in job.cells if unfinished(job, cell, folders[cell])]
         probes, unfit = probe(job, todo, console)
         job.require_space([cell for cell in todo if cell.method in probes], probes)
         announce(job, todo, probes, console)
         stop.idle = False
         failed = work_off(job, todo, folders, probes, unfit, console, stop)
-        complete = [folders[cell] for cell in job.cells if not job.unfinished(cell, folders[cell])]
+        complete = [folders[cell] for cell in job.cells if not unfinished(job, cell, folders[cell])]
         return complete, failed
+
+
+def unfinished(job: Job, cell: Cell, folder: RunFolder) -> bool:
+    """Whether something of the cell is still to be done; a damaged record is told where the cell's turn comes."""
+    try:
+        return job.unfinished(cell, folder)
+    except InputError:
+        return True
 
 
 def probe(job: Job, todo: list[Cell], console: Console) -> tuple[dict[str, Probe], dict[str, Exception]]:
@@ -274,6 +283,7 @@ def _trained(
             seconds_per_step=statistics.median(line[4] for line in log),
             loss=log[-1][1],
             weights_sha256=state_sha256(state),
+            log_sha256=hashlib.sha256(folder.log.read_bytes()).hexdigest(),
             contended=round(contended, 3),
             cost=probe.cost,
             notes=notes,

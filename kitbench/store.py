@@ -16,6 +16,9 @@ A file is written under another name, synced and renamed: a reader finds the old
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import io
 import json
 import os
 import platform
@@ -31,7 +34,7 @@ from filelock import FileLock, Timeout
 from pydantic import Field, ValidationError
 
 from kitbench.errors import InputError, RunError
-from kitbench.suite import Backbone, Frozen, Mode, Protocol, Recipe, Setting, Task, condition
+from kitbench.suite import Backbone, Frozen, Mode, Protocol, Recipe, Setting, Task, condition, digest
 
 SCHEMA = 1
 """The version that this code writes and reads. No older one exists; a new one brings what migrates this one."""
@@ -117,6 +120,8 @@ class Training(Frozen):
     loss: float
     """Mean over the last logged stretch."""
     weights_sha256: str
+    log_sha256: str | None = None
+    """Of log.csv; None in runs that were made before it was kept."""
     cost: Cost
     notes: Mapping[str, Any] = Field(default_factory=dict)
     """What a method reports of itself after training, e.g. the recall of its retrieval."""
@@ -248,8 +253,26 @@ class RunFolder:
         found = read_record(Evaluation, path) if path.is_file() else None
         return found if found is not None and found.data_sha256 == data_sha256 else None
 
+    def logged(self) -> list[dict[str, float]]:
+        """The lines of the training log, by column; none without a log. Raises InputError where it is damaged."""
+        if not self.log.is_file():
+            return []
+        try:
+            data, training = self.log.read_bytes(), self.training
+            if training and training.log_sha256 not in (None, hashlib.sha256(data).hexdigest()):
+                raise ValueError("it has not the checksum that training.json states")
+            lines = csv.DictReader(io.StringIO(data.decode(), newline=""))
+            if not {"step", "loss", "psnr_db"} <= set(lines.fieldnames or ()):
+                raise ValueError("columns are missing")
+            return [{name: float(value) for name, value in line.items()} for line in lines]
+        except (OSError, TypeError, ValueError, csv.Error) as error:
+            raise InputError(f"{self.log} is no training log ({error}); restore it or delete it.") from error
+
     def write(self, name: str, record: Frozen) -> None:
-        write_atomic(self.path / name, (record.model_dump_json(indent=1) + "\n").encode())
+        """Write a record, with the checksum of its content behind it."""
+        text = record.model_dump_json(indent=1).removesuffix("\n}")
+        text = f'{text},\n "sha256": "{digest(json.loads(text + "}"))}"\n}}\n'
+        write_atomic(self.path / name, text.encode())
 
     @property
     def progress(self) -> Progress | None:
@@ -326,6 +349,8 @@ def read_record(model: type[Any], path: Path) -> Any:
         if path.stat().st_size > LARGEST:
             raise InputError(f"{path} is larger than {LARGEST >> 20} MiB, which no record is; restore it.")
         raw = json.loads(path.read_bytes())
+        stated = raw.pop("sha256", None) if isinstance(raw, dict) else None
+        found = digest(raw)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error}); restore it or delete the run's folder.") from error
     version = raw.get("schema_version") if isinstance(raw, dict) else None
@@ -333,6 +358,11 @@ def read_record(model: type[Any], path: Path) -> Any:
         newer = isinstance(version, int) and version > SCHEMA
         advice = "a newer kitbench wrote it: update kitbench" if newer else "it is no record of kitbench: restore it"
         raise InputError(f"{path} has schema version {str(version)[:20]!r}, this kitbench reads {SCHEMA}; {advice}.")
+    if stated not in (None, found):
+        raise InputError(
+            f"{path} is damaged, or was changed by hand: its content has not the checksum that it states; "
+            f"restore it or delete the run's folder."
+        )
     try:
         return model.model_validate(raw)
     except ValidationError as error:

@@ -188,12 +188,21 @@ def test_a_strangers_record_leads_to_no_file_outside_its_folder(stamp: str, tmp_
     folder = store(tmp_path, "kit", 30.25)
     [path] = (folder.path / "eval").iterdir()
     record = json.loads(path.read_text())
+    del record["sha256"]
     path.write_text(json.dumps(record | {"stamp": stamp}))
     with pytest.raises(InputError, match="stamp"):
         folder.evaluations()
     [evaluation] = [Evaluation.model_validate(record | {"data_set": "../../secret/.."})]
     crop = folder.crop_path(evaluation.data_set, evaluation.sigma, evaluation.stamp, 0)
     assert crop.resolve().parent == folder.path.resolve() / "crops"
+
+
+def test_a_number_changed_by_hand_is_noticed(tmp_path: Path) -> None:
+    folder = store(tmp_path, "kit", 30.25)
+    [path] = (folder.path / "eval").iterdir()
+    path.write_text(path.read_text().replace("31.25", "32.25"))
+    with pytest.raises(InputError, match="damaged, or was changed by hand"):
+        folder.evaluations()
 
 
 def test_a_pipe_in_the_place_of_a_record_is_not_waited_for(tmp_path: Path) -> None:

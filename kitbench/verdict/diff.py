@@ -6,13 +6,11 @@ library, and that before another processor. `reproduce` names the first of them.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kitbench.errors import InputError
 from kitbench.store import Environment, Evaluation, Run, RunFolder, Score
 
 Kind = Literal["data", "code", "setting", "device", "version", "flag", "threads", "host", "numbers"]
@@ -84,9 +82,9 @@ def numbers(a: RunFolder, b: RunFolder) -> list[Difference]:
     found = []
     one, two = a.training, b.training
     if one is not None and two is not None:
-        for (step, first), (_, second) in zip(_losses(a), _losses(b), strict=False):
-            if first != second:
-                found.append(Difference("numbers", f"loss at step {step}", first, second))
+        for first, second in zip(a.logged(), b.logged(), strict=False):
+            if first["loss"] != second["loss"]:
+                found.append(Difference("numbers", f"loss at step {first['step']:.0f}", first["loss"], second["loss"]))
                 break
         if one.weights_sha256 != two.weights_sha256:
             found.append(Difference("numbers", "weights", one.weights_sha256, two.weights_sha256))
@@ -119,16 +117,6 @@ def shared(a: RunFolder, b: RunFolder) -> list[tuple[Evaluation, Evaluation]]:
 
 def _dB(score: Score) -> str:
     return f"{math.inf if score.psnr is None else score.psnr} dB, SSIM {score.ssim}"
-
-
-def _losses(folder: RunFolder) -> list[tuple[int, float]]:
-    if not folder.log.is_file():
-        return []
-    try:
-        with folder.log.open(newline="") as file:
-            return [(int(line["step"]), float(line["loss"])) for line in csv.DictReader(file)]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{folder.log} is no training log ({error}); restore it or delete it.") from error
 
 
 def _flat(table: Mapping[str, Any], before: str = "") -> dict[str, Any]:

@@ -6,7 +6,6 @@ beside its point or line, so that gray prints do as well.
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -95,7 +94,8 @@ def curves(logs: Mapping[str, Sequence[RunFolder]]) -> bytes | None:
 
 def _curve(folders: Sequence[RunFolder]) -> tuple[np.ndarray, np.ndarray] | None:
     """Steps and smoothed PSNR, the mean over runs of the same length."""
-    logs = [_log(folder.log) for folder in folders if folder.log.is_file()]
+    lines = [folder.logged() for folder in folders]
+    logs = [np.array([(line["step"], line["psnr_db"]) for line in own]) for own in lines if own]
     logs = [log for log in logs if len(log) == len(logs[0]) > 0]
     if not logs:
         return None
@@ -103,16 +103,6 @@ def _curve(folders: Sequence[RunFolder]) -> tuple[np.ndarray, np.ndarray] | None
     window = max(1, len(mean) // 20)
     smooth = np.convolve(mean, np.full(window, 1 / window), "valid")
     return logs[0][window - 1 :, 0], smooth
-
-
-def _log(path: Path) -> np.ndarray:
-    """[lines, 2]: step and PSNR."""
-    try:
-        with path.open(newline="") as file:
-            lines = [(float(line["step"]), float(line["psnr_db"])) for line in csv.DictReader(file)]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is no training log ({error}); delete the run's folder and run it again.") from error
-    return np.array(lines).reshape(-1, 2)
 
 
 def differences(compared: Sequence[tuple[Compared, np.ndarray]]) -> bytes:
