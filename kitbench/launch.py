@@ -325,9 +325,10 @@ class SlurmWorker:
         if code and told:
             import submitit
 
-            # A job that ends well within the grace of a preemption would not be requeued by Slurm itself.
+            # Refused where Slurm has requeued the job already; where it has not, a job that leaves within the grace
+            # of a preemption would count as ended.
             subprocess.run(["scontrol", "requeue", submitit.JobEnvironment().job_id], check=False)
-            time.sleep(GRACE_SECONDS)  # the requeue ends this process
+            sys.exit(code)
         if code:
             raise RunError(f"exit code {code} of {shlex.join(self.command)}")
 
