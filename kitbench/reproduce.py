@@ -9,6 +9,7 @@ different                the first thing that differs is named: data, code, sett
 from __future__ import annotations
 
 import math
+import shlex
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -57,6 +58,11 @@ def reproduce(
     evaluations = stored.evaluations()
     if not evaluations or (record.seed is not None and stored.training is None):
         raise InputError(f"{stored.path} is not complete, so that there is nothing to compare with; finish it first.")
+    if "weights_sha256" in record.identity:
+        raise InputError(
+            f"{stored.path} was scored with given weights: score them again with "
+            f"`{shlex.join(record.environment.command)}` and compare the two with `kitbench diff`."
+        )
     options, notes = _place(record, options)
     suites = [_suite(record, group, method_file) for group in _by_protocol(evaluations)]
     parted = _data(record, evaluations, Job(suites[0], options))

@@ -179,7 +179,6 @@ def run_cell(
         found = job.references[cell.method].restore
         assert found is not None
         score(job, cell, folder, found, title, console, stop)
-    (folder.path / "progress.json").unlink(missing_ok=True)
 
 
 def begin(folder: RunFolder, record: Run) -> None:
@@ -219,6 +218,7 @@ def score(
             )  # fmt: skip
             path = folder.evaluation_path(name, sigma, protocol.stamp)
             folder.write(str(path.relative_to(folder.path)), record)
+    (folder.path / "progress.json").unlink(missing_ok=True)
 
 
 def keeper(

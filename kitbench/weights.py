@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,10 @@ def load_file(path: Path) -> dict[str, Any]:
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"{path} cannot be read as a file of weights ({reason}): give another one.") from error
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error):
+        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise InputError(
-                f"{path} holds Python objects or code, which are never run here: save the state dict alone, "
-                f"for example with safetensors.torch.save_file."
+                f"{path} holds more than tensors ({code[1]}), and code in a file is never run: save its state dict "
+                "alone, for example with safetensors.torch.save_file."
             ) from error
         raise InputError(f"{path} is no file of weights that torch wrote: give another one.") from error
     if not isinstance(state, dict):
