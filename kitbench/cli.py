@@ -12,7 +12,10 @@ from kitbench import __version__
 from kitbench.errors import InputError, RunError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
+    from rich.progress import Progress
 
 FAILED = 3
 
@@ -510,6 +513,117 @@ def diff(a: Path, b: Path) -> None:
     for difference in found:
         click.echo(str(difference))
     click.echo(f"{len(found)} differences" if found else "no difference: weights, losses and scores are bit-identical")
+
+
+@cli.group()
+def data() -> None:
+    """Data sets: list them, see where they are looked for, check their files, fetch what may be fetched."""
+
+
+SETS = click.argument("names", nargs=-1, metavar="[SET]...")
+
+
+@data.command(name="list")
+@DATA
+def data_list(data: Path | None) -> None:
+    """Every set that has a card: task, size, whether it is there, and its terms."""
+    from rich.table import Table
+
+    from kitbench.data.cards import cards, described, locate
+
+    grid = Table("name", "tests", "images", "present", "about", "terms", box=None, pad_edge=False)
+    for name, card in cards().items():
+        folder = locate(card, data)
+        found = described(card, folder).name if folder else ""
+        present = {"": "no", name: "yes"}.get(found, f"{found} is")
+        grid.add_row(name, ", ".join(card.tasks), str(card.count), present, card.title, card.licence)
+    _console().print(grid)
+
+
+@data.command()
+@SETS
+@DATA
+def where(names: tuple[str, ...], data: Path | None) -> None:
+    """Where each set is looked for, where it was found, and where people get it."""
+    from kitbench.data.cards import described, locate
+
+    for card in _cards(names):
+        folder = locate(card, data)
+        places = [f"package {card.package}"] if card.package else [str((data or Path("DIR")) / f) for f in card.folders]
+        found = str(folder) if folder else "not found"
+        if folder and (other := described(card, folder)).name != card.name:
+            found = f"not found; {folder} holds {other.name}"
+        click.echo(f"{card.name}: {found}")
+        click.echo(f"  looked for  {', '.join(places)}")
+        click.echo(f"  as          {card.tree}")
+        click.echo(f"  from        {card.home} {card.ask}".rstrip())
+
+
+@data.command(name="check")
+@SETS
+@DATA
+def data_check(names: tuple[str, ...], data: Path | None) -> None:
+    """Name each missing, extra or altered file of the sets that are there, or of those named. Exit code 1 if any."""
+    from kitbench.data.audit import audit
+    from kitbench.data.cards import described, locate
+
+    failed = False
+    for card in _cards(names):
+        folder = locate(card, data)
+        if folder is None or (not names and described(card, folder).name != card.name):
+            if names:
+                click.secho(f"{card.name}: not in {data} (looked for {', '.join(card.folders)})", fg="red")
+                failed = True
+            continue
+        problems = audit(card, folder)
+        failed |= bool(problems)
+        what = "pairs" if card.pairs else "images"
+        proof = f"checksums of their {card.checksum.removesuffix('s')}s" if card.sha256 else "number and size alone"
+        if problems:
+            click.secho(f"{card.name}: {len(problems)} faults in {folder}", fg="red")
+            click.echo("\n".join(f"  {problem}" for problem in problems))
+        else:
+            click.echo(f"{card.name}: {card.count} {what} in {folder}, as its card says, by {proof}")
+    if failed:
+        raise SystemExit(1)
+
+
+@data.command(name="fetch")
+@click.argument("names", nargs=-1, required=True, metavar="SET...")
+@click.option(
+    "--data", required=True, type=click.Path(path_type=Path), envvar="KITBENCH_DATA", show_envvar=True,
+    help="Folder to put the sets in.",
+)  # fmt: skip
+def data_fetch(names: tuple[str, ...], data: Path) -> None:
+    """Download sets from the addresses on their cards: goes on where it stopped, checks, unpacks safely."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from kitbench.data.fetch import fetch
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    for card in _cards(names):
+        click.echo(f"{card.name}: {card.title}. Terms: {card.licence}.")
+        with Progress(*columns, TimeRemainingColumn(), console=_console()) as progress:
+            folder, fetched = fetch(card, data, _bars(progress))
+        click.echo(f"{card.name}: {'now' if fetched else 'already'} in {folder}")
+
+
+def _bars(progress: Progress) -> Callable[[str, int, int | None], None]:
+    """A bar for each file that is being fetched."""
+    bars: dict[str, Any] = {}
+
+    def report(file: str, done: int, total: int | None) -> None:
+        if file not in bars:
+            bars[file] = progress.add_task(file, total=total)
+        progress.update(bars[file], completed=done, total=total)
+
+    return report
+
+
+def _cards(names: tuple[str, ...]) -> list[Any]:
+    from kitbench.data.cards import card, cards
+
+    return [card(name) for name in names] if names else list(cards().values())
 
 
 @cli.command(name="list")

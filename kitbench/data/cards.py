@@ -12,14 +12,14 @@ import os
 import re
 import threading
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -30,6 +30,8 @@ from kitbench.suite import Frozen, Kind, Mode, parse
 
 Patterns = Annotated[tuple[str, ...], Field(min_length=1)]
 """Glob patterns relative to the set's folder."""
+
+T = TypeVar("T")
 
 RESIDENT = 0.5
 """Share of the free memory that the decoded images of one set may take; what is beyond is decoded at each use."""
@@ -84,7 +86,7 @@ class Card(Frozen):
     count: Annotated[int, Field(ge=1)]
     """Images, or pairs."""
     size: tuple[int, int] | None = None
-    """Width and height in pixels that all images have, upright or turned; None where they differ."""
+    """Longer and shorter side in pixels of all images, upright or turned; None where they differ."""
     averaged: Literal["", "values", "light"] = ""
     """What the blurred inputs are averages of: the frames' 8-bit values, or their light (gamma 2.2 undone)."""
     checksum: Literal["none", "pixels", "file"] = "none"
@@ -232,39 +234,49 @@ def _entries(card: Card, folder: Path) -> list[Entry]:
     for layout in card.layouts:
         if files := glob(folder, layout):
             left_out = {folder / name for name in card.without}
-            return [Entry(_name(path, folder), path) for path in files if path not in left_out]
-    # Layouts may share their targets, so the inputs tell which one it is.
-    by_inputs = (pairs for pairs in card.pairs if _matches(folder, pairs.inputs))
-    by_targets = (pairs for pairs in card.pairs if _matches(folder, pairs.targets))
-    if pairs := next(by_inputs, next(by_targets, None)):
+            return [Entry(name_in(path, folder), path) for path in files if path not in left_out]
+    if pairs := layout_of_pairs(card, folder):
         return _pair_up(card, pairs, folder)
     raise InputError(f"Data set {card.name}: no image in {folder}; expected {card.count} files as {card.tree}.")
 
 
-def _name(path: Path, folder: Path) -> str:
+def layout_of_pairs(card: Card, folder: Path) -> Pairs | None:
+    """Which of the card's layouts of pairs the folder has. Some share their targets, so the inputs tell first."""
+    by_inputs = (pairs for pairs in card.pairs if _matches(folder, pairs.inputs))
+    by_targets = (pairs for pairs in card.pairs if _matches(folder, pairs.targets))
+    return next(by_inputs, next(by_targets, None))
+
+
+def name_in(path: Path, folder: Path) -> str:
     return path.relative_to(folder).with_suffix("").as_posix()
 
 
 def _pair_up(card: Card, pairs: Pairs, folder: Path) -> list[Entry]:
-    inputs, targets = (_starred(folder, patterns, pairs.only) for patterns in (pairs.inputs, pairs.targets))
-    by_name = {stars: path for path, stars in targets.items()}
-    found, used = [], set()
-    for path, stars in inputs.items():
-        target = next((by_name[key] for n in range(len(stars), -1, -1) if (key := stars[:n]) in by_name), None)
+    found, lonely = match(pairs, folder)
+    for path, target in found:
         if target is None and pairs.targets:
             raise InputError(
                 f"Data set {card.name}: {path} has no target; expected one of that name as "
                 f"{' or '.join(pairs.targets)}: restore the set as its authors publish it ({card.home})."
             )
-        used.add(target)
-        found.append(Entry(_name(path, folder), target, path))
-    lonely = [path for path in targets if path not in used]
-    if lonely and not pairs.spare:
+    if lonely:
         raise InputError(
             f"Data set {card.name}: {lonely[0]} has no input; expected one of that name as "
             f"{' or '.join(pairs.inputs)}: restore the set as its authors publish it ({card.home})."
         )
-    return [block for entry in found for block in _blocks_of(entry)]
+    return [block for path, target in found for block in _blocks_of(Entry(name_in(path, folder), target, path))]
+
+
+def match(pairs: Pairs, folder: Path) -> tuple[list[tuple[Path, Path | None]], list[Path]]:
+    """(input, target or None) by name, sorted by input; and the targets that have no input."""
+    inputs, targets = (_starred(folder, patterns, pairs.only) for patterns in (pairs.inputs, pairs.targets))
+    by_name = {stars: path for path, stars in targets.items()}
+    found = [
+        (path, next((by_name[key] for n in range(len(stars), -1, -1) if (key := stars[:n]) in by_name), None))
+        for path, stars in inputs.items()
+    ]
+    used = {target for _, target in found}
+    return found, [] if pairs.spare else [path for path in targets if path not in used]
 
 
 def _starred(folder: Path, patterns: tuple[str, ...], only: str) -> dict[Path, tuple[str, ...]]:
@@ -301,18 +313,29 @@ def _blocks_of(entry: Entry) -> list[Entry]:
     ]
 
 
+def described(card: Card, folder: Path) -> Card:
+    """The card that describes what lies in a folder: the given one, or that of another version of the set."""
+    if fits(card, folder):
+        return card
+    others = (other for other in cards().values() if set(other.folders) & set(card.folders))
+    return next((other for other in others if other.name != card.name and fits(other, folder)), card)
+
+
+def fits(card: Card, folder: Path) -> bool:
+    """Whether a folder has as many images as the card says, the first of them of the right size."""
+    try:
+        found = _entries(card, folder)
+        return len(found) == card.count and (card.size is None or _size(load(card, found[0])) == card.size)
+    except InputError:
+        return False
+
+
 def _instead(card: Card, folder: Path) -> str:
-    """What to do about a set that is not the card's: name the set that lies there, where another card describes it."""
-    for other in cards().values():
-        if other.name == card.name or not set(other.folders) & set(card.folders):
-            continue
-        try:
-            found = _entries(other, folder)
-        except InputError:
-            continue
-        if len(found) == other.count and (other.size is None or _size(_load(other, folder, found[0])) == other.size):
-            return f"what lies there is {other.name} ({other.title}): name that set, or get the other one ({card.home})"
-    return f"restore the set as its authors publish it ({card.home})"
+    """What to do about a set that is not the card's."""
+    other = described(card, folder)
+    if other.name == card.name:
+        return f"restore the set as its authors publish it ({card.home})"
+    return f"what lies there is {other.name} ({other.title}): name that set, or get the other one ({card.home})"
 
 
 def read(card: Card, root: Path | None, mode: Mode) -> list[Photograph]:
@@ -338,17 +361,16 @@ def read(card: Card, root: Path | None, mode: Mode) -> list[Photograph]:
     room = _Room()
 
     def one(entry: Entry) -> Photograph:
-        images = _load(card, folder, entry)
+        images = load(card, entry)
         verify(card, folder, entry, images)
         photo = _photograph(entry, images, mode)
         if not room.take(photo):
-            photo.leave_on_disk(partial(_again, card, folder, entry, mode))
+            photo.leave_on_disk(partial(_again, card, entry, mode))
         return photo
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         photographs = list(pool.map(one, found))
-    if card.averaged:
-        _check_averaging(card, photographs)
+    check_averaging(card, ((photo.pixels, photo.degraded) for photo in sample(photographs)))
     return photographs
 
 
@@ -370,14 +392,15 @@ class _Room:
         return fits
 
 
-def _load(card: Card, folder: Path, entry: Entry) -> Images:
+def load(card: Card, entry: Entry) -> Images:
     """The pixels of an entry, as its files have them: target, and input of a pair."""
     assert entry.target is not None
-    target = _pixels(card, entry.target, entry.block)
-    return target, None if entry.input is None else _pixels(card, entry.input, entry.block)
+    target = pixels_of(card, entry.target, entry.block)
+    return target, None if entry.input is None else pixels_of(card, entry.input, entry.block)
 
 
-def _pixels(card: Card, path: Path, block: tuple[int, ...]) -> np.ndarray:
+def pixels_of(card: Card, path: Path, block: tuple[int, ...]) -> np.ndarray:
+    """One image of the right number of channels: a file, or a block of a .mat file. Raises InputError."""
     try:
         if block:
             array = blocks(path)
@@ -398,6 +421,7 @@ def _pixels(card: Card, path: Path, block: tuple[int, ...]) -> np.ndarray:
 
 
 def _size(images: Images) -> tuple[int, int]:
+    """Width and height of an image as if it lay on its longer side."""
     height, width = images[0].shape[:2]
     return max(height, width), min(height, width)
 
@@ -411,17 +435,17 @@ def verify(card: Card, folder: Path, entry: Entry, images: Images) -> None:
             f"Data set {card.name}: {entry.input} is {sizes[0]} px and its target {entry.target} is {sizes[1]} px; "
             f"a pair has one size: restore the set."
         )
-    if card.size is not None and _size(images) != (max(card.size), min(card.size)):
-        found, expected = f"{target.shape[1]} x {target.shape[0]}", f"{card.size[0]} x {card.size[1]}"
+    if card.size is not None and _size(images) != card.size:
+        found, expected = f"{target.shape[1]} x {target.shape[0]}", " x ".join(map(str, card.size))
         raise InputError(
             f"Data set {card.name}: {entry.target} is {found} px, expected {expected}; {_instead(card, folder)}."
         )
-    if card.checksum == "none":
+    if card.checksum == "none" or any(entry.block):  # a .mat file is checked with its first block
         return
     for path, pixels in ((entry.target, target), (entry.input, degraded)):
         if path is None or pixels is None:
             continue
-        found = pixel_sha256(pixels) if card.checksum == "pixels" else _file_sha256(path)
+        found = pixel_sha256(pixels) if card.checksum == "pixels" else file_sha256(path)
         wanted = wanted_sha256(card, folder, path, found)
         if found != wanted:
             raise InputError(
@@ -431,14 +455,17 @@ def verify(card: Card, folder: Path, entry: Entry, images: Images) -> None:
             )
 
 
+def key_of(card: Card, folder: Path, path: Path) -> str:
+    """The name of a file in the card's `sha256`."""
+    return path.relative_to(folder).as_posix() if card.checksum == "file" else name_in(path, folder)
+
+
 def wanted_sha256(card: Card, folder: Path, path: Path, found: str) -> str | None:
     """The checksum that the card states for a file; a file of another name may be any of the set's."""
-    key = path.relative_to(folder).as_posix() if card.checksum == "file" else _name(path, folder)
-    return card.sha256.get(key) or (found if found in card.sha256.values() else None)
+    return card.sha256.get(key_of(card, folder, path)) or (found if found in card.sha256.values() else None)
 
 
-@lru_cache(maxsize=8)
-def _file_sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -459,20 +486,27 @@ def _in_mode(images: Images, mode: Mode) -> Images:
     return target, degraded
 
 
-def _again(card: Card, folder: Path, entry: Entry, mode: Mode) -> Images:
-    return _in_mode(_load(card, folder, entry), mode)
+def _again(card: Card, entry: Entry, mode: Mode) -> Images:
+    return _in_mode(load(card, entry), mode)
 
 
-def _check_averaging(card: Card, photographs: list[Photograph]) -> None:
+def sample(items: Sequence[T]) -> Sequence[T]:
+    """Some 64 items, evenly spread: enough to tell what the blurred images of a set are averages of."""
+    return items[:: max(1, len(items) // 64)]
+
+
+def check_averaging(card: Card, images: Iterable[Images]) -> None:
     """Refuse blurred images that are averages of something else than the card says.
 
     An average of frames keeps the mean of what was averaged: of the 8-bit values, or of the light. By Jensen's
     inequality an average of light is brighter in its values than the frames are, so the two can be told apart.
     """
+    if not card.averaged:
+        return
     off = {"values": 0.0, "light": 0.0}
-    for photo in photographs[:: max(1, len(photographs) // 64)]:
-        assert photo.degraded is not None
-        sharp, blurred = photo.pixels / 255, photo.degraded / 255
+    for target, degraded in images:
+        assert degraded is not None
+        sharp, blurred = target / 255, degraded / 255
         off["values"] += blurred.mean() - sharp.mean()
         # In units of values: the slope of v ** 2.2 at the mean.
         slope = 2.2 * max(1e-3, sharp.mean()) ** 1.2

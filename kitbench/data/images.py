@@ -30,13 +30,17 @@ def decode(path: Path) -> np.ndarray:
     return np.ascontiguousarray(pixels if pixels.ndim == 3 else pixels[..., None])
 
 
-@lru_cache(maxsize=2)
 def blocks(path: Path) -> np.ndarray:
     """The images of a .mat file whose variable has the file's name: uint8 [..., H, W, C], as MATLAB indexes them.
 
     Both formats are read: up to MATLAB 7.2 (scipy) and 7.3, which is HDF5 with reversed axes (h5py). Raises
     InputError for an unreadable file, a missing variable, and pixels that are not 8-bit or not [..., H, W, 1 or 3].
     """
+    return _blocks(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=2)
+def _blocks(path: Path, _changed: int) -> np.ndarray:
     array = variable(path, path.stem)
     if array.dtype != np.uint8:
         raise InputError(f"{path} holds {path.stem} as {array.dtype}, expected 8-bit pixels (uint8); replace the file.")

@@ -196,7 +196,6 @@ def test_a_mat_file_that_is_not_the_sets_is_named(fault: str, version: str, tmp_
     with pytest.raises(InputError, match=message):
         read(small("SIDD-validation", len(inputs)), tmp_path, "colour")
     (folder / "ValidationGtBlocksSrgb.mat").write_bytes(b"no mat file at all")
-    cards.blocks.cache_clear()
     with pytest.raises(InputError, match=r"ValidationGtBlocksSrgb\.mat is not a readable \.mat file"):
         read(small("SIDD-validation", len(inputs)), tmp_path, "colour")
 

@@ -1,0 +1,91 @@
+"""`data check` names every missing, extra and altered file of a set, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kitbench.data.audit import audit
+from kitbench.data.cards import Card, card, locate, pixel_sha256
+from tests.data.test_cards import image, mat_file, own_card, own_pairs, write
+
+SUMS = {
+    f"{half}/{n}": pixel_sha256(image(100 * (half == "input") + n)) for n in range(3) for half in ("input", "target")
+}
+
+
+def checked() -> Card:
+    return own_card(3, checksum="pixels", sha256=SUMS)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    own_pairs(tmp_path, 3)
+    return tmp_path / "own"
+
+
+def test_a_set_as_its_card_says_has_no_faults(folder: Path) -> None:
+    assert audit(checked(), folder) == audit(own_card(3), folder) == []
+
+
+def test_every_kind_of_fault_is_named(folder: Path) -> None:
+    (folder / "input" / "0.png").unlink()
+    write(folder / "target" / "1.png", image(55))
+    (folder / "target" / "2.png").write_bytes(b"no image")
+    write(folder / "input" / "9.png", image(9))
+    lines = audit(checked(), folder)
+    assert [line.split(":")[0] for line in lines] == [
+        "altered",
+        "altered",
+        "extra",
+        "missing",
+        "missing",
+        "missing",
+        "missing",
+    ]
+    text = "\n".join(lines)
+    assert f"target/1, pixels checksum {pixel_sha256(image(55))}, expected {SUMS['target/1']}" in text
+    assert "2.png is not a readable image" in text
+    assert "extra: input/9" in text
+    assert "missing: input/0" in text
+    assert "missing: the target of input/9.png" in text
+    assert "missing: the input of target/0.png" in text
+    assert "missing: target/2" in text
+
+
+def test_a_renamed_pair_is_still_the_set(folder: Path) -> None:
+    for half in ("input", "target"):
+        (folder / half / "1.png").rename(folder / half / "one.png")
+    assert audit(checked(), folder) == []
+
+
+def test_without_checksums_number_size_and_format_are_what_can_be_told(folder: Path) -> None:
+    [line] = audit(own_card(4), folder)
+    assert line.startswith("altered: 3 pairs in")
+    write(folder / "input" / "1.png", image(0, 25))
+    [line] = audit(own_card(3), folder)
+    assert "is 25 x 16 px and its target" in line
+    [line] = audit(own_card(3, size=[24, 16]), folder)
+    assert "is 25 x 16 px and its target" in line
+    [line] = audit(own_card(3, pairs=[{"inputs": ["other/*.png"], "targets": ["no/*.png"]}]), folder)
+    assert line == "missing: all of it; expected 3 files as other/*.png + no/*.png"
+
+
+def test_the_blocks_of_a_mat_file_are_checked_too(tmp_path: Path) -> None:
+    noisy = np.zeros((2, 3, 8, 8, 3), np.uint8)
+    for name in ("ValidationNoisyBlocksSrgb", "ValidationGtBlocksSrgb"):
+        mat_file(tmp_path / f"{name}.mat", name, noisy, "5")
+    assert audit(card("SIDD-validation").model_copy(update={"size": None, "count": 6}), tmp_path) == []
+    lines = audit(card("SIDD-validation").model_copy(update={"count": 6}), tmp_path)
+    assert len(lines) == 6
+    assert "is 8 x 8 px, expected 256 x 256" in lines[0]
+
+
+@pytest.mark.parametrize("name", ["Rain100L", "CC15", "Levin09", "Set12"])
+def test_a_real_set_has_no_faults(name: str, data_root: Path) -> None:
+    folder = locate(card(name), data_root)
+    if folder is None:
+        pytest.skip(f"{name} is not in {data_root}")
+    assert audit(card(name), folder) == []

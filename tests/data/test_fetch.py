@@ -1,0 +1,426 @@
+"""Fetching a set from a server that fails, stalls, truncates or lies; archives that would do harm; a full disk."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import stat
+import tarfile
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kitbench.data import fetch as fetching
+from kitbench.data.cards import Card, card, pixel_sha256, read
+from kitbench.data.fetch import Patience, fetch, unpack
+from kitbench.errors import InputError, RunError
+
+QUICK = Patience(tries=3, first_wait=0.0, connect=5.0, stall=0.3)
+
+
+def png(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def zipped(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+PAIRS = {f"{half}/{n}.png": png(10 * n + (half == "input")) for n in range(3) for half in ("input", "target")}
+ARCHIVE = zipped({"Own-main/README": b"text", **{f"Own-main/data/test/{name}": data for name, data in PAIRS.items()}})
+
+
+class Server:
+    """One file under every path; `behave` may answer a request instead of the well-behaved default."""
+
+    def __init__(self) -> None:
+        self.body, self.etag, self.requests = ARCHIVE, '"v1"', list[dict[str, str]]()
+        self.behave: Callable[[BaseHTTPRequestHandler, int], bool] = lambda handler, number: False
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                server.requests.append({"path": self.path, **self.headers})
+                if not server.behave(self, len(server.requests)):
+                    server.send(self)
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        self.thread.start()
+
+    def url(self, name: str = "own.zip") -> str:
+        return f"http://127.0.0.1:{self.http.server_address[1]}/{name}"
+
+    def send(self, handler: BaseHTTPRequestHandler, stop_after: int | None = None, ranges: bool = True) -> None:
+        """The file, or the range of it that was asked for; breaking off after so many bytes."""
+        start = 0
+        asked = handler.headers.get("Range")
+        if ranges and asked and handler.headers.get("If-Range") == self.etag:
+            start = int(asked.removeprefix("bytes=").rstrip("-"))
+        body = self.body[start:]
+        handler.send_response(206 if start else 200)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.send_header("ETag", self.etag)
+        if start:
+            handler.send_header("Content-Range", f"bytes {start}-{len(self.body) - 1}/{len(self.body)}")
+        handler.end_headers()
+        handler.wfile.write(body if stop_after is None else body[:stop_after])
+        if stop_after is not None:
+            handler.wfile.flush()
+            handler.close_connection = True
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(fetching, "CHUNK", 1000)  # the files are small, too
+    running = Server()
+    yield running
+    running.http.shutdown()
+    running.http.server_close()
+    running.thread.join()
+
+
+def own(server: Server, name: str = "own.zip", archive: str = "", **fields: object) -> Card:
+    required = {"name": "Own", "title": "t", "tasks": ["derain"], "colour": True, "home": "h", "licence": "l"}
+    pairs = [{"inputs": ["input/*.png"], "targets": ["target/*.png"]}]
+    given = {"citation": "c", "pairs": pairs, "count": 3, "folders": ["Own/test"]}
+    return Card.model_validate(required | given | {"urls": [{"url": server.url(name), "sha256": archive}]} | fields)
+
+
+def get(chosen: Card, root: Path) -> Path:
+    return fetch(chosen, root, lambda name, done, total: None, QUICK)[0]
+
+
+def left(root: Path) -> list[str]:
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+
+
+def test_a_set_is_fetched_unpacked_and_put_in_its_place(server: Server, tmp_path: Path) -> None:
+    told = []
+    chosen = own(server, archive=hashlib.sha256(ARCHIVE).hexdigest())
+    folder, fetched = fetch(chosen, tmp_path / "data", lambda *seen: told.append(seen), QUICK)
+    assert (folder, fetched) == (tmp_path / "data" / "Own" / "test", True)
+    assert len(read(chosen, tmp_path / "data", "colour")) == 3
+    assert left(tmp_path / "data") == sorted(f"Own/test/{name}" for name in PAIRS)
+    assert told[-1] == ("own.zip", len(ARCHIVE), len(ARCHIVE))
+    assert fetch(chosen, tmp_path / "data", lambda *seen: None, QUICK) == (folder, False)
+    assert len(server.requests) == 1
+
+
+def test_a_tar_archive_and_loose_files_will_do(server: Server, tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, data in PAIRS.items():
+            member = tarfile.TarInfo(f"test/{name}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    server.body = buffer.getvalue()
+    assert get(own(server, "own.tgz"), tmp_path / "a") == tmp_path / "a" / "Own" / "test"
+    server.body = PAIRS["input/0.png"]
+    plain = own(server, pairs=(), layouts=[["*.png"]], count=1, urls=[{"url": server.url("0.png")}], folders=["Plain"])
+    assert left(get(plain, tmp_path / "b")) == ["0.png"]
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_stopped(server: Server, tmp_path: Path) -> None:
+    server.behave = lambda handler, number: number <= 5 and server.send(handler, stop_after=3000) is None
+    get(own(server, archive=hashlib.sha256(ARCHIVE).hexdigest()), tmp_path)
+    asked = [request.get("Range") for request in server.requests]
+    assert asked == [None, *(f"bytes={3000 * n}-" for n in range(1, 6))]
+
+
+def test_a_download_that_stalls_is_tried_again(server: Server, tmp_path: Path) -> None:
+    released = threading.Event()
+
+    def stall(handler: BaseHTTPRequestHandler, number: int) -> bool:
+        if number > 1:
+            return False
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(ARCHIVE)))
+        handler.send_header("ETag", server.etag)
+        handler.end_headers()
+        handler.wfile.write(ARCHIVE[:5000])
+        handler.wfile.flush()
+        released.wait(10)
+        handler.close_connection = True
+        return True
+
+    server.behave = stall
+    get(own(server), tmp_path)
+    released.set()
+    assert len(server.requests) == 2
+
+
+def test_a_second_call_goes_on_from_what_the_first_one_left(server: Server, tmp_path: Path) -> None:
+    def half_and_then_nothing(handler: BaseHTTPRequestHandler, number: int) -> bool:
+        if number == 1:
+            server.send(handler, stop_after=len(ARCHIVE) // 2)
+        else:
+            handler.send_error(503)
+        return True
+
+    server.behave = half_and_then_nothing
+    kept = len(ARCHIVE) // 2 // fetching.CHUNK * fetching.CHUNK
+    with pytest.raises(RunError, match=rf"answered 503.*{kept} bytes are kept.*goes on from there"):
+        get(own(server), tmp_path)
+    server.behave = lambda handler, number: False
+    get(own(server, archive=hashlib.sha256(ARCHIVE).hexdigest()), tmp_path)
+    assert server.requests[-1]["Range"] == f"bytes={kept}-"
+
+
+def test_a_file_that_changed_meanwhile_is_fetched_anew(server: Server, tmp_path: Path) -> None:
+    def change(handler: BaseHTTPRequestHandler, number: int) -> bool:
+        if number == 1:
+            server.send(handler, stop_after=2000)
+            server.etag = '"v2"'
+            return True
+        return False
+
+    server.body = zipped({"other": b"another version" * 1000})
+    server.behave = change
+    old, server.body = server.body, ARCHIVE
+    assert old != ARCHIVE
+    get(own(server, archive=hashlib.sha256(ARCHIVE).hexdigest()), tmp_path)
+
+
+def test_a_server_without_ranges_sends_all_again(server: Server, tmp_path: Path) -> None:
+    server.behave = lambda handler, number: server.send(handler, 4000 if number == 1 else None, ranges=False) is None
+    get(own(server, archive=hashlib.sha256(ARCHIVE).hexdigest()), tmp_path)
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("extra", [0, 10])
+def test_a_part_that_is_whole_is_taken_and_one_that_is_too_long_is_dropped(
+    extra: int, server: Server, tmp_path: Path
+) -> None:
+    work = tmp_path / ".fetch-Own"
+    work.mkdir()
+    (work / "own.zip.part").write_bytes(ARCHIVE + bytes(extra))
+    (work / "own.zip.part.tag").write_text(server.etag)
+
+    def refuse(handler: BaseHTTPRequestHandler, number: int) -> bool:
+        if number == 1:
+            handler.send_response(416)
+            handler.send_header("Content-Range", f"bytes */{len(ARCHIVE)}")
+            handler.send_header("Content-Length", "0")
+            handler.end_headers()
+        return number == 1
+
+    server.behave = refuse
+    get(own(server, archive=hashlib.sha256(ARCHIVE).hexdigest()), tmp_path)
+    assert len(server.requests) == (2 if extra else 1)
+
+
+REFUSED = {
+    "404": (lambda handler: handler.send_error(404), "answered 404 Not Found"),
+    "page": (None, "answered with a web page"),
+    "named page": (None, "answered with a web page"),
+}
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_an_address_that_is_no_file_is_refused_at_once(fault: str, server: Server, tmp_path: Path) -> None:
+    def answer(handler: BaseHTTPRequestHandler, number: int) -> bool:
+        if REFUSED[fault][0]:
+            REFUSED[fault][0](handler)
+            return True
+        body = b"\n<!DOCTYPE html><p>sign in" if fault == "page" else b"sign in"
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(body)))
+        if fault == "named page":
+            handler.send_header("Content-Type", "text/html; charset=utf-8")
+        handler.end_headers()
+        handler.wfile.write(body)
+        return True
+
+    server.behave = answer
+    with pytest.raises(InputError, match=REFUSED[fault][1]):
+        get(own(server), tmp_path)
+    assert len(server.requests) == 1
+    assert not any(path.stat().st_size for path in tmp_path.rglob("*.part"))
+
+
+def test_a_wrong_checksum_is_told_with_both_and_nothing_is_kept(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"SHA-256 {hashlib.sha256(ARCHIVE).hexdigest()}, expected {'0' * 64}"):
+        get(own(server, archive="0" * 64), tmp_path)
+    assert not [name for name in left(tmp_path) if not name.endswith(".tag")]
+
+
+def test_a_server_that_cannot_be_reached_is_a_failed_run(server: Server, tmp_path: Path) -> None:
+    chosen = own(server)
+    server.http.server_close()
+    with pytest.raises(RunError, match="could not be fetched: ConnectionError"):
+        get(chosen, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"something/else.txt": b"text"}, r"it holds nothing like input/\*\.png"),
+        ({name: data for name, data in PAIRS.items() if name != "target/1.png"}, "missing: the target of input/1.png"),
+        (PAIRS | {"target/1.png": b"no image"}, "altered: .*1.png is not a readable image"),
+    ],
+)
+def test_an_archive_that_is_not_the_set_leaves_nothing(
+    members: dict[str, bytes], message: str, server: Server, tmp_path: Path
+) -> None:
+    server.body = zipped(members)
+    with pytest.raises(InputError, match=rf"is not Own: {message}"):
+        get(own(server), tmp_path)
+    assert left(tmp_path) == []
+
+
+def test_a_damaged_archive_is_named(server: Server, tmp_path: Path) -> None:
+    server.body = ARCHIVE[:2000] + bytes(100) + ARCHIVE[2100:]
+    with pytest.raises(InputError, match=r"own\.zip cannot be unpacked"):
+        get(own(server), tmp_path)
+    assert not (tmp_path / "Own").exists()
+    assert not (tmp_path / ".fetch-Own" / "unpacked").exists()
+
+
+def test_a_full_disk_while_unpacking_leaves_nothing_half_unpacked(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract = zipfile.ZipFile.extract
+
+    def full(self: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> str:
+        if member.filename.endswith("target/2.png"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return extract(self, member, path)
+
+    monkeypatch.setattr(zipfile.ZipFile, "extract", full)
+    with pytest.raises(InputError, match=r"Cannot write into .*the disk is full"):
+        get(own(server), tmp_path)
+    assert left(tmp_path) == [".fetch-Own/own.zip"]
+    monkeypatch.undo()
+    get(own(server), tmp_path)
+    assert len(server.requests) == 1  # the archive was kept
+
+
+def test_a_file_larger_than_the_disk_is_not_begun(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = fetching.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(InputError, match="more than the disk of .* has room for"):
+        get(own(server), tmp_path)
+
+
+def link(name: str, target: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        info = zipfile.ZipInfo(name)
+        info.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(info, target)
+    return buffer.getvalue()
+
+
+def tarred(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname = kind, target
+        archive.addfile(member, io.BytesIO())
+    return buffer.getvalue()
+
+
+def claiming(size: int) -> bytes:
+    """A tar archive whose one member says that it is so long."""
+    member = tarfile.TarInfo("big")
+    member.size = size
+    return member.tobuf() + bytes(1024)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (zipped({"../outside.png": b"x"}), "lies outside its folder"),
+        (zipped({"/etc/outside.png": b"x"}), "lies outside its folder"),
+        (zipped({"a\\..\\..\\outside.png": b"x"}), "lies outside its folder"),
+        (link("link", "/etc"), "holds a link"),
+        (tarred("../outside.png"), "outside"),
+        (tarred("link", tarfile.SYMTYPE, "/etc"), "cannot be unpacked"),
+        (tarred("link", tarfile.SYMTYPE, "../.."), "cannot be unpacked"),
+        (tarred("hard", tarfile.LNKTYPE, "../../outside"), "cannot be unpacked"),
+        (tarred("device", tarfile.CHRTYPE), "cannot be unpacked"),
+        (claiming(1 << 40), "there is room for"),
+    ],
+)
+def test_an_archive_that_would_do_harm_is_refused(data: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "archive").write_bytes(data)
+    with pytest.raises(InputError, match=message):
+        unpack(tmp_path / "archive", tmp_path / "in")
+    assert left(tmp_path) == ["archive"]
+
+
+def test_a_zip_that_grows_beyond_bounds_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("zeros", bytes(4 << 20))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "bomb.zip").write_bytes(buffer.getvalue())
+    usage = fetching.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
+    with pytest.raises(InputError, match="would unpack to 4194304 bytes or more, and there is room for 1048576"):
+        unpack(tmp_path / "bomb.zip", tmp_path / "in")
+    assert left(tmp_path / "in") == []
+
+
+def test_what_lies_in_the_way_is_not_touched(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "Own" / "test" / "input").mkdir(parents=True)
+    (tmp_path / "Own" / "test" / "input" / "mine.png").write_bytes(png(0))
+    with pytest.raises(InputError, match=r"Own/test is there, but is not Own"):
+        get(own(server), tmp_path)
+    (tmp_path / "Own" / "test" / "input" / "mine.png").rename(tmp_path / "Own" / "mine.png")
+    (tmp_path / "Own" / "test" / "input").rmdir()
+    (tmp_path / "Own" / "test" / "note").write_text("mine")
+    with pytest.raises(InputError, match=r"is there already, with other files"):
+        get(own(server), tmp_path)
+    assert (tmp_path / "Own" / "mine.png").exists()
+
+
+def test_a_set_that_may_not_be_fetched_says_where_to_ask(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"DND is not fetched by kitbench; Accept the terms .*Home: https://noise\."):
+        get(card("DND"), tmp_path)
+    with pytest.raises(InputError, match="ships with the package"):
+        get(card("skimage-test"), tmp_path)
+    assert left(tmp_path) == []
+
+
+def test_fetch_and_check_from_the_command_line(server: Server, tmp_path: Path, kitbench) -> None:
+    done = kitbench("data", "fetch", "DND", "--data", str(tmp_path), code=2)
+    assert "Accept the terms" in done.stderr
+    done = kitbench("data", "where", "GoPro", "--data", str(tmp_path))
+    assert "GoPro: not found" in done.stdout
+    assert "GOPRO_Large/test" in done.stdout
+    done = kitbench("data", "check", "Rain100L", "--data", str(tmp_path), code=1)
+    assert "Rain100L: not in" in done.stdout
+    done = kitbench("data", "check", "skimage-train")
+    assert "4 images in" in done.stdout
+    assert "Rain100L" in kitbench("data", "list").stdout
+    kitbench("data", "check", "Rain100", code=2)
+
+
+def test_checksums_of_pixels_survive_the_journey(server: Server, tmp_path: Path) -> None:
+    sums = {Path(name).with_suffix("").as_posix(): pixel_sha256(np.asarray(Image.open(io.BytesIO(data))))
+            for name, data in PAIRS.items()}  # fmt: skip
+    get(own(server, checksum="pixels", sha256=sums), tmp_path)
