@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kitbench.errors import InputError, nearest
+from kitbench.weights import load_file
 
 VERSION = "0.1"
 ENVIRONMENT = "KITBENCH_LPIPS_WEIGHTS"
@@ -53,11 +53,11 @@ class LPIPS(nn.Module):
         super().__init__()
         if net not in _FILES:
             raise InputError(f"Unknown LPIPS backbone {net!r}; {nearest(net, _FILES)}")
-        heads = _load(_heads_file(net))
+        heads = load_file(_heads_file(net))
         file = _backbone_file(net, weights)
         self.taps = _TAPS[net]
         self.features = {"squeeze": _squeezenet, "alex": _alexnet, "vgg": _vgg}[net]()
-        _fill(self.features, _load(file), file, net)
+        _fill(self.features, load_file(file), file, net)
         for number in range(len(self.taps)):
             self.register_buffer(f"head{number}", heads[f"lin{number}.model.1.weight"])
         # ImageNet's mean and deviation, moved to inputs in [-1, 1] as the authors' package has them.
@@ -179,17 +179,6 @@ def _backbone_file(net: str, weights: str | Path | None) -> Path:
                 f"download it again from {_URL}{standard}."
             )
     return found
-
-
-def _load(file: Path) -> dict[str, Any]:
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)  # the heads were saved from CUDA
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{file} cannot be read as a file of weights ({reason}): give another one.") from error
-    if not isinstance(state, dict):
-        raise InputError(f"{file} holds a {type(state).__name__}, expected a state dict of tensors: give another one.")
-    return state
 
 
 def _fill(features: nn.Sequential, state: dict[str, Any], file: Path, net: str) -> None:
