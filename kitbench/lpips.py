@@ -164,10 +164,11 @@ def _backbone_file(net: str, weights: str | Path | None) -> Path:
     candidates = [place] if place.is_file() else [place / standard, *sorted(place.glob(f"{stem}*.pth"))]
     found = next((file for file in candidates if file.is_file()), None)
     if found is None:
+        cache = _told(Path(torch.hub.get_dir()) / "checkpoints")
         raise InputError(
-            f"LPIPS-{net} needs the backbone's weights {standard} ({_URL}{standard}), not found in {place}: download "
-            f"it and name the file, or its folder, as the weights of the metric or in {ENVIRONMENT}, or put it into "
-            f"{Path(torch.hub.get_dir()) / 'checkpoints'}."
+            f"LPIPS-{net} needs the backbone's weights {standard} ({_URL}{standard}), not found in {_told(place)}: "
+            f"download it and name the file, or its folder, as the weights of the metric or in {ENVIRONMENT}, or put "
+            f"it into {cache}."
         )
     stated = re.search(r"-([0-9a-f]{8,64})\.pth$", found.name)
     if stated:
@@ -179,6 +180,12 @@ def _backbone_file(net: str, weights: str | Path | None) -> Path:
                 f"download it again from {_URL}{standard}."
             )
     return found
+
+
+def _told(path: Path) -> str:
+    """A path as it may stand in a stored run: without the user's own folder."""
+    home = Path.home()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
 
 
 def _fill(features: nn.Sequential, state: dict[str, Any], file: Path, net: str) -> None:
