@@ -27,6 +27,19 @@ def test_rows_are_means_over_images_and_seeds(tmp_path: Path) -> None:
     assert len(row["runs"].split(",")) == 3
 
 
+def test_the_form_of_a_computation_is_always_told(tmp_path: Path) -> None:
+    """Memory is the form's, not the method's: a lone materialised `global` must not pass for the method."""
+    store(tmp_path, "global", 30.0, settings={"form": "materialised"})
+    store(tmp_path, "kit", 31.0)
+    for form in ("markdown", "latex", "terminal"):
+        assert "global (materialised)" in render(find([tmp_path]), form)
+    assert [row["form"] for row in json.loads(render(find([tmp_path]), "json"))] == ["materialised", None]
+    store(tmp_path, "global", 30.5, settings={"form": "sdpa"})
+    text = render(find([tmp_path]), "markdown")
+    assert "| global (form materialised) |" in text
+    assert "| global (form sdpa) " in text
+
+
 def test_best_is_bold_and_second_underlined_as_printed(tmp_path: Path) -> None:
     for method, psnr, ssim in (("kit", 30.0, 0.9), ("window", 31.0, 0.8), ("local", 31.001, 0.7)):
         store(tmp_path, method, psnr, ssim=ssim)

@@ -23,7 +23,19 @@ from kitbench.store import Run, RunFolder
 from kitbench.verdict import pictures, published
 from kitbench.verdict.claims import Block, blocks, claims, compare_methods
 from kitbench.verdict.compare import Column, Compared, adjusted, heading, pooled
-from kitbench.verdict.table import Entry, caption_of, entries, labels, notes_of, number, ranked, rows, slowed, split
+from kitbench.verdict.table import (
+    Entry,
+    caption_of,
+    entries,
+    labels,
+    named,
+    notes_of,
+    number,
+    ranked,
+    rows,
+    slowed,
+    split,
+)
 
 if TYPE_CHECKING:
     from kitbench.cost.scale import Sweep
@@ -148,7 +160,7 @@ def _table(block: pd.DataFrame, caption: str) -> Grid:
     header += ["Parameters", f"GMACs{at}", "Peak memory of a step, MiB", "s a step", "Seeds", "Runs"]
     lines = []
     for method, own in block.groupby("method", sort=False):
-        line = [_cell(str(method))]
+        line = [_cell(named(str(method), own["form"].iloc[0]))]
         for column in columns:
             match = own[(own["data_set"] == column[0]) & (own["condition"] == column[1])]
             for metric, _, digits, higher in metrics:

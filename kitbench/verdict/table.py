@@ -133,6 +133,7 @@ def _row(key: tuple[Any, ...], group: list[Entry], to_best: Compared | None) -> 
         "device": first.run.device,
         "mode": mode,
         "method": method,
+        "form": first.run.settings.get("form"),
         "data_set": data_set,
         "sigma": first.evaluation.sigma,
         "condition": condition,
@@ -300,7 +301,7 @@ def _block(block: pd.DataFrame, run: Run, form: Format) -> str:
             str(first["seeds"]),
             str(first["protocol"]),
         ]
-        lines.append([styles.escape(str(method)), *cells])
+        lines.append([styles.escape(named(str(method), first["form"])), *cells])
     runs = {
         method: dict.fromkeys(",".join(own["runs"]).split(",")) for method, own in block.groupby("method", sort=False)
     }
@@ -358,6 +359,11 @@ def ranked(block: pd.DataFrame, column: Column, metric: str, digits: int, higher
     match = block[(block["data_set"] == column[0]) & (block["condition"] == column[1])][metric].dropna()
     values = sorted({round(float(value), digits) for value in match}, reverse=higher)
     return (number(values[0], digits) if values else "", number(values[1], digits) if len(values) > 1 else None)
+
+
+def named(method: str, form: object) -> str:
+    """What stands before a row. The form of its computation is always told: memory is the form's, not the method's."""
+    return method if not isinstance(form, str) or f"form {form}" in method else f"{method} ({form})"
 
 
 def number(value: Any, digits: int) -> str:
