@@ -103,11 +103,16 @@ class UNet(nn.Module):
             nn.init.zeros_(self.tail.weight)
             assert self.tail.bias is not None
             nn.init.zeros_(self.tail.bias)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.lay_out(torch.channels_last)
+
+    def lay_out(self, memory_format: torch.memory_format) -> None:
+        """Choose the memory format of kernels and feature maps; changes rounding only."""
+        self.memory_format = memory_format
+        self.to(memory_format=memory_format)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        padded = pad(x, 1 << (len(self.config.blocks) - 1)).contiguous(memory_format=torch.channels_last)
+        padded = pad(x, 1 << (len(self.config.blocks) - 1)).contiguous(memory_format=self.memory_format)
         f, skips = self.head(padded), []
         for stage, down in zip(self.encoder, self.down, strict=True):
             f = stage(f)

@@ -16,7 +16,7 @@ from kitbench import NUMERICS
 from kitbench.suite import Denoise, Mode, Recipe, Suite, digest
 
 _DECIDES_NO_NUMBER = {"name", "card", "checkpoint_every"}
-_ADDED_LATER = {"ema"}
+_ADDED_LATER = {"ema", "tf32", "channels_last", "compile", "fused"}
 """Keys of a recipe that count only where they are not at their default, so that older runs keep their keys."""
 
 

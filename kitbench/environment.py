@@ -24,7 +24,9 @@ _PACKAGES = ("torch", "numpy", "scipy", "scikit-image", "opencv-python-headless"
 def choose_device(wanted: str) -> torch.device:
     """`auto` is CUDA where there is one, else the CPU. Raises InputError for a device that is not there."""
     if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and "LOCAL_RANK" in os.environ:
+        wanted = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun: a GPU for each process of this machine
     try:
         device = torch.device(wanted)
     except RuntimeError as error:
@@ -44,16 +46,16 @@ def device_name(device: torch.device) -> str:
 
 
 def make_repeatable(recipe: Recipe) -> None:
-    """Deterministic algorithms where the recipe asks for them, and no TF32: the same flags for every method."""
+    """Deterministic algorithms and TF32 as the recipe says: the same flags for every method."""
     torch.use_deterministic_algorithms(recipe.deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # a debugging aid that costs a pass over memory
     torch.backends.cudnn.benchmark = not recipe.deterministic
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = recipe.tf32
+    torch.backends.cudnn.allow_tf32 = recipe.tf32
 
 
-def environment(device: torch.device) -> Environment:
-    """What is written beside a run's numbers."""
+def environment(device: torch.device, **more: int | None) -> Environment:
+    """What is written beside a run's numbers; `more` are further flags."""
     return Environment(
         kitbench=kitbench.__version__,
         commit=commit(),
@@ -71,6 +73,7 @@ def environment(device: torch.device) -> Environment:
             "tf32": torch.backends.cuda.matmul.allow_tf32,
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
             "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
+            **more,
         },
     )
 

@@ -27,6 +27,7 @@ from kitbench.data.overlap import assert_disjoint
 from kitbench.environment import choose_device, device_name, make_repeatable
 from kitbench.errors import InputError, RunError
 from kitbench.lpips import LPIPS, available
+from kitbench.processes import current, pieces
 from kitbench.progress import gib
 from kitbench.seeds import derive
 from kitbench.store import Cost, RunFolder, writable
@@ -84,7 +85,14 @@ class Scoring:
 
     def __init__(self, suite: Suite, options: Options) -> None:
         self.suite, self.options = suite, options
-        self.device = choose_device(options.device)
+        self.device, self.world = choose_device(options.device), current()
+        if self.world.size > suite.recipe.batch:
+            raise InputError(
+                f"{self.world.size} processes cannot share a batch of {suite.recipe.batch}; start fewer, or set a "
+                f"larger recipe.batch, which changes the numbers."
+            )
+        self.pieces = pieces(self.world.share(suite.recipe.batch), options.micro_batch)
+        """Of each batch, what this process takes, a piece at a time."""
         self.trackers = trackers(options.track)
         make_repeatable(suite.recipe)
         self.absent: dict[str, str] = {}
@@ -209,7 +217,9 @@ class Job(Scoring):
     def build(self, cell: Cell) -> UNet:
         """The shared backbone with the cell's attention in it, initialised from the cell's seed."""
         seed = derive(cell.seed, "model")
-        return UNet(CHANNELS[cell.mode], self.suite.backbone, self.methods[cell.method], cell.settings, seed)
+        model = UNet(CHANNELS[cell.mode], self.suite.backbone, self.methods[cell.method], cell.settings, seed)
+        model.lay_out(torch.channels_last if self.suite.recipe.channels_last else torch.contiguous_format)
+        return model
 
     def unfinished(self, cell: Cell, folder: RunFolder) -> bool:
         """Whether something of the cell is still to be done."""
@@ -253,7 +263,7 @@ class Job(Scoring):
                 model(x)
 
         moments = 2 * 4 * sum(p.numel() for p in model.parameters())
-        batch = (min(recipe.batch, self.options.micro_batch or recipe.batch), channels, recipe.crop, recipe.crop)
+        batch = (len(self.pieces[0]), channels, recipe.crop, recipe.crop)
         for what, call, shape, extra, advice in (
             ("a training step", step, batch, moments, "--micro-batch"),
             (f"a test image of {width} x {height} px", forward, (1, channels, height, width), 0, "protocol.tile"),
@@ -276,7 +286,7 @@ class Job(Scoring):
         closed, counted, note = count_macs(model.eval(), channels, model.macs(RESOLUTION, RESOLUTION))
         model.to(self.device).train()
         optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.lr)
-        x = torch.rand(recipe.batch, channels, recipe.crop, recipe.crop, device=self.device)
+        x = torch.rand(len(self.pieces[0]), channels, recipe.crop, recipe.crop, device=self.device)
 
         def step() -> None:
             optimiser.zero_grad(set_to_none=True)
@@ -305,7 +315,7 @@ class Job(Scoring):
                 memory_note=None,
                 calibration_seconds=calibration_seconds,
             ),
-            step_seconds,
+            step_seconds * len(self.pieces),
             forward_seconds / x[:, 0].numel(),
         )
 

@@ -29,6 +29,7 @@ from kitbench.cell import Cell
 from kitbench.errors import InputError, Interrupted, RunError
 from kitbench.job import Job, Options
 from kitbench.progress import duration
+from kitbench.run import unfinished
 from kitbench.status import Plan, Planned, plan_path, survey
 from kitbench.store import RunFolder, now, write_atomic
 from kitbench.suite import Suite
@@ -106,7 +107,7 @@ def local(
         if value is not None:
             raise InputError(f"{name} is of --launcher slurm; leave it out with --launcher local.")
     job = Job(suite, options)
-    todo = [cell for cell in job.cells if job.unfinished(cell, RunFolder(options.out / cell.folder))]
+    todo = [cell for cell in job.cells if unfinished(job, cell, RunFolder(options.out / cell.folder))]
     workers = slots(job.device, spread, max(1, len(todo)))
     device = arguments.index("--device") + 1  # a worker sees its own GPU alone
     arguments = [*arguments[:device], job.device.type, *arguments[device + 1 :]]
@@ -129,7 +130,7 @@ def local(
     complete = []
     for cell in job.cells:
         folder = RunFolder(options.out / cell.folder)
-        if not job.unfinished(cell, folder):
+        if not unfinished(job, cell, folder):
             complete.append(folder)
         elif cell not in failed:
             failed[cell] = f"{label(cell)}: its worker ended well, but {folder.path} is not complete"

@@ -70,12 +70,22 @@ class World:
         return [value for box in boxes for value in box]
 
 
+def current() -> World:
+    """This process among those that it has joined."""
+    return World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
+
+
+def pieces(share: range, most: int | None) -> list[range]:
+    """A share cut into pieces of at most `most`; None: in one piece."""
+    return [share[first : first + most] for first in range(0, len(share), most)] if most else [share]
+
+
 def started_by_torchrun() -> bool:
     return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 @contextmanager
-def world() -> Iterator[World]:
+def joined() -> Iterator[World]:
     """Join the other processes that torchrun has started while the block runs; alone where it has not."""
     if not started_by_torchrun():
         yield World()
@@ -84,5 +94,5 @@ def world() -> Iterator[World]:
     if cuda and int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    yield World(dist.get_rank(), dist.get_world_size())
+    yield current()
     dist.destroy_process_group()  # not after an error: the others may be waiting, and torchrun ends them

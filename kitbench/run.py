@@ -11,6 +11,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from kitbench.data.cards import Photograph
 from kitbench.environment import command_line, device_name, environment
 from kitbench.errors import InputError, Interrupted, RunError
 from kitbench.job import Job, Options, Probe, Scoring, set_sha256
+from kitbench.processes import joined
 from kitbench.progress import duration, heartbeat, progress
 from kitbench.seeds import derive
 from kitbench.stop import Stop, interruptible
@@ -49,17 +51,20 @@ def run(suite: Suite, options: Options, console: Console) -> tuple[list[RunFolde
     Returns the folders of all cells that are complete, and a sentence for each that failed. Raises InputError before
     anything is written, and Interrupted (state saved) on Ctrl-C or SIGTERM.
     """
-    with interruptible(how_to_go_on) as stop:
+    with joined() as world, interruptible(how_to_go_on) as stop:
+        if not world.first:
+            console = Console(quiet=True)
         job = Job(suite, options)
         folders = {cell: RunFolder(options.out / cell.folder) for cell in job.cells}
-        todo = [cell for cell in job.cells if unfinished(job, cell, folders[cell])]
+        left = world.agree([unfinished(job, cell, folders[cell]) for cell in job.cells])
+        todo = [cell for cell, wanted in zip(job.cells, left, strict=True) if wanted]
         probes, unfit = probe(job, todo, console)
         job.require_space([cell for cell in todo if cell.method in probes], probes)
         announce(job, todo, probes, console)
         stop.idle = False
         failed = work_off(job, todo, folders, probes, unfit, console, stop)
         complete = [folders[cell] for cell in job.cells if not unfinished(job, cell, folders[cell])]
-        return complete, failed
+        return (complete, failed) if world.first else ([], [])
 
 
 def unfinished(job: Job, cell: Cell, folder: RunFolder) -> bool:
@@ -101,7 +106,7 @@ def work_off(
     queue, held = deque(todo), set()
 
     def attempt(cell: Cell, folder: RunFolder) -> str | None:
-        with folder.lock() as killed:
+        with folder.lock() if job.world.first else nullcontext() as killed:
             if killed:
                 console.print(f"{titles[cell]}  {killed} was killed; going on from what it stored", highlight=False)
             if cell in held and folder.failed is not None and folder.failed.when >= begun:
@@ -114,9 +119,12 @@ def work_off(
                 (folder.path / "failed.json").unlink(missing_ok=True)
             except Interrupted:
                 raise
-            except Exception as error:  # noqa: BLE001 - as above
+            except Exception as error:
                 # One run's failure (out of memory, a full disk, a damaged record) must not take the others with it.
-                return failure(job, cell, folder, error)
+                sentence = failure(job, cell, folder, error)
+                if job.world.size > 1:  # the other processes may be waiting for this one: torchrun ends them
+                    raise RunError(sentence) from error
+                return sentence
         return None
 
     while queue:
@@ -126,6 +134,8 @@ def work_off(
         try:
             sentence = attempt(cell, folders[cell])
         except Held as error:
+            if job.world.size > 1:
+                raise
             if cell not in held:
                 console.print(f"{titles[cell]}  waits: {error}", highlight=False)
             held.add(cell)
@@ -169,9 +179,11 @@ def run_cell(
     stop: Stop,
 ) -> None:
     """Train the cell from where it stands, then do the evaluations that are missing."""
-    begin(folder, _record(job, cell))
+    if job.world.first:
+        begin(folder, _record(job, cell))
     if cell.trained:
-        with tracked(job.trackers, folder, None if folder.trained else logged_steps(folder)) as log:
+        told = job.trackers if job.world.first else []
+        with tracked(told, folder, None if folder.trained else logged_steps(folder)) as log:
             restore = _trained(job, cell, folder, probe, title, console, stop, log)
             score(job, cell, folder, restore, title, console, stop)
             log(job.suite.recipe.steps, test_means(folder))
@@ -196,14 +208,16 @@ def score(
     sets, protocol = job.sets[cell.mode], job.protocols[cell.mode]
     missing = job.missing(cell, folder)
     lpips = job.lpips.get(protocol.lpips)
-    total = sum(len(sets.test[name]) for name, _ in missing)
-    beat = heartbeat(folder, "scoring", total)
+    mine = {name: list(enumerate(photos))[job.world.rank :: job.world.size] for name, photos in sets.test.items()}
+    total = sum(len(mine[name]) for name, _ in missing)
+    beat = heartbeat(folder, "scoring", total) if job.world.first else lambda done: None
     with progress(console, f"{title} scoring", total) as update:
         done = 0
         for name, sigma in missing:
             scores = []
             keep = keeper(folder, sets.test[name], name, sigma, protocol.stamp)
-            for found in evaluate.scores(restore, sets.test[name], name, job.suite.task, sigma, protocol, lpips, keep):
+            photos = [photo for _, photo in mine[name]]
+            for found in evaluate.scores(restore, photos, name, job.suite.task, sigma, protocol, lpips, keep):
                 if stop():
                     raise Interrupted(f"stopped while scoring {folder.path.name}; the same command goes on there")
                 scores.append(found)
@@ -211,13 +225,16 @@ def score(
                 at = "" if sigma is None else f" sigma {sigma:g}"
                 beat(done)
                 update(done, f"{name}{at}: {'inf' if found.psnr is None else f'{found.psnr:.2f} dB'}")
+            numbers = [number for number, _ in mine[name]]
+            everyone = sorted(job.world.gather(list(zip(numbers, scores, strict=True))), key=lambda scored: scored[0])
             record = Evaluation(
                 key=cell.key, data_set=name, data_sha256=job.test_sha256(cell.mode, name), sigma=sigma,
                 protocol=protocol, stamp=protocol.stamp, lpips_note=job.lpips_notes.get(protocol.lpips),
-                scores=tuple(scores),
+                scores=tuple(score for _, score in everyone),
             )  # fmt: skip
             path = folder.evaluation_path(name, sigma, protocol.stamp)
-            folder.write(str(path.relative_to(folder.path)), record)
+            if job.world.first:
+                folder.write(str(path.relative_to(folder.path)), record)
     (folder.path / "progress.json").unlink(missing_ok=True)
 
 
@@ -256,7 +273,7 @@ def _trained(
     else:
         assert probe is not None
         batches = Batches(job.sets[cell.mode].training, suite.task, suite.recipe, derive(cell.seed, "data"))
-        beat = heartbeat(folder, "training", suite.recipe.steps)
+        beat = heartbeat(folder, "training", suite.recipe.steps) if job.world.first else lambda done: None
         clock, kept_waiting = time.perf_counter(), waited_seconds()
         with progress(console, title, suite.recipe.steps) as update:
 
@@ -268,15 +285,15 @@ def _trained(
 
             log = train(
                 model, batches, suite.recipe, job.device, folder, job.options.workers, report, stop,
-                lambda text: console.print(f"{title}  {escape(text)}", highlight=False),
+                lambda text: console.print(f"{title}  {escape(text)}", highlight=False), job.options.micro_batch,
             )  # fmt: skip
+        model.float()  # trained in double precision, a run is kept and scored in single
         contended = (waited_seconds() - kept_waiting) / (time.perf_counter() - clock) / torch.get_num_threads()
         image = next(iter(job.sets[cell.mode].test.values()))[0].pixels
         notes = reports(model.eval(), image, job.device, job.protocols[cell.mode].tile)
         for name, note in notes.items():
             console.print(f"{title}  {name}: {', '.join(f'{k} {v}' for k, v in note.items())}", highlight=False)
         state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-        write_atomic(folder.weights, safetensors.torch.save(state))
         training = Training(
             steps=suite.recipe.steps,
             seconds=sum(line[4] * ((line[0] - 1) % LOG_EVERY + 1) for line in log),
@@ -288,9 +305,11 @@ def _trained(
             cost=probe.cost,
             notes=notes,
         )
-        folder.write("training.json", training)
-        folder.checkpoint.unlink(missing_ok=True)
-        folder.previous_checkpoint.unlink(missing_ok=True)
+        if job.world.first:
+            write_atomic(folder.weights, safetensors.torch.save(state))
+            folder.write("training.json", training)
+            folder.checkpoint.unlink(missing_ok=True)
+            folder.previous_checkpoint.unlink(missing_ok=True)
     model.to(job.device).eval()
     return evaluate.network(model, job.device, job.protocols[cell.mode], suite.recipe.precision)
 
@@ -342,7 +361,7 @@ def _record(job: Job, cell: Cell) -> Run:
         backbone=job.suite.backbone if trained else None,
         recipe=job.suite.recipe if trained else None,
         train_sets={n: set_sha256(p) for n, p in job.sets[cell.mode].train.items()} if trained else {},
-        environment=environment(job.device),
+        environment=environment(job.device, processes=job.world.size, micro_batch=job.options.micro_batch),
     )
 
 
@@ -369,7 +388,9 @@ def announce(job: Job, todo: list[Cell], probes: dict[str, Probe], console: Cons
         say("protocol", f"{protocol.stamp}: {protocol.summary}")
     for net, note in job.lpips_notes.items():
         say("lpips", f"{net} is n/a: {note}")
-    say("device", f"{device_name(job.device)}, {torch.get_num_threads()} threads")
+    shared = f", {job.world.size} processes" if job.world.size > 1 else ""
+    at_a_time = f", {len(job.pieces[0])} crops at a time on each" if len(job.pieces) > 1 else ""
+    say("device", f"{device_name(job.device)}, {torch.get_num_threads()} threads{shared}{at_a_time}")
     if job.device.type == "cuda" and suite.preset == "quick":
         say("", "this machine has a CUDA device: --preset full runs the paper's recipe as we read it")
     stored = len(job.cells) - len(todo)

@@ -248,7 +248,16 @@ class Recipe(Frozen):
     """Each crop is flipped and turned by a multiple of 90 degrees at random (8 orientations)."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay per step of a moving average of the weights, which is then what is kept and scored; 0: none."""
-    precision: Literal["float32", "bf16"] = "float32"
+    precision: Literal["float32", "bf16", "float64"] = "float32"
+    """bf16: autocast. float64: trained in double precision, kept and scored in float32."""
+    tf32: bool = False
+    """CUDA may round the factors of float32 products and convolutions to 10 bits of mantissa."""
+    channels_last: bool = True
+    """Memory format of feature maps and kernels."""
+    compile: bool = False
+    """Train through torch.compile."""
+    fused: bool = True
+    """One kernel for the optimiser's step."""
     deterministic: bool = True
     checkpoint_every: Annotated[int, Field(ge=1)] = 500
     """Steps between checkpoints; decides no number."""
@@ -361,7 +370,7 @@ def load(
     presets = raw.pop("presets", {})
     default = raw.pop("default_preset", None)
     preset = preset or default
-    if not isinstance(presets, dict) or preset not in presets:
+    if not isinstance(presets, dict) or not isinstance(preset, str) or preset not in presets:
         raise InputError(f"Suite {label!r} has no preset {preset!r}; {nearest(str(preset), presets)}")
     if not isinstance(presets[preset], dict):
         raise InputError(

@@ -11,17 +11,20 @@ import io
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from kitbench.backbone import UNet
 from kitbench.data.batches import Batches
 from kitbench.data.cards import pixel_sha256
 from kitbench.errors import Interrupted, RunError
+from kitbench.processes import current, pieces
 from kitbench.seeds import derive
 from kitbench.stop import Stop
 from kitbench.store import RunFolder, write_atomic
@@ -48,50 +51,67 @@ def train(
     report: Report,
     stop: Stop,
     say: Callable[[str], None] = print,
+    micro_batch: int | None = None,
 ) -> list[Line]:
     """Train in place from the last good checkpoint, or from the start; `say` is told of a damaged one.
 
+    Each process takes its share of every batch, at most `micro_batch` samples at a time; the gradients add up to those
+    of the whole batch, and the first process alone writes. How a batch is shared changes rounding only.
     Returns the log: means over stretches of LOG_EVERY steps. Leaves the moving average in the model, if there is one.
     Raises RunError where the loss or the weights are not finite or the loss is not below DIVERGED, naming step and
     batch, with the last good checkpoint kept; and Interrupted, with a checkpoint written, once `stop()` is true.
     """
-    model.to(device).train()
+    dtype, world = torch.float64 if recipe.precision == "float64" else torch.float32, current()
+    model.to(device, dtype).train()
     parameters = list(model.parameters())
     optimiser = torch.optim.AdamW(
-        decay_groups(model, recipe.weight_decay), lr=recipe.lr, betas=recipe.betas, fused=True
+        decay_groups(model, recipe.weight_decay), lr=recipe.lr, betas=recipe.betas, fused=recipe.fused
     )
     average = [p.detach().clone() for p in parameters] if recipe.ema else []
     move_average = get_ema_multi_avg_fn(recipe.ema)
-    sums = torch.zeros(
-        2, device=device
-    )  # of loss and of squared error, over the stretch since the last line of the log
-    losses = torch.zeros(LOG_EVERY, device=device)  # of single steps: tells which one went wrong
+    # Of loss and of squared error, over the stretch since the last line of the log.
+    sums = torch.zeros(2, device=device, dtype=dtype)
+    losses = torch.zeros(LOG_EVERY, device=device, dtype=dtype)  # of single steps: tells which one went wrong
     start, log = resume(model, optimiser, average, sums, folder, say)
     done = start
+    network: nn.Module = torch.compile(model) if recipe.compile else model  # type: ignore[assignment]
+    if world.size > 1:
+        network = DistributedDataParallel(network, [device] if device.type == "cuda" else None, broadcast_buffers=False)
 
     def keep() -> str:
         """Write the state after `done` steps. Raises RunError where it is not worth keeping."""
         check(losses, range(done - done % LOG_EVERY, done), parameters, batches, folder)
-        save(model, optimiser, average, sums, done, log, folder)
+        if world.first:
+            save(model, optimiser, average, sums, done, log, folder)
         return f"stopped at step {done} of {recipe.steps} of {folder.path.name}, saved"
 
-    loader = batches.from_step(start, workers)
+    shares = pieces(world.share(recipe.batch), micro_batch)
+    loader = batches.from_step(start, workers, shares)
     first, clock, waited = start, time.perf_counter(), 0.0
     with stop.saved_by(keep):
         for step in range(start, recipe.steps):
-            asked = time.perf_counter()
-            batch = next(loader)
-            waited += time.perf_counter() - asked
-            degraded, clean = (images.to(device, non_blocking=True) for images in batch)
+            asked_to_stop = world.any(stop)
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(recipe, step)
-            torch.manual_seed(derive(batches.seed, "step", step))
-            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-                restored = model(degraded)
-            error = restored.float() - clean
-            loss = loss_of(error, recipe)
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            found = torch.zeros_like(sums)  # loss and squared error of this step
+            for share in shares:
+                asked = time.perf_counter()
+                batch = next(loader)
+                waited += time.perf_counter() - asked
+                degraded, clean = (images.to(device, dtype, non_blocking=True) for images in batch)
+                torch.manual_seed(
+                    derive(batches.seed, "step", step)
+                )  # for each piece: all draw as the whole batch would
+                with gradients_of(network, last=share is shares[-1]):
+                    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+                        restored = network(degraded)
+                    error = restored.to(dtype) - clean
+                    loss = loss_of(error, recipe)
+                    weight = len(share) / recipe.batch
+                    (loss * (weight * world.size)).backward()  # the processes' gradients are averaged, not added
+                found += weight * torch.stack((loss.detach(), error.detach().square().mean()))
+            world.sum(found)
             if recipe.clip:
                 nn.utils.clip_grad_norm_(parameters, recipe.clip)
 
@@ -99,8 +119,8 @@ def train(
                 optimiser.step()
                 if recipe.ema:
                     move_average(average, parameters, None)
-                losses[step % LOG_EVERY] = loss.detach()
-                sums += torch.stack((loss.detach(), error.detach().square().mean()))
+                losses[step % LOG_EVERY] = found[0]
+                sums += found
                 done = step + 1
                 if done % LOG_EVERY == 0 or done == recipe.steps:
                     stretch = (done - 1) % LOG_EVERY + 1
@@ -114,7 +134,7 @@ def train(
                     report(done, mean_loss, psnr, waiting / seconds)
                     sums.zero_()
                     first, clock, waited = done, now, 0.0
-            stopping = stop() and done < recipe.steps
+            stopping = asked_to_stop() and done < recipe.steps
             if stopping or (done % recipe.checkpoint_every == 0 and done < recipe.steps):
                 paused = time.perf_counter()
                 with stop.state:
@@ -126,8 +146,14 @@ def train(
     with torch.no_grad():
         for parameter, mean in zip(parameters, average, strict=False):
             parameter.copy_(mean)
-    write_log(log, folder)
+    if world.first:
+        write_log(log, folder)
     return log
+
+
+def gradients_of(network: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """Where a piece's gradients are added up: in this process, and behind the `last` piece over all processes."""
+    return nullcontext() if last or not isinstance(network, DistributedDataParallel) else network.no_sync()
 
 
 def check(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -39,9 +40,14 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
         self._cumulative[-1] = 1.0  # rounding must not leave a gap below 1
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        pairs = [self.sample(step, index) for index in range(self.recipe.batch)]
-        degraded, clean = (np.stack(images).transpose(0, 3, 1, 2) for images in zip(*pairs, strict=True))
-        return torch.from_numpy(np.ascontiguousarray(degraded)), torch.from_numpy(np.ascontiguousarray(clean))
+        return self.part(step, range(self.recipe.batch))
+
+    def part(self, step: int, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Those of a step's samples that have these numbers."""
+        pairs = [self.sample(step, index) for index in indices]
+        stacks = (torch.from_numpy(np.stack(images)) for images in zip(*pairs, strict=True))
+        degraded, clean = (stack.permute(0, 3, 1, 2).contiguous() for stack in stacks)
+        return degraded, clean
 
     def __len__(self) -> int:
         return self.recipe.steps
@@ -54,7 +60,9 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
 
         def view(pixels: np.ndarray, around: int) -> np.ndarray:
             cut = _cut(pixels, top, left, crop, around)
-            return np.rot90(cut[:, ::-1] if mirror else cut, turns).astype(np.float32) / 255
+            # Turned while it is 8 bits and small: in floats, every later pass over it would stride through memory.
+            turned = np.ascontiguousarray(np.rot90(cut[:, ::-1] if mirror else cut, turns))
+            return turned.astype(np.float32) / 255
 
         if photo.degraded is not None:
             return view(photo.degraded, 0), view(photo.pixels, 0)
@@ -75,18 +83,40 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
         drawn = (self._place(generator(self.seed, "batch", step, index)) for index in range(self.recipe.batch))
         return [f"{photo.name} at {left},{top}" for photo, top, left in drawn]
 
-    def from_step(self, start: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of steps start, start + 1, ... in order, prepared ahead by `workers` processes, or by one thread."""
+    def from_step(
+        self, start: int, workers: int, pieces: Sequence[Sequence[int]] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of steps start, start + 1, ... in order, prepared ahead by `workers` processes, or by one thread.
+
+        pieces: numbers of the samples to take of each batch, a piece after another; by default the batch whole.
+        """
+        cut = _Pieces(self, pieces or [range(self.recipe.batch)])
+        wanted = range(start * len(cut.pieces), len(cut))
         if workers:
-            yield from DataLoader(self, batch_size=None, sampler=range(start, len(self)), num_workers=workers)
+            yield from DataLoader(cut, batch_size=None, sampler=wanted, num_workers=workers)
             return
         with ThreadPoolExecutor(1, "batches") as thread:
-            ahead = thread.submit(self.__getitem__, start)
-            for step in range(start, len(self)):
+            ahead = thread.submit(cut.__getitem__, wanted[0])
+            for number in wanted:
                 batch = ahead.result()
-                if step + 1 < len(self):
-                    ahead = thread.submit(self.__getitem__, step + 1)
+                if number + 1 < len(cut):
+                    ahead = thread.submit(cut.__getitem__, number + 1)
                 yield batch
+
+
+@dataclass(frozen=True)
+class _Pieces(Dataset[tuple[Tensor, Tensor]]):
+    """The pieces of all batches, one after another."""
+
+    batches: Batches
+    pieces: Sequence[Sequence[int]]
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        step, which = divmod(number, len(self.pieces))
+        return self.batches.part(step, self.pieces[which])
+
+    def __len__(self) -> int:
+        return len(self.batches) * len(self.pieces)
 
 
 def _cut(pixels: np.ndarray, top: int, left: int, crop: int, around: int) -> np.ndarray:
