@@ -10,9 +10,10 @@
 # the next call goes on behind them. A failed step leaves OUT/STEP.failed.log, and is tried again by the next call.
 #
 # Environment: KITBENCH_GPU_SECONDS  what a call may take (540); no step is begun that may not end within it
-#              KITBENCH_GPU_FILES    archives a call may leave (8)
+#              KITBENCH_GPU_FILES    files a call may leave (8)
 #              KITBENCH_GPU_STEPS    training steps of each run (2000); the same for every method and seed
 #              KITBENCH_DATA         folder of data sets; without it the photographs that ship with scikit-image
+#              PYTHON                the interpreter (python3)
 #
 # Afterwards: mkdir RUNS && for a in OUT/train-*.tar.gz; do tar xzf "$a" -C RUNS; done && python -m kitbench table RUNS
 set -euo pipefail
@@ -96,6 +97,12 @@ pack() {
     mv "$out/.$2.tmp" "$out/$2.tar.gz"
 }
 
+if [ -z "$dry" ] && ! missing=$("$python" -c 'import kitbench.run, kitbench.baselines' 2>&1); then
+    echo "gpu.sh: kitbench is not installed for $python: ${missing##*$'\n'}" >&2
+    echo "gpu.sh: pip install -e . there, or from wheels where it has no network: pip install --no-index -f WHEELS -e ." >&2
+    exit 2
+fi
+
 left=0 done=0 failed=0
 [ -n "$dry" ] || mkdir -p "$out"
 # Unfinished work stays here, so that on the same machine the next call goes on from its checkpoints.
@@ -115,7 +122,7 @@ for number in "${!step_names[@]}"; do
     fi
     rest=$((limit - SECONDS + began))
     # The first step of a call has all the time that there is.
-    if [ "$done" -ge "$files" ] || { [ "$rest" -lt "${step_seconds[$number]}" ] && [ $((done + failed)) -gt 0 ]; }; then
+    if [ $((done + failed)) -ge "$files" ] || { [ "$rest" -lt "${step_seconds[$number]}" ] && [ $((done + failed)) -gt 0 ]; }; then
         left=$((left + 1))
         continue
     fi
