@@ -241,3 +241,30 @@ def test_records_survive_the_disk(tmp_path: Path) -> None:
     assert np.mean([score.ssim for score in evaluation.scores]) == 0.5
     assert folder.training is not None
     assert folder.run.identity["seed"] == 0
+
+
+def test_seconds_a_step_that_other_work_slowed_are_not_shown_but_told(tmp_path: Path) -> None:
+    folder = store(tmp_path, "kit", 30.0)
+    path = folder.path / "training.json"
+    record = json.loads(path.read_bytes())
+    record.pop("sha256", None)
+    path.write_text(json.dumps(record | {"contended": 0.4}))
+    text = render([folder], "markdown")
+    assert "n/a‡" in text
+    assert "up to 40% of the time" in text
+    path.write_text(json.dumps(record | {"contended": 0.01}))
+    assert "‡" not in render([folder], "markdown")
+
+
+def test_a_task_with_one_condition_has_columns_without_a_noise_level(tmp_path: Path) -> None:
+    folders = [store(tmp_path, name, psnr, sigma=None) for name, psnr in (("kit", 30.0), ("window", 29.0))]
+    store(tmp_path, "kit", 28.0, sigma=None, data_set="Set_B")
+    text = render(folders, "markdown")
+    assert "Set_A: PSNR dB / SSIM" in text
+    assert "Set_B: PSNR dB / SSIM" in text
+    assert "σ" not in text
+    assert "**30.00**" in text
+    table = rows(folders)
+    assert list(table["condition"].unique()) == [""]
+    assert table["sigma"].isna().all()
+    assert "nan" not in render(folders, "csv").lower()

@@ -2,8 +2,8 @@
 
 A statement is broken into parts that stored numbers can answer. A part about quality is one paired difference over all
 images of the longest recipe that was stored (each image's mean over its conditions), at 5 % after Holm's correction
-over all parts. A part about cost is an exponent in pixels, from a sweep (`kitbench scale`). A statement is supported where
-all its parts are, not supported where one part is contradicted, and not decided otherwise.
+over all parts. A part about cost is an exponent in pixels, from a sweep (`kitbench scale`). A statement is supported
+where all its parts are, not supported where one part is contradicted, and not decided otherwise.
 """
 
 from __future__ import annotations

@@ -167,7 +167,7 @@ def _table(block: pd.DataFrame, caption: str) -> Grid:
                 line.append(_score(block, match, column, metric, digits, higher))
         first = own.iloc[0]
         peak = first["train_peak_bytes"]
-        macs, step = _amount(first["gmacs"], 2), _amount(first["seconds_per_step"], 3)
+        macs, step = _amount(first["gmacs"], 2), _amount(None if slowed(first) else first["seconds_per_step"], 3)
         mark = "†" if isinstance(first["gmacs_note"], str) else ""
         line += [
             _amount(first["parameters"], 0),
@@ -267,8 +267,8 @@ def _differences(compared: Sequence[Compared]) -> Grid | None:
             ]
         )  # fmt: skip
     notes = [
-        "Paired by seed and image; an image's mean over its conditions. Interval: hierarchical bootstrap over seeds and "
-        "images, expanded to Student's t. p: the larger of a permutation test and the test over seeds and images.",
+        "Paired by seed and image; an image's mean over its conditions. Interval: hierarchical bootstrap over seeds "
+        "and images, expanded to Student's t. p: the larger of a permutation test and the test over seeds and images.",
         "Shows: the true difference that so many seeds and images find in 4 cases of 5.",
         *dict.fromkeys(c.found.note + "." for c in compared if c.found.note),
     ]

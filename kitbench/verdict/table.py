@@ -297,7 +297,7 @@ def _block(block: pd.DataFrame, run: Run, form: Format) -> str:
             number(first["parameters"], 0),
             number(first["gmacs"], 2) + mark,
             number(None if pd.isna(first["train_peak_bytes"]) else first["train_peak_bytes"] / 2**20, 1),
-            number(first["seconds_per_step"], 3) + (styles.double_dagger if slowed(first) else ""),
+            NOT_MEASURED + styles.double_dagger if slowed(first) else number(first["seconds_per_step"], 3),
             str(first["seeds"]),
             str(first["protocol"]),
         ]
@@ -320,7 +320,8 @@ def notes_of(block: pd.DataFrame) -> list[str]:
     waited = [row["contended"] for _, row in block.iterrows() if slowed(row)]
     if waited:
         notes.append(
-            f"‡ other work slowed these steps: they waited for a processor up to {max(waited):.0%} of the time."
+            f"‡ not shown, because other work slowed these steps: they waited for a processor up to {max(waited):.0%} of "
+            f"the time."
         )
     compared = block[block["best"].notna()]
     if block["psnr_pm_seeds"].notna().any():
