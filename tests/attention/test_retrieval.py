@@ -104,17 +104,36 @@ def test_chunk_only_looks_into_fewer_patches() -> None:
     assert 32 / 600 < alone < both
 
 
-def test_recall_on_a_map_of_eight_components_is_that_of_the_reading() -> None:
-    """Recall@8 at 1024 patches, chunk 32, mean descriptor: .46 .69 .83 .97 for 1, 2, 4, 8 rounds (chance .09 .19 .38 .75)."""
-    generator = torch.Generator().manual_seed(0)
-    components = F.interpolate(torch.randn(1, 8, 64, 64, generator=generator), (256, 256), mode="bicubic")
-    features = components.permute(0, 2, 3, 1) @ torch.randn(8, 32, generator=generator)
-    descriptors = retrieval.describe(layout.cut(features, 8), None, "mean")
-    truth = retrieval.exact(descriptors, 8)
-    for rounds, expected in ((1, 0.46), (2, 0.69), (4, 0.83), (8, 0.97)):
-        draws = [torch.randn(rounds, 32, 64, generator=generator) for _ in range(4)]
-        found = [retrieval.recall(retrieval.lsh(descriptors, 8, draw, 32, adjacent=True), truth) for draw in draws]
-        assert sum(found) / len(found) == pytest.approx(expected, abs=0.09)
+RECALL = {"mean": (0.46, 0.69, 0.83, 0.97), "flat": (0.31, 0.49, 0.73, 0.89)}
+"""Stated for one synthetic map that is not given: the 8 nearest of 1024 patches, chunk 32, 1, 2, 4 and 8 rounds."""
+
+
+def smooth_map(generator: torch.Generator) -> Tensor:
+    """Six components, white noise blurred by a Gaussian of 4 px, mixed to 32 channels, a little noise: [1, 256, 256, 32]."""
+    taps = torch.exp(-(torch.arange(-13, 14) ** 2) / 32.0)
+    taps = taps / taps.sum()
+    noise = F.pad(torch.randn(1, 6, 256, 256, generator=generator), (13, 13, 13, 13), mode="circular")
+    blurred = F.conv2d(F.conv2d(noise[0][:, None], taps.view(1, 1, 1, -1)), taps.view(1, 1, -1, 1))[:, 0]
+    mixed = (blurred / blurred.std()).permute(1, 2, 0) @ torch.randn(6, 32, generator=generator) / 6**0.5
+    return (mixed + 0.2 * torch.randn(mixed.shape, generator=generator))[None]
+
+
+@pytest.mark.parametrize("descriptor", ["mean", "flat"])
+def test_recall_on_a_smooth_map_is_that_of_the_reading(descriptor: str) -> None:
+    """Both rows of the table are met by one plain map: six of the eight figures within .02, all within .04.
+
+    Single draws of the hashing scatter by .01 to .03 at 1 and 2 rounds; here four are averaged. Chance is .09 .19 .38 .75.
+    """
+    generator = torch.Generator().manual_seed(7)
+    descriptors = retrieval.describe(layout.cut(smooth_map(generator), 8), None, descriptor)
+    truth = retrieval.exact(descriptors, 9)  # a patch is its own first neighbour, and does not count
+    errors = []
+    for rounds, expected in zip((1, 2, 4, 8), RECALL[descriptor], strict=True):
+        draws = [torch.randn(rounds, descriptors.shape[-1], 64, generator=generator) for _ in range(4)]
+        found = [retrieval.recall(retrieval.lsh(descriptors, 9, draw, 32, adjacent=True), truth) for draw in draws]
+        errors.append(abs(sum(found) / len(found) - expected))
+    assert sum(error <= 0.02 for error in errors) >= 3
+    assert max(errors) <= 0.04
 
 
 def test_merge_keeps_each_patch_once_and_the_best() -> None:
