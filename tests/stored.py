@@ -23,15 +23,16 @@ def store(
     sha256: str = "aa", note: str | None = None, settings: dict | None = None, lr: float = 1e-3, ssim: float = 0.5,
     sigma: float | None = 25, data_set: str = "Set_A", macs: int = 2_500_000_000, peak: int = 3 * 2**20,
     seconds_per_step: float = 0.25, calibration: float | None = 0.1, steps: int | None = None, notes: dict | None = None,
+    of: suite.Suite = SUITE,
 ) -> RunFolder:  # fmt: skip
     """Write a run, or another evaluation of it. psnr: the mean of two images, or the value of every image, dB."""
-    recipe = SUITE.recipe.model_copy(update={"lr": lr} | ({} if steps is None else {"steps": steps}))
-    chosen = SUITE.model_copy(update={"recipe": recipe})
+    recipe = of.recipe.model_copy(update={"lr": lr} | ({} if steps is None else {"steps": steps}))
+    chosen = of.model_copy(update={"recipe": recipe})
     cell = Cell(chosen, "colour", method, method, None, settings or {}, seed, "cpu", None if seed is None else "00")
     folder = RunFolder(out / cell.folder)
     trained = seed is not None
     record = Run(
-        key=cell.key, comparison=cell.comparison, identity=cell.identity(), suite="denoise", preset="smoke", mode="colour",
+        key=cell.key, comparison=cell.comparison, identity=cell.identity(), suite=of.name, preset="smoke", mode="colour",
         method=method, attention=method, card="", settings=settings or {}, seed=seed, device="cpu", task=chosen.task,
         backbone=chosen.backbone if trained else None, recipe=chosen.recipe if trained else None, train_sets={},
         environment=ENVIRONMENT,
@@ -52,7 +53,7 @@ def store(
             notes=notes or {},
         )
         folder.write("training.json", training)
-    stamped = suite.load("denoise", overrides=[f"protocol={protocol}"]).protocol
+    stamped = suite.load(of.name, overrides=[f"protocol={protocol}"]).protocol
     values = [psnr - 1, psnr + 1] if isinstance(psnr, float) else list(psnr)
     scores = tuple(Score(image=f"{i}", psnr=float(p), ssim=ssim, lpips=None, seconds=0) for i, p in enumerate(values))
     evaluation = Evaluation(

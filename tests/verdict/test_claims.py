@@ -12,20 +12,21 @@ import pytest
 from kitbench import suite
 from kitbench.cli import cli
 from kitbench.cost.scale import Point, Sweep
-from kitbench.verdict.claims import OPEN, Claim, claims, load
+from kitbench.errors import InputError
+from kitbench.verdict.claims import FULL_STEPS, OPEN, Claim, claims, load
 from tests.conftest import Kitbench
 from tests.stored import ENVIRONMENT, store
 
 
 def runs(
-    out: Path, gains: dict[str, float], seeds=range(5), steps: int | None = None, notes: dict | None = None
+    out: Path, gains: dict[str, float], seeds=range(5), steps: int | None = None, notes: dict | None = None, **stored
 ) -> Path:
     """Methods that differ by known decibels on 12 images, with a spread of 0.02 dB."""
     for number, (method, gain) in enumerate(gains.items()):
         for seed in seeds:
             noise = 0.02 * np.random.default_rng((seed, number)).standard_normal(12)
             told = notes if method == "kit" else None
-            store(out, method, 30 + np.linspace(-3, 3, 12) + gain + noise, seed, steps=steps, notes=told)
+            store(out, method, 30 + np.linspace(-3, 3, 12) + gain + noise, seed, steps=steps, notes=told, **stored)
     return out
 
 
@@ -83,6 +84,24 @@ def test_claims_that_the_numbers_contradict_are_not_supported(tmp_path: Path) ->
     found = judge(tmp_path / "runs", tmp_path / "scale")
     assert {n for n, c in found.items() if c.verdict == "not supported"} == {1, 2, 3, 4, 6}
     assert found[5].verdict == OPEN
+
+
+def test_every_task_of_the_paper_is_judged_by_runs_of_its_own_protocol(tmp_path: Path) -> None:
+    deblur = {"of": suite.load("deblur", "smoke"), "protocol": "blur-rgb8-ssim3d", "sigma": None}
+    found = judge(
+        runs(tmp_path / "denoise", GOOD, steps=FULL_STEPS),
+        runs(tmp_path / "deblur", GOOD | {"kit": -0.5}, steps=FULL_STEPS, **deblur),
+    )
+    tasks = ("denoising", "deblurring", "deraining")
+    parts = {task: part for task in tasks for part in found[5].parts if task in part.question}
+    assert [parts[task].verdict for task in tasks] == ["supported", "not supported", OPEN]
+    assert "--suite derain --preset full" in parts["deraining"].command
+    assert found[5].verdict == "not supported"
+    assert found[2].verdict == "supported"  # by the denoising runs
+    runs(tmp_path / "deblur", GOOD, steps=FULL_STEPS, **(deblur | {"protocol": "blur-rgb8-ssim3d-tile"}))
+    with pytest.raises(InputError, match="Rows of different protocols"):
+        judge(tmp_path / "deblur")
+    assert len(claims(*load([tmp_path / "denoise", tmp_path / "deblur"]), "blur-rgb8-ssim3d")) == 6
 
 
 def test_only_a_long_recipe_speaks_of_the_state_of_the_art(tmp_path: Path) -> None:
