@@ -284,6 +284,8 @@ def markdown(stored: dict[str, Any]) -> str:
 def aims(found: dict[tuple[int, int, int, str, str], Row]) -> str:
     """What was aimed at, for one map, and what is reached."""
     at = (32, 4, 512)
+    if (*at, "training", "kit") not in found:
+        return "The map that the aims speak of, 512 px, was not measured."
     kit, forward = found[(*at, "training", "kit")], found[(*at, "forward", "kit")]
     searched, slow = found[(*at, "forward", "retrieval")], found[(*at, "training", "reference")]
     return (
