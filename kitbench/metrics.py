@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -54,7 +55,7 @@ def ssim(a: NDArray, b: NDArray, data_range: float = 255.0, threads: int | None 
             f"SSIM needs images of at least {window} x {window} pixels, found {a.shape[0]} x {a.shape[1]}: "
             "leave SSIM out of the protocol or give larger images."
         )
-    return _mean_ssim(a, b, data_range, threads)
+    return _mean_ssim(cv2.split(a), cv2.split(b), data_range, threads)
 
 
 def ssim_volume(a: NDArray, b: NDArray, data_range: float = 255.0, threads: int | None = None) -> float:
@@ -68,8 +69,8 @@ def ssim_volume(a: NDArray, b: NDArray, data_range: float = 255.0, threads: int 
     """
     _check(a, b)
     r = _RADIUS
-    padded = [cv2.copyMakeBorder(x, r, r, r, r, cv2.BORDER_REPLICATE) for x in (a, b)]
-    return _mean_ssim(padded[0], padded[1], data_range, threads, _mix(a.shape[2] if a.ndim == 3 else 1))
+    volumes = [[cv2.copyMakeBorder(x, r, r, r, r, cv2.BORDER_REPLICATE)] for x in (a, b)]
+    return _mean_ssim(volumes[0], volumes[1], data_range, threads, _mix(a.shape[2] if a.ndim == 3 else 1))
 
 
 def best_shift(prediction: NDArray, target: NDArray, shift: int) -> tuple[NDArray, NDArray]:
@@ -126,19 +127,23 @@ def _check(a: NDArray, b: NDArray) -> None:
         raise InputError(f"Images to compare must be [H, W] or [H, W, C] and not empty, found {list(a.shape)}.")
 
 
-def _mean_ssim(a: NDArray, b: NDArray, data_range: float, threads: int | None, mix: NDArray | None = None) -> float:
-    """The mean of the SSIM map of the valid region, strip by strip."""
+def _mean_ssim(
+    a: Sequence[NDArray], b: Sequence[NDArray], data_range: float, threads: int | None, mix: NDArray | None = None
+) -> float:
+    """The mean SSIM of pairs of planes, or of one pair of volumes, over the valid region, strip by strip."""
     halo = 2 * _RADIUS
-    tops = range(0, a.shape[0] - halo, _STRIP)
+    height, width = a[0].shape[:2]
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
 
-    def strip(top: int) -> float:
+    def strip(part: tuple[int, int]) -> float:
+        plane, top = part
         rows = slice(top, top + _STRIP + halo)
-        return _ssim_sum(a[rows], b[rows], c1, c2, mix)
+        return _ssim_sum(a[plane][rows], b[plane][rows], c1, c2, mix)
 
+    parts = list(itertools.product(range(len(a)), range(0, height - halo, _STRIP)))
     threads = threads or min(4, _cores())
-    sums = list(map(strip, tops) if threads == 1 or len(tops) == 1 else _pool(threads).map(strip, tops))
-    return math.fsum(sums) / ((a.shape[0] - halo) * (a.shape[1] - halo) * math.prod(a.shape[2:]))
+    sums = list(map(strip, parts) if threads == 1 or len(parts) == 1 else _pool(threads).map(strip, parts))
+    return math.fsum(sums) / ((height - halo) * (width - halo) * len(a) * math.prod(a[0].shape[2:]))
 
 
 def _ssim_sum(a: NDArray[Any], b: NDArray[Any], c1: float, c2: float, mix: NDArray | None) -> float:
