@@ -347,7 +347,7 @@ def slowed(row: pd.Series) -> bool:
 
 def caption_of(run: Run) -> str:
     if run.recipe is None or run.backbone is None:
-        return f"{run.suite}, {run.mode}: training-free references"
+        return f"{run.suite}, {run.mode}: references, not trained here"
     recipe, backbone = run.recipe, run.backbone
     return (
         f"{run.suite}, {run.mode}, recipe {recipe.name} ({recipe.steps} steps of {recipe.batch} x {recipe.crop} px), "
