@@ -174,7 +174,7 @@ def kills(count: int, seed: int = 0) -> Counter[str]:
             and (place / "table.csv").read_bytes()
         )
         for number in range(count):
-            if number % 4 == 3:
+            if number % 4 == 1:
                 (place / "table.csv").write_bytes(b"old\n")
                 command = Command(place, "table", "results", "--format", "csv", "--out", "table.csv")
                 time.sleep(draw.uniform(0, 0.5))
@@ -277,15 +277,17 @@ READERS = (
 )
 
 
-def damage(rounds: int = 1, seed: int = 0, readers: tuple[tuple[str, ...], ...] = READERS) -> Counter[str]:
-    """Every file of a finished run and of an interrupted one, truncated and with a bit flipped: told, nothing lost."""
+def damage(
+    rounds: int = 1, seed: int = 0, readers: tuple[tuple[str, ...], ...] = READERS, suffixes: tuple[str, ...] = ()
+) -> Counter[str]:
+    """Every file of a finished run (of these suffixes), cut and with a bit flipped: told, and no other touched."""
     draw, counts = random.Random(seed), Counter[str]()
     with folder() as place:
         kitbench(place, *RUN)
-        expected = numbers(place / "results")
         run = next((place / "results").glob("*-s0-*"))
         names = {"results/A": f"results/{run.name}", "results/B": "results/B"}
-        for path in sorted(p.relative_to(place) for p in run.rglob("*") if p.is_file() and p.name != ".lock"):
+        files = [p.relative_to(place) for p in run.rglob("*") if p.is_file() and p.name != ".lock"]
+        for path in sorted(p for p in files if not suffixes or p.suffix in suffixes):
             for kind, change in [item for item in DAMAGE.items() for _ in range(rounds)]:
                 with folder() as other:
                     shutil.copytree(place / "results", other / "results")
@@ -302,7 +304,6 @@ def damage(rounds: int = 1, seed: int = 0, readers: tuple[tuple[str, ...], ...] 
                     changed = [p.name for p, sha in whole.items() if digest(p) != sha and p.name != "failed.json"]
                     require(not changed, f"damage to {path} changed {changed}")
                     counts[f"{kind}, {'told' if told else 'not noticed'}: {kind_of(path)}"] += 1
-    counts += checkpoints(rounds, draw, expected)
     return counts
 
 
@@ -310,10 +311,13 @@ def kind_of(path: Path) -> str:
     return path.name if path.parent.name not in ("eval", "crops") else f"{path.parent.name}/*"
 
 
-def checkpoints(rounds: int, draw: random.Random, expected: dict[str, object]) -> Counter[str]:
+def checkpoints(rounds: int = 4, seed: int = 0) -> Counter[str]:
     """The newest checkpoint damaged: the one before it is used, and the end is the same to the last bit."""
-    counts: Counter[str] = Counter()
-    for kind, change in [item for item in DAMAGE.items() for _ in range(4 * rounds)]:
+    draw, counts = random.Random(seed), Counter[str]()
+    with folder() as place:
+        kitbench(place, *RUN)
+        expected = numbers(place / "results")
+    for kind, change in [item for item in DAMAGE.items() for _ in range(rounds)]:
         with folder() as place:
             command = Command(place, *RUN)
             while not list((place / "results").glob("*/checkpoint-previous.safetensors")):
@@ -351,6 +355,22 @@ def crowd(processes: int = 4) -> Counter[str]:
         return Counter({"processes": processes, "runs, each made once": len(runs), "equal tables": processes})
 
 
+def nonsense(count: int = 1000, seed: int = 0) -> Counter[str]:
+    """Fuzzed suites, data cards, result files and pictures (fuzz.py): an answer or one sentence each."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from fuzz import fuzz
+
+    with folder() as place:
+        kitbench(place, *RUN, "--out", str(place / "inside" / "results"))
+        cards = [path.read_text() for path in sorted((Path(__file__).parent.parent / "datasets").glob("*.toml"))]
+        before = Path.cwd()
+        os.chdir(place / "inside")
+        try:
+            return fuzz(place / "inside", place / "inside" / "results", SUITE, cards, count, seed)
+        finally:
+            os.chdir(before)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["kills", "disk", "damage", "crowd", "fuzz"])
@@ -364,9 +384,11 @@ def main() -> None:
         elif part == "disk":
             counts = disk()
         elif part == "damage":
-            counts = damage(seed=chosen.seed)
+            counts = damage(seed=chosen.seed) + checkpoints(seed=chosen.seed)
         elif part == "crowd":
             counts = crowd()
+        elif part == "fuzz":
+            counts = nonsense(chosen.count or 1000, chosen.seed)
         else:
             parser.error(f"unknown part {part}")
         print(f"{part}: {time.perf_counter() - clock:.0f} s", flush=True)

@@ -23,7 +23,7 @@ def decode(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             mode = image.mode
             pixels = np.asarray(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise InputError(f"{path} is not a readable image ({error}); replace the file.") from error
     if mode not in ("RGB", "L"):
         raise InputError(f"{path} has pixel format {mode}, expected 8-bit RGB or gray; replace the file.")

@@ -138,7 +138,7 @@ def crop(path: Path) -> Crop:
             assert isinstance(file, PngImageFile)
             top, left, side, height, width = json.loads(file.text["place"])
             strip = np.asarray(file.convert("RGB"))
-    except (OSError, KeyError, ValueError, AssertionError) as error:
+    except (Image.DecompressionBombError, OSError, KeyError, ValueError, AssertionError) as error:
         raise InputError(f"{path} is no stored crop ({error}); delete it, or run its evaluation again.") from error
     small, degraded, restored, clean = (strip[:, i * side : (i + 1) * side] for i in range(4))
     scale = side / max(height, width)

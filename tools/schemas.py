@@ -1,0 +1,49 @@
+"""Writes kitbench/schemas/*.json from the models that write and read the records. Run it where a model has changed.
+
+python tools/schemas.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kitbench.cost.scale import Sweep
+from kitbench.store import Evaluation, Failure, Run, Training
+from kitbench.suite import Frozen
+from kitbench.verdict.check import Reference
+
+FOLDER = Path(__file__).parent.parent / "kitbench" / "schemas"
+RECORDS: dict[str, tuple[type[Frozen], str]] = {
+    "run": (Run, "run.json of a run's folder: what decides its numbers, and where it was made"),
+    "training": (Training, "training.json of a run's folder: what the training cost"),
+    "evaluation": (Evaluation, "eval/*.json of a run's folder: scores of one test set"),
+    "failed": (Failure, "failed.json of a run's folder: why it is not complete"),
+    "sweep": (Sweep, "scale.json: cost against resolution"),
+    "reference": (Reference, "what `kitbench check` compares with"),
+}
+IN_RUN_FOLDERS = ("run", "training", "evaluation", "failed")
+
+
+def schema(name: str) -> dict[str, Any]:
+    """The schema of a record as a tree of JSON values."""
+    model, description = RECORDS[name]
+    made = model.model_json_schema()
+    made["description"] = description
+    if name in IN_RUN_FOLDERS:
+        made["properties"]["sha256"] = {
+            "description": "SHA-256 of the record without this key, as JSON with sorted keys, no spaces, ASCII only",
+            "pattern": "^[0-9a-f]{64}$",
+            "type": "string",
+        }
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made}
+
+
+def text(name: str) -> str:
+    return json.dumps(schema(name), indent=1, sort_keys=True) + "\n"
+
+
+if __name__ == "__main__":
+    for name in RECORDS:
+        (FOLDER / f"{name}.json").write_text(text(name))
