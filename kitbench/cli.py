@@ -384,6 +384,42 @@ def _one_run(found: list[Any]) -> list[Any]:
     return found
 
 
+@cli.command()
+@click.argument("name", metavar="SET")
+@RUN
+@METHOD_FILE
+@DATA
+@DEVICE
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="SIDD-benchmark: a .csv; DND: a .zip.")
+def submit(name: str, folder: Path, method_file: Path | None, data: Path | None, device: str, out: Path) -> None:
+    """Restore a set whose server keeps the targets (SIDD-benchmark, DND), and write the file that the server takes."""
+    from rich.progress import Progress
+
+    from kitbench import submit as job
+    from kitbench.data.cards import card, locate
+    from kitbench.environment import choose_device
+    from kitbench.restore import load
+    from kitbench.store import find, writable
+
+    chosen = card(name)
+    place = locate(chosen, data)
+    if place is None:
+        raise InputError(f"Data set {name} is not in {data} (looked for {', '.join(chosen.folders)}). {chosen.ask}")
+    writable(out.parent)
+    [run_folder] = _one_run(find([folder]))
+    device_ = choose_device(device)
+    model, run_ = load(run_folder, method_file, device_)
+    if run_.mode != "colour":
+        raise InputError(f"{run_folder.path} was trained on gray images, {name} is in colour; give another run.")
+    with Progress(console=_console()) as progress:
+        bar = progress.add_task(name, total=None)
+        job.submit(
+            chosen, place, job.denoiser(model, device_), out,
+            lambda done, total: progress.update(bar, completed=done, total=total),
+        )  # fmt: skip
+    click.echo(f"wrote {out}; {chosen.ask}")
+
+
 @cli.command(name="eval")
 @click.option(
     "--method", required=True, metavar="NAME|FILE", help="A network (class Network), or a training-free method."
