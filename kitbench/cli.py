@@ -601,14 +601,15 @@ def where(names: tuple[str, ...], data: Path | None) -> None:
 def data_check(names: tuple[str, ...], data: Path | None) -> None:
     """Name each missing, extra or altered file of the sets that are there, or of those named. Exit code 1 if any."""
     from kitbench.data.audit import audit
-    from kitbench.data.cards import described, locate
+    from kitbench.data.cards import locate, present
 
     failed = False
     for card in _cards(names):
-        folder = locate(card, data)
-        if folder is None or (not names and described(card, folder).name != card.name):
+        folder = locate(card, data) if names else present(card, data)
+        if folder is None:
             if names:
-                click.secho(f"{card.name}: not in {data} (looked for {', '.join(card.folders)})", fg="red")
+                place = data or "a data folder, as none was given with --data"
+                click.secho(f"{card.name}: not in {place} (looked for {', '.join(card.folders)})", fg="red")
                 failed = True
             continue
         problems = audit(card, folder)
@@ -669,7 +670,7 @@ def list_(data: Path | None) -> None:
     from rich.table import Table
 
     from kitbench import methods, suite
-    from kitbench.data.cards import cards, locate
+    from kitbench.data.cards import cards, present
 
     console = _console()
 
@@ -690,7 +691,7 @@ def list_(data: Path | None) -> None:
         ["name", "kind", "about"],
         [[n, kind, text.splitlines()[0]] for n, (kind, text) in methods.cards().items()],
     )
-    where = {name: locate(card, data) for name, card in cards().items()}
+    where = {name: present(card, data) for name, card in cards().items()}
     show(
         f"Data sets (data folder: {data or 'none; give one with --data or KITBENCH_DATA'})",
         ["name", "images", "present", "about"],

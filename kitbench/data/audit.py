@@ -34,6 +34,8 @@ def audit(card: Card, folder: Path) -> list[str]:
         files = list(pool.map(lambda path: _inspect(card, folder, path), paths))
     lines += [f"altered: {file.fault}" for file in files if file.fault]
     lines += _by_name(card, [file for file in files if not file.fault]) if card.sha256 else []
+    if card.numbered and not card.sha256:
+        lines += [f"missing: {name}" for name in cards.unnumbered(card, [Entry(path.stem, path) for path in paths])]
     if lines:
         return sorted(lines)
     try:

@@ -84,7 +84,9 @@ class Card(Frozen):
     pairs: tuple[Pairs, ...] = ()
     """Instead of `layouts`, where the set has inputs of its own: the first that matches a file is the set's layout."""
     count: Annotated[int, Field(ge=1)]
-    """Images, or pairs."""
+    """Images, or pairs; files of a set whose targets its server keeps."""
+    numbered: tuple[str, str] | None = None
+    """First and last name, without suffix, of a set of clean images that are numbered without gaps."""
     size: tuple[int, int] | None = None
     """Longer and shorter side in pixels of all images, upright or turned; None where they differ."""
     averaged: Literal["", "values", "light"] = ""
@@ -206,6 +208,12 @@ def locate(card: Card, root: Path | None) -> Path | None:
     return next(holding, next(empty, None))
 
 
+def present(card: Card, root: Path | None) -> Path | None:
+    """The folder of a set, unless what lies there is another version of it."""
+    folder = locate(card, root)
+    return folder if folder is not None and described(card, folder).name == card.name else None
+
+
 def _matches(folder: Path, patterns: Iterable[str]) -> bool:
     return any(next(folder.glob(pattern), None) is not None for pattern in patterns)
 
@@ -223,11 +231,24 @@ def entries(card: Card, folder: Path) -> list[Entry]:
     """
     found = _entries(card, folder)
     if len(found) != card.count:
+        missing = unnumbered(card, found)
+        which = f" ({', '.join(missing[:3])}{' and more' if len(missing) > 3 else ''} missing)" if missing else ""
         raise InputError(
             f"Data set {card.name}: {len(found)} {'pairs' if card.pairs else 'images'} in {folder}, "
-            f"expected {card.count}; {_instead(card, folder)}."
+            f"expected {card.count}{which}; {_instead(card, folder)}."
         )
     return found
+
+
+def unnumbered(card: Card, found: Iterable[Entry]) -> list[str]:
+    """The names that are missing from a numbered set."""
+    if card.numbered is None:
+        return []
+    first, last = card.numbered
+    digits = len(first) - len(first.rstrip("0123456789"))
+    names = (f"{first[:-digits]}{n:0{digits}d}" for n in range(int(first[-digits:]), int(last[-digits:]) + 1))
+    there = {entry.name.rsplit("/", 1)[-1] for entry in found}
+    return [name for name in names if name not in there]
 
 
 def _entries(card: Card, folder: Path) -> list[Entry]:

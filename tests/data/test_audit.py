@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from kitbench.data.audit import audit
-from kitbench.data.cards import Card, card, locate, pixel_sha256
+from kitbench.data.cards import Card, card, cards, locate, pixel_sha256, read, unnumbered
+from kitbench.errors import InputError
 from tests.data.test_cards import image, mat_file, own_card, own_pairs, write
 
 SUMS = {
@@ -71,6 +72,18 @@ def test_without_checksums_number_size_and_format_are_what_can_be_told(folder: P
     assert "is 25 x 16 px and its target" in line
     [line] = audit(own_card(3, pairs=[{"inputs": ["other/*.png"], "targets": ["no/*.png"]}]), folder)
     assert line == "missing: all of it; expected 3 files as other/*.png + no/*.png"
+
+
+def test_what_is_missing_from_a_numbered_set_is_named(tmp_path: Path) -> None:
+    for number in (1, 3, 4):
+        write(tmp_path / "DIV2K_train_HR" / f"{number:04d}.png", image(number))
+    five = card("DIV2K").model_copy(update={"count": 5, "numbered": ("0001", "0005")})
+    assert audit(five, tmp_path / "DIV2K_train_HR") == ["missing: 0002", "missing: 0005"]
+    with pytest.raises(InputError, match=r"3 images in .*expected 5 \(0002, 0005 missing\)"):
+        read(five, tmp_path, "colour")
+    for found in cards().values():
+        if found.numbered:
+            assert len(unnumbered(found, [])) == found.count
 
 
 def test_the_blocks_of_a_mat_file_are_checked_too(tmp_path: Path) -> None:

@@ -15,8 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
+from kitbench.cli import cli
+from kitbench.data import cards as catalogue
 from kitbench.data import fetch as fetching
 from kitbench.data.cards import Card, card, pixel_sha256, read
 from kitbench.data.fetch import Patience, fetch, unpack
@@ -406,18 +409,30 @@ def test_a_set_that_may_not_be_fetched_says_where_to_ask(tmp_path: Path) -> None
     assert left(tmp_path) == []
 
 
-def test_fetch_and_check_from_the_command_line(server: Server, tmp_path: Path, kitbench) -> None:
-    done = kitbench("data", "fetch", "DND", "--data", str(tmp_path), code=2)
-    assert "Accept the terms" in done.stderr
-    done = kitbench("data", "where", "GoPro", "--data", str(tmp_path))
-    assert "GoPro: not found" in done.stdout
-    assert "GOPRO_Large/test" in done.stdout
-    done = kitbench("data", "check", "Rain100L", "--data", str(tmp_path), code=1)
-    assert "Rain100L: not in" in done.stdout
-    done = kitbench("data", "check", "skimage-train")
-    assert "4 images in" in done.stdout
-    assert "Rain100L" in kitbench("data", "list").stdout
-    kitbench("data", "check", "Rain100", code=2)
+def told(*arguments: str, code: int = 0) -> str:
+    done = CliRunner().invoke(cli, ["data", *arguments])
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+def test_fetch_where_and_check_from_the_command_line(server: Server, tmp_path: Path, monkeypatch) -> None:
+    root = ["--data", str(tmp_path)]
+    monkeypatch.setattr(catalogue, "cards", lambda: {"Own": own(server)})
+    assert f"Own: now in {tmp_path}/Own/test" in told("fetch", "Own", *root).replace("\n", "")
+    assert f"Own: already in {tmp_path}/Own/test" in told("fetch", "Own", *root).replace("\n", "")
+    assert f"Own: {tmp_path}/Own/test" in told("where", *root)
+    assert "3 pairs in" in told("check", *root)
+    (tmp_path / "Own" / "test" / "target" / "1.png").unlink()
+    assert "missing: the target of input/1.png, as target/*.png" in told("check", "Own", *root, code=1)
+    assert "Own" in told("list", *root)
+
+
+def test_what_the_command_line_refuses(tmp_path: Path) -> None:
+    root = ["--data", str(tmp_path)]
+    assert "Accept the terms" in told("fetch", "DND", *root, code=2)
+    assert "did you mean 'Rain100L'" in told("check", "Rain100l", *root, code=2)
+    assert "Rain100L: not in" in told("check", "Rain100L", *root, code=1)
+    assert "GOPRO_Large/test" in told("where", "GoPro", *root)
 
 
 def test_checksums_of_pixels_survive_the_journey(server: Server, tmp_path: Path) -> None:
