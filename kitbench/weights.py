@@ -39,16 +39,17 @@ def load_file(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return dict(safetensors.torch.load_file(path))
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, safetensors.SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # there is nothing that torch does not raise on a damaged file
+        if isinstance(error, pickle.UnpicklingError):
+            if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
+                raise InputError(
+                    f"{path} holds more than tensors ({code[1]}), and code in a file is never run: save its state dict "
+                    "alone, for example with safetensors.torch.save_file."
+                ) from error
+            reason = "torch did not write it, or it is damaged"
+        else:
+            reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise InputError(f"{path} cannot be read as a file of weights ({reason}): give another one.") from error
-    except pickle.UnpicklingError as error:
-        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise InputError(
-                f"{path} holds more than tensors ({code[1]}), and code in a file is never run: save its state dict "
-                "alone, for example with safetensors.torch.save_file."
-            ) from error
-        raise InputError(f"{path} is no file of weights that torch wrote: give another one.") from error
     if not isinstance(state, dict):
         raise InputError(f"{path} holds a {type(state).__name__}, expected a state dict of tensors: give another one.")
     return state

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from kitbench.errors import InputError
@@ -22,6 +24,29 @@ def network() -> nn.Module:
 def save(path: Path, state: object) -> Path:
     safetensors.torch.save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
     return path
+
+
+@given(
+    form=st.sampled_from(["zip", "legacy", "safetensors"]),
+    place=st.integers(0, 400),
+    other=st.binary(min_size=1, max_size=4),
+)
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_damaged_file_is_read_or_refused_in_one_sentence(form: str, place: int, other: bytes, tmp_path: Path) -> None:
+    path = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pth")
+    if form == "legacy":
+        torch.save(network().state_dict(), path, _use_new_zipfile_serialization=False)
+    else:
+        save(path, network().state_dict())
+    whole = path.read_bytes()
+    path.write_bytes(whole[:place] + other + whole[place + len(other) :])
+    said = ""
+    try:
+        read_state(path)
+    except InputError as refused:
+        said = str(refused)
+    assert "\n" not in said
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "w.pt"])
