@@ -85,11 +85,15 @@ DEVICE = click.option("--device", default="auto", show_default=True, help="auto,
     "--workers", type=click.IntRange(0, 64), default=0, show_default=True, help="Processes that prepare batches."
 )
 @LPIPS
-@click.option("--micro-batch", type=click.IntRange(1), metavar="N",
-              help="Most crops at a time on a device; their gradients add up to the batch's. Moves rounding only.")  # fmt: skip
+@click.option(
+    "--micro-batch", type=click.IntRange(1), metavar="N",
+    help="Most crops at a time on a device; their gradients add up to the batch's. Moves rounding only.",
+)  # fmt: skip
 @click.option("--track", multiple=True, metavar="NAME", help="tensorboard, wandb or mlflow too. Repeatable.")
-@click.option("--launcher", type=click.Choice(["local", "slurm"]),
-              help="Spread the runs over worker processes here, or submit them to Slurm. One after another without it.")  # fmt: skip
+@click.option(
+    "--launcher", type=click.Choice(["local", "slurm"]),
+    help="Spread the runs over worker processes here, or submit them to Slurm. One after another without it.",
+)  # fmt: skip
 @click.option(
     "--jobs", type=click.IntRange(1), help="Runs at a time; by default one a GPU, one a core, or as Slurm allows."
 )
@@ -125,16 +129,19 @@ def run(
 
     if not launcher:
         for option in context.command.params:
-            if option.name in where and where[option.name]:
+            if where.get(str(option.name)):
                 raise InputError(f"{option.opts[0]} is of --launcher; give --launcher local or slurm too.")
     resolved = load(suite, preset, overrides, method, _seeds(seeds))
     from kitbench import launch
     from kitbench.job import Options
+    from kitbench.processes import started_by_torchrun
     from kitbench.run import how_to_go_on
     from kitbench.run import run as run_suite
 
     if only:
         resolved = launch.restrict(resolved, only)
+    if launcher and started_by_torchrun():
+        raise InputError("--launcher starts processes of its own; give the same command without torchrun.")
     options = Options(out, data, device, workers, lpips_weights, micro_batch, track)
     console = _console()
     try:

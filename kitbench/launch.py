@@ -86,9 +86,11 @@ def restrict(suite: Suite, wanted: str) -> Suite:
     raise InputError(f"Suite {suite.name!r} has no cell {wanted!r}; give MODE/METHOD/SEED, for example colour/kit/0.")
 
 
-def command(arguments: Sequence[str], cell: Cell) -> list[str]:
-    """What a worker runs. `arguments` are those of `kitbench run`, without the launcher's."""
-    return [sys.executable, "-m", "kitbench", "run", *arguments, "--only", label(cell)]
+def command(arguments: Sequence[str], cell: Cell, processes: int = 1) -> list[str]:
+    """What a worker runs: `run` with these arguments, which are without the launcher's, in so many processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    shared = torchrun if processes > 1 else []
+    return [sys.executable, *shared, "-m", "kitbench", "run", *arguments, "--only", label(cell)]
 
 
 # On this machine
@@ -352,8 +354,8 @@ def slurm(suite: Suite, options: Options, spread: Spread, arguments: Sequence[st
     count = 0 if spread.gpus is None else int(spread.gpus) if re.fullmatch(r"\d+", spread.gpus) else None
     if count is None:
         raise InputError(f"--gpus takes how many GPUs a run gets with --launcher slurm; found {spread.gpus!r}.")
-    if count > 1:
-        raise InputError(f"--gpus {count}: a run of a Slurm array takes at most one GPU; leave it out, or give 1.")
+    if count > suite.recipe.batch:
+        raise InputError(f"--gpus {count}: a batch of {suite.recipe.batch} cannot be shared by so many; give fewer.")
     job = Job(suite, options)
     stored = {line.work for line in survey([options.out]) if line.state == "done"} if options.out.is_dir() else set()
     todo = [cell for cell in job.cells if Planned.of(cell).work not in stored]
@@ -375,7 +377,7 @@ def slurm(suite: Suite, options: Options, spread: Spread, arguments: Sequence[st
         soft_wrap=True,
     )
     if spread.dry_run or not todo:
-        show(todo, arguments, console)
+        show(todo, arguments, console, count)
         return []
     try:
         import submitit
@@ -387,17 +389,17 @@ def slurm(suite: Suite, options: Options, spread: Spread, arguments: Sequence[st
         executor = submitit.AutoExecutor(options.out / ".launch" / "slurm", "slurm", slurm_max_num_timeout=TIMEOUTS)
         executor.update_parameters(**where)
         with executor.batch():
-            jobs = [executor.submit(SlurmWorker(command(arguments, cell), environment)) for cell in todo]
+            jobs = [executor.submit(SlurmWorker(command(arguments, cell, count), environment)) for cell in todo]
     except (RuntimeError, ValueError, OSError) as error:
         plan.unlink()
         raise InputError(f"Slurm took no jobs: {' '.join(str(error).split())}.") from error
     return [str(job.job_id) for job in jobs]
 
 
-def show(cells: Sequence[Cell], arguments: Sequence[str], console: Console) -> None:
+def show(cells: Sequence[Cell], arguments: Sequence[str], console: Console, processes: int = 1) -> None:
     """What would be run: each cell, and the command of its worker."""
     for cell in cells:
-        words = ["python", *command(arguments, cell)[1:]]
+        words = ["python", *command(arguments, cell, processes)[1:]]
         console.print(f"{label(cell):<28}{shlex.join(words)}", highlight=False, soft_wrap=True, markup=False)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -44,15 +45,25 @@ class StopAt(Stop):
         return self.calls == self.stop_at and self.rank == 0
 
 
-def trained(folder: Path, name: str, micro_batch: int | None, stop_at: int | None, die_at: int | None) -> UNet:
+def trained(
+    folder: Path,
+    name: str,
+    micro_batch: int | None,
+    stop_at: int | None,
+    die_at: int | None,
+    changes: Mapping[str, object] | None = None,
+) -> UNet:
+    """Train in `folder` by the recipe, of which `changes` are made; see StopAt."""
+    recipe = SUITE.recipe.model_copy(update=changes)
     with joined() as world:
         method = methods.load(name)
         model = UNet(3, SUITE.backbone, method, method.resolve(SUITE.methods[name].settings), 0)
-        batches = Batches(read(card("skimage-train"), None, "colour"), SUITE.task, SUITE.recipe, 5)
+        model.lay_out(torch.channels_last if recipe.channels_last else torch.contiguous_format)
+        batches = Batches(read(card("skimage-train"), None, "colour"), SUITE.task, recipe, 5)
         stop = StopAt(world.rank, stop_at, die_at)
         cpu, run = torch.device("cpu"), RunFolder(folder)
         try:
-            train(model, batches, SUITE.recipe, cpu, run, 0, lambda *_: None, stop, micro_batch=micro_batch)
+            train(model, batches, recipe, cpu, run, 0, lambda *_: None, stop, micro_batch=micro_batch)
         except Interrupted:
             assert stop_at is not None
             return model

@@ -104,10 +104,11 @@ def test_a_dry_run_prints_cells_commands_and_resources_and_writes_nothing(in_pro
         " --device cpu --workers 0 --only colour/kit/4"
     )
     slurm = in_process(
-        "run", "--suite", "tiny.toml", *sets, "--launcher", "slurm", "--partition", "gpu", "--gpus", "1", "--dry-run"
+        "run", "--suite", "tiny.toml", *sets, "--launcher", "slurm", "--partition", "gpu", "--gpus", "2", "--dry-run"
     ).stdout
     assert "5 of 5 cells go to Slurm as one job array" in slurm
-    assert "gpus_per_node 1" in slurm
+    assert "gpus_per_node 2" in slurm
+    assert "python -m torch.distributed.run --standalone --nproc-per-node 2 -m kitbench run --suite tiny.toml" in slurm
     assert "slurm_partition gpu" in slurm
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -122,6 +123,7 @@ def test_a_dry_run_prints_cells_commands_and_resources_and_writes_nothing(in_pro
         (["--launcher", "local", "--partition", "gpu"], "--partition is of --launcher slurm"),
         (["--launcher", "local", "--device", "cpu", "--gpus", "0"], "the device is the CPU"),
         (["--launcher", "slurm", "--gpus", "all"], "how many GPUs"),
+        (["--launcher", "slurm", "--gpus", "3"], "a batch of 2 cannot be shared"),
         (["--only", "colour/kitt/0"], "no cell 'colour/kitt/0'"),
         (["--track", "tensorbord"], "tensorboard"),
     ],
