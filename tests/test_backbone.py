@@ -129,15 +129,18 @@ def test_an_unknown_or_wrong_setting_is_refused(tmp_path) -> None:
 
 @pytest.mark.parametrize("name", QUICK.references)
 @pytest.mark.parametrize("channels", [1, 3])
-def test_training_free_methods_keep_the_shape_of_gray_and_of_colour(name: str, channels: int) -> None:
-    methods.check_restore(methods.load(name), channels)
+@pytest.mark.parametrize("sigma", [25.0, None])
+def test_training_free_methods_keep_the_shape_of_gray_and_of_colour(
+    name: str, channels: int, sigma: float | None
+) -> None:
+    methods.check_restore(methods.load(name), channels, sigma)
 
 
 def test_a_training_free_method_that_changes_the_shape_is_refused(tmp_path) -> None:
     path = tmp_path / "mine.py"
     path.write_text("def restore(image, sigma):\n    return image[..., 0]\n")
     with pytest.raises(InputError, match=r"returned \(32, 33\), expected"):
-        methods.check_restore(methods.load(str(path), "mine"), 1)
+        methods.check_restore(methods.load(str(path), "mine"), 1, 25.0)
 
 
 def test_every_shipped_method_opens_with_a_card() -> None:
