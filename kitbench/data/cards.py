@@ -24,7 +24,7 @@ from typing import Annotated, Literal, Self, TypeVar
 import numpy as np
 from pydantic import Field, model_validator
 
-from kitbench.data.images import blocks, decode, to_gray
+from kitbench.data.images import blocks, decode, shape_of_blocks, to_gray
 from kitbench.errors import InputError, nearest
 from kitbench.suite import Frozen, Kind, Mode, parse
 
@@ -330,7 +330,7 @@ def _blocks_of(entry: Entry) -> list[Entry]:
         return [entry]
     return [
         Entry(f"{entry.name}/{'_'.join(f'{i + 1:02d}' for i in place)}", entry.target, entry.input, place)
-        for place in np.ndindex(blocks(entry.input).shape[:-3])
+        for place in np.ndindex(shape_of_blocks(entry.input)[:-3])
     ]
 
 
@@ -346,7 +346,9 @@ def fits(card: Card, folder: Path) -> bool:
     """Whether a folder has as many images as the card says, the first of them of the right size."""
     try:
         found = _entries(card, folder)
-        return len(found) == card.count and (card.size is None or _size(load(card, found[0])) == card.size)
+        if len(found) != card.count or card.size is None or found[0].block:
+            return len(found) == card.count
+        return _size(load(card, found[0])) == card.size
     except InputError:
         return False
 

@@ -50,6 +50,22 @@ def _blocks(path: Path, _changed: int) -> np.ndarray:
     return np.ascontiguousarray(array)  # MATLAB's order would scatter every row of a crop
 
 
+def shape_of_blocks(path: Path) -> tuple[int, ...]:
+    """The shape that `blocks` would give, of the file's header alone. Raises InputError as `blocks` does."""
+    import h5py
+    from scipy.io import whosmat
+
+    try:
+        if h5py.is_hdf5(path):
+            with h5py.File(path, "r") as file:
+                shape = file[path.stem].shape[::-1]
+        else:
+            shape = next(shape for name, shape, _ in whosmat(path) if name == path.stem)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StopIteration, NotImplementedError):
+        shape = ()
+    return tuple(shape) if len(shape) >= 4 else blocks(path).shape  # which says what is wrong
+
+
 def variable(path: Path, name: str) -> np.ndarray:
     """One array of a .mat file, axes in MATLAB's order. Raises InputError for an unreadable file or a missing name."""
     import h5py

@@ -195,6 +195,10 @@ def test_a_mat_file_that_is_not_the_sets_is_named(fault: str, version: str, tmp_
         mat_file(folder / "ValidationGtBlocksSrgb.mat", name, array, version)
     with pytest.raises(InputError, match=message):
         read(small("SIDD-validation", len(inputs)), tmp_path, "colour")
+    mat_file(folder / "ValidationNoisyBlocksSrgb.mat", "ValidationNoisyBlocksSrgb", np.zeros((8, 8), np.uint8), version)
+    with pytest.raises(InputError, match=r"NoisyBlocksSrgb of 8 x 8, expected images x height"):
+        read(small("SIDD-validation", 1), tmp_path, "colour")
+    mat_file(folder / "ValidationNoisyBlocksSrgb.mat", "ValidationNoisyBlocksSrgb", inputs, version)
     (folder / "ValidationGtBlocksSrgb.mat").write_bytes(b"no mat file at all")
     with pytest.raises(InputError, match=r"ValidationGtBlocksSrgb\.mat is not a readable \.mat file"):
         read(small("SIDD-validation", len(inputs)), tmp_path, "colour")
