@@ -102,7 +102,7 @@ def test_a_file_of_the_users_own_is_a_method_like_any_other(tmp_path) -> None:
     [
         ("from torch", "from torhc", "cannot be imported: ModuleNotFoundError"),
         ("class Attention(", "class Attention[", "cannot be imported: SyntaxError"),
-        ("class Attention", "class Attn", "neither `class Attention` nor"),
+        ("class Attention", "class Attn", "defines no method; define one of `class Attention`"),
         ("*, shift=False", "*, shft=False", "must take \\(dim, heads, \\*, shift=False"),
         ("return self.scale * self.mix(x)", "return x.mean(-1)", "returned \\(2, 16, 17\\)"),
         ("return self.scale * self.mix(x)", "return x.double()", "torch.float64"),
