@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor, nn
 
 from kitbench import evaluate, methods
@@ -70,7 +71,7 @@ def run(
     state = read_state(weights.path, weights.key) if weights is not None else None
     scoring = Scoring(resolved, options)
     for absent, why in scoring.absent.items():
-        console.print(f"[bold]without[/bold] {absent}: {why}", highlight=False, soft_wrap=True)
+        console.print(f"[bold]without[/bold] {absent}: {escape(why)}", highlight=False, soft_wrap=True)
 
     runs = []
     if weights is None or state is None:
@@ -83,13 +84,14 @@ def run(
     else:
         sha256 = loaded.source_sha256 or file_sha256(source)
         for mode, network in _fitting(loaded, settings, scoring, state, weights.path, console).items():
-            methods.check_network(loaded, network.to(scoring.device).eval(), CHANNELS[mode], scoring.device)
+            cost = _cost(network.eval(), CHANNELS[mode])  # on the CPU: counted on fake tensors
+            methods.check_network(loaded, network.to(scoring.device), CHANNELS[mode], scoring.device)
             cell = Cell(
                 resolved, mode, name, sha256, sha256, settings, None, device_name(scoring.device), None,
                 weights_sha256=file_sha256(weights.path), weights_key=weights.key,
             )  # fmt: skip
             restore = evaluate.network(network, scoring.device, scoring.protocols[mode], "float32")
-            runs.append(Scored(cell, restore, _cost(network, CHANNELS[mode])))
+            runs.append(Scored(cell, restore, cost))
 
     folders = []
     with interruptible(how_to_go_on) as stop:
@@ -135,7 +137,7 @@ def _fitting(
     if not found:
         raise InputError(next(iter(misfits.values())))
     for mode, why in misfits.items():
-        console.print(f"[bold]without[/bold] {mode}: {why}", highlight=False, soft_wrap=True)
+        console.print(f"[bold]without[/bold] {mode}: {escape(why)}", highlight=False, soft_wrap=True)
     return found
 
 
