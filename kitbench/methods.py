@@ -156,9 +156,7 @@ def _import_file(path: Path) -> ModuleType:
 def _settings(method: type, word: str, name: str) -> dict[str, tuple[Any, Any]]:
     """Keyword-only arguments of the constructor, also of those that a subclass passes on by `**settings`."""
     if not inspect.isclass(method):
-        raise InputError(
-            f"Method {name}: `{word}` must be a class (a torch.nn.Module), found {type(method).__name__}."
-        )
+        raise InputError(f"Method {name}: `{word}` must be a class (a torch.nn.Module), found {type(method).__name__}.")
     signature = inspect.signature(method)
     try:
         signature.bind_partial(8, 1, shift=False) if word == "Attention" else signature.bind_partial(3)
