@@ -11,7 +11,7 @@ Read next: fit.py (exponents, crossings, largest image), plot.py (the pictures),
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path

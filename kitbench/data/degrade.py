@@ -24,11 +24,10 @@ from functools import cache
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from kitbench.suite import Deblur, Denoise, Derain, RealNoise, Task
 
-Image = NDArray[np.float32]
+Image = np.ndarray  # float32 everywhere; what OpenCV and NumPy return is typed more loosely
 
 GAMMA = 2.2
 JITTER = 3.0  # degrees between the streaks of one image
@@ -49,7 +48,7 @@ def degrade(clean: Image, task: Task, random: np.random.Generator, sigma: float 
         return add_noise(clean, random.uniform(*task.sigma_train) if sigma is None else sigma, random)
     if isinstance(task, Deblur):
         kernel = motion_kernel(random.uniform(*task.length), random)
-        blurred = cv2.filter2D(clean, -1, kernel, borderType=cv2.BORDER_REFLECT_101).reshape(clean.shape)
+        blurred = cv2.filter2D(clean, -1, kernel, borderType=cv2.BORDER_REFLECT_101).reshape(*clean.shape)
         return eight_bits(add_noise(blurred, random.uniform(*task.sigma), random))
     if isinstance(task, Derain):
         return eight_bits(clean + streaks(clean.shape[:2], task, random)[..., None])
@@ -161,13 +160,12 @@ def demosaiced(values: Image, phase: int) -> Image:
             at = slice((y + row) % 2, height, 2), slice((x + column) % 2, width, 2)
             seen[(*at, channel)] = values[(*at, channel)]
     cross, box = _bilinear()
+    planes = [np.ascontiguousarray(seen[..., channel]) for channel in range(3)]
+    kernels = box, cross, box
     return np.stack(
-        [
-            cv2.filter2D(np.ascontiguousarray(seen[..., c]), -1, cross if c == 1 else box, borderType=cv2.BORDER_REFLECT_101)
-            for c in range(3)
-        ],
+        [cv2.filter2D(p, -1, k, borderType=cv2.BORDER_REFLECT_101) for p, k in zip(planes, kernels, strict=True)],
         axis=2,
-    )  # fmt: skip
+    )
 
 
 @cache

@@ -294,9 +294,10 @@ def _pictures(
     if trained is None:
         return []
     methods = list(trained.methods)
-    columns = {(row.data_set, row.condition): _from_25(row.sigma) for row in block.itertuples()}
+    records = block.to_dict("records")
+    columns = {(row["data_set"], row["condition"]): _from_25(row["sigma"]) for row in records}
     column = min(columns, key=columns.__getitem__)
-    here = block[(block["data_set"] == column[0]) & (block["condition"] == column[1])].set_index("method")
+    here = {row["method"]: row for row in records if (row["data_set"], row["condition"]) == column}
     name = heading(column)
     shown = []
     for field_name, scale, label in (
@@ -304,9 +305,9 @@ def _pictures(
         ("train_peak_bytes", 2.0**20, "peak memory of a training step, MiB"),
     ):
         points = {
-            m: (float(here.loc[m, field_name]) / scale, float(here.loc[m, "psnr_db"]))
+            m: (float(here[m][field_name]) / scale, float(here[m]["psnr_db"]))
             for m in methods
-            if m in here.index and pd.notna(here.loc[m, field_name]) and math.isfinite(float(here.loc[m, "psnr_db"]))
+            if m in here and pd.notna(here[m][field_name]) and math.isfinite(here[m]["psnr_db"])
         }
         if points:
             svg = pictures.pareto(points, label, name)

@@ -320,8 +320,8 @@ def notes_of(block: pd.DataFrame) -> list[str]:
     waited = [row["contended"] for _, row in block.iterrows() if slowed(row)]
     if waited:
         notes.append(
-            f"‡ not shown, because other work slowed these steps: they waited for a processor up to {max(waited):.0%} of "
-            f"the time."
+            f"‡ not shown, because other work slowed these steps: they waited for a processor up to {max(waited):.0%} "
+            "of the time."
         )
     compared = block[block["best"].notna()]
     if block["psnr_pm_seeds"].notna().any():
