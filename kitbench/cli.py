@@ -214,8 +214,10 @@ def table(paths: tuple[Path, ...], form: Any, protocol: str | None, out: Path | 
     from kitbench.store import find
     from kitbench.verdict.table import render
 
-    text = render(find(paths), form, protocol)
-    _give(text, out)
+    runs = find(paths)
+    _give(render(runs, form, protocol), out)
+    for failure in filter(None, (run.failure for run in runs)):
+        click.secho(f"failed, so not or not wholly in the table: {failure}", fg="red", err=True)
 
 
 @cli.command()

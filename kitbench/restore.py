@@ -12,8 +12,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 
 from kitbench import methods
@@ -22,6 +20,7 @@ from kitbench.errors import InputError
 from kitbench.evaluate import tiled
 from kitbench.seeds import derive
 from kitbench.store import Run, RunFolder, replace_with
+from kitbench.train import trained_state
 
 WHOLE = 1024 * 1024
 """Pixels up to which a picture is restored whole, unless a tile is asked for."""
@@ -57,8 +56,8 @@ def load(folder: RunFolder, method_file: Path | None, device: torch.device) -> t
     channels = 3 if run.mode == "colour" else 1
     model = UNet(channels, run.backbone, loaded, dict(run.settings), derive(run.seed, "model"))
     try:
-        model.load_state_dict(safetensors.torch.load_file(folder.weights))
-    except (safetensors.SafetensorError, RuntimeError, OSError) as error:
+        model.load_state_dict(trained_state(folder))
+    except RuntimeError as error:
         fault = str(error).splitlines()[0]
         raise InputError(f"{folder.weights} does not fit the run's network ({fault}); train the run again.") from error
     return model.to(device).eval(), run

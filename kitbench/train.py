@@ -23,7 +23,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from kitbench.backbone import UNet
 from kitbench.data.batches import Batches
 from kitbench.data.cards import pixel_sha256
-from kitbench.errors import Interrupted, RunError
+from kitbench.errors import InputError, Interrupted, RunError
 from kitbench.processes import current, pieces
 from kitbench.seeds import derive
 from kitbench.stop import Stop
@@ -285,15 +285,15 @@ def _load(
 
 
 def trained_state(folder: RunFolder) -> dict[str, Tensor]:
-    """The trained weights of a run. Raises RunError where they are missing, or not those that were stored."""
+    """The trained weights of a run. Raises InputError where they are missing, or not those that were stored."""
     advice = "restore it, or delete the run's folder to train again"
     try:
         state = safetensors.torch.load_file(folder.weights)
     except (safetensors.SafetensorError, OSError) as error:
-        raise RunError(f"{folder.weights} cannot be read ({error}); {advice}") from error
+        raise InputError(f"{folder.weights} cannot be read ({error}); {advice}.") from error
     training = folder.training
     if training is None or state_sha256(state) != training.weights_sha256:
-        raise RunError(f"{folder.weights} is damaged: it has not the checksum that training.json states; {advice}")
+        raise InputError(f"{folder.weights} is damaged: it has not the checksum that training.json states; {advice}.")
     return state
 
 

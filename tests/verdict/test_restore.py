@@ -147,11 +147,15 @@ def test_the_command_restores_beside_the_input_and_refuses_to_overwrite(tiny_run
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a-restored.png", "a.png", "text.png"]
 
 
-def test_weights_that_do_not_fit_are_refused(tiny_runs, tmp_path) -> None:
+def test_weights_that_are_not_those_of_the_run_are_refused(tiny_runs, tmp_path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run_of(tiny_runs, "kit").path, copy)
+    whole = (copy / "weights.safetensors").read_bytes()
+    (copy / "weights.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(InputError, match="damaged: it has not the checksum"):
+        restore.load(RunFolder(copy), None, CPU)
     (copy / "weights.safetensors").write_bytes(b"no weights")
-    with pytest.raises(InputError, match="does not fit"):
+    with pytest.raises(InputError, match="cannot be read"):
         restore.load(RunFolder(copy), None, CPU)
     (copy / "weights.safetensors").unlink()
     with pytest.raises(InputError, match="holds no weights"):
