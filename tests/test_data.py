@@ -13,8 +13,8 @@ from PIL import Image
 from kitbench import suite
 from kitbench.data import cards
 from kitbench.data.batches import Batches
-from kitbench.data.degrade import add_noise
 from kitbench.data.cards import Card, Photograph, card, read
+from kitbench.data.degrade import add_noise
 from kitbench.data.overlap import assert_disjoint
 from kitbench.errors import InputError
 from kitbench.seeds import generator
