@@ -195,8 +195,8 @@ class Job(Scoring):
         self.cells = list(self._cells())
 
     def _read(self, mode: Mode, sets: NamedSets, present: list[str]) -> Sets:
-        test = super()._read(mode, sets, present).test
         train = {name: read(card(name), self.options.data, mode) for name in sets.train}
+        test = super()._read(mode, sets, present).test
         assert_disjoint(train, test)
         return Sets(train, test)
 
