@@ -123,12 +123,14 @@ class Scoring:
             )
         present: dict[Mode, list[str]] = {}
         for mode, sets in named.items():
-            for name in sets.test:
+            # Clean images will do to train for any task; pairs have inputs of their own.
+            for name in (*sets.test, *(name for name in sets.train if card(name).pairs)):
                 if self.suite.task.kind not in card(name).tasks:
                     raise InputError(
                         f"Data set {name} is made for {' and '.join(card(name).tasks)}, the suite's task is "
-                        f"{self.suite.task.kind}; choose another test set."
+                        f"{self.suite.task.kind}; choose another set."
                     )
+            for name in sets.test:
                 if locate(card(name), root) is None:
                     self.absent[name] = f"not in {root}; get it from {card(name).home}"
                 else:

@@ -228,6 +228,7 @@ def bad_data(tmp_path: Path) -> None:
         (["run", "--suite", "tiny.toml", "--set", "data.embedded.colour.test=['skimage-gray']"], "is gray"),
         (["run", "--suite", "tiny.toml", "--set", "data.embedded.colour.train=['skimage-test']"], "overlap"),
         (["run", "--suite", "tiny.toml", "--set", "data.embedded.colour.test=['CBSD86']"], "did you mean 'CBSD68'?"),
+        (["run", "--suite", "tiny.toml", "--set", "data.embedded.colour.train=['GoPro-train']"], "is made for deblur"),
         (["run", "--suite", "tiny.toml", "--data", "missing"], "Data folder missing does not exist"),
         (["run", "--suite", "tiny.toml", "--data", "data"], "BSDS500"),
         (["run", "--suite", "tiny.toml", "--device", "tpu"], "is no device"),
