@@ -44,3 +44,16 @@ def test_every_trained_method_of_the_reference_gains_6_db_and_beats_non_local_me
     assert sorted(trained.index) == ["conv", "global", "kit", "kit-random", "local", "window"]
     assert (trained > at_25["input"] + 6).all()
     assert (trained > at_25["nlm"]).all()
+
+
+@pytest.mark.parametrize(("name", "gain"), [("derain", 2), ("denoise-real", 2), ("deblur", 0.5)])
+def test_every_trained_method_of_the_other_tasks_gains_over_its_input(name: str, gain: float) -> None:
+    psnr = rows(find([REFERENCE.with_name(f"{name}-quick-cpu")])).set_index("method")["psnr_db"]
+    trained = psnr.drop(["input", "nlm"], errors="ignore")
+    assert len(trained) == 6
+    assert (trained > psnr["input"] + gain).all()
+
+
+def test_the_rainy_inputs_of_rain100l_score_what_print_has() -> None:
+    psnr = rows(find([REFERENCE.with_name("derain-rain100l-cpu")])).set_index("method")["psnr_db"]
+    assert round(psnr["input"], 2) == 26.90
