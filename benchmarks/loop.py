@@ -7,7 +7,8 @@ The bare loop is what one would write by hand: batches that lie ready in memory,
 checkpoint. The training loop is `kitbench.train.train`, with all of them. Both run STEPS steps by turns; the first
 STEPS / 3 of each are not counted. The figure is the median over the rounds of (bare seconds) / (loop seconds), without
 the rounds in which other work held the processors. Where it held them in every round, and with --processor-time, the
-ratio is that of the whole calls' processor time, of all threads together: the loop's own batches count in it too.
+ratio is that of processor time, of all threads together: the making of the loop's batches, in a thread of its own,
+counts in it too.
 """
 
 from __future__ import annotations
@@ -44,24 +45,30 @@ def network(chosen: Suite, name: str) -> UNet:
     return UNet(3, chosen.backbone, loaded, loaded.resolve(chosen.methods[name].settings), 0)
 
 
-def looped(model: UNet, batches: Batches, recipe: Recipe, device: torch.device, workers: int) -> float:
-    """Seconds a step of kitbench's own loop."""
+def looped(model: UNet, batches: Batches, recipe: Recipe, device: torch.device, workers: int) -> tuple[float, float]:
+    """Seconds a step of kitbench's own loop, and processor seconds of all threads."""
+    clocks: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        log = train(model, batches, recipe, device, RunFolder(Path(folder)), workers, lambda *_: None, Stop())
-    return statistics.mean(line[4] for line in log[1:])
+        log = train(
+            model, batches, recipe, device, RunFolder(Path(folder)), workers,
+            lambda *_: clocks.append(time.process_time()), Stop(),
+        )  # fmt: skip
+    return statistics.mean(line[4] for line in log[1:]), (clocks[-1] - clocks[0]) / (STEPS - LOG_EVERY)
 
 
-def bare(model: UNet, ready: list[tuple[torch.Tensor, torch.Tensor]], recipe: Recipe, device: torch.device) -> float:
-    """Seconds a step of a loop written by hand."""
+def bare(
+    model: UNet, ready: list[tuple[torch.Tensor, torch.Tensor]], recipe: Recipe, device: torch.device
+) -> tuple[float, float]:
+    """Seconds a step of a loop written by hand, and processor seconds of all threads."""
     model.to(device).train()
     optimiser = torch.optim.AdamW(
         decay_groups(model, recipe.weight_decay), lr=recipe.lr, betas=recipe.betas, fused=True
     )
-    clock = 0.0
+    clock = processor = 0.0
     for step in range(STEPS):
         if step == LOG_EVERY:
             _wait(device)
-            clock = time.perf_counter()
+            clock, processor = time.perf_counter(), time.process_time()
         degraded, clean = (images.to(device, non_blocking=True) for images in ready[step])
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
             restored = model(degraded)
@@ -70,7 +77,8 @@ def bare(model: UNet, ready: list[tuple[torch.Tensor, torch.Tensor]], recipe: Re
         loss.backward()
         optimiser.step()
     _wait(device)
-    return (time.perf_counter() - clock) / (STEPS - LOG_EVERY)
+    seconds = time.perf_counter() - clock, time.process_time() - processor
+    return seconds[0] / (STEPS - LOG_EVERY), seconds[1] / (STEPS - LOG_EVERY)
 
 
 def _wait(device: torch.device) -> None:
@@ -102,17 +110,14 @@ def main() -> None:
         while len(wall) < options.rounds and len(wall) + dropped < 2 * options.rounds:
             waited, start = waited_seconds(), time.perf_counter()
             first, second = network(chosen, name), network(chosen, name)
-            clocks = [time.process_time()]
             ours = looped(first, batches, recipe, device, options.workers)
-            clocks.append(time.process_time())
             theirs = bare(second, ready, recipe, device)
-            clocks.append(time.process_time())
-            processor.append((clocks[2] - clocks[1]) / (clocks[1] - clocks[0]))
-            seconds.append(ours)
+            processor.append(theirs[1] / ours[1])
+            seconds.append(ours[0])
             if waited_seconds() - waited > 0.05 * (time.perf_counter() - start):
                 dropped += 1  # other processes held the processors
             else:
-                wall.append(theirs / ours)
+                wall.append(theirs[0] / ours[0])
         of = "processor time" if options.processor_time or not wall else "time"
         ratios = processor if of == "processor time" else wall
         share, low, high = statistics.median(ratios), min(ratios), max(ratios)
