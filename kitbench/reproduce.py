@@ -68,12 +68,12 @@ def reproduce(
     parted = _data(record, evaluations, Job(suites[0], options))
     if parted is not None:
         return Outcome("different", "other data: nothing was run", parted, tuple(notes))
-    with _threads(record, options.device):
+    with _threads(record, options.device) as told:
         for suite in suites:
             complete, failed = run(suite, options, console)
             if failed:
                 raise RunError("; ".join(failed))
-    return judge(stored, complete[0], siblings, notes)
+    return judge(stored, complete[0], siblings, [*notes, *told])
 
 
 def judge(stored: RunFolder, made: RunFolder, siblings: Sequence[RunFolder], notes: Sequence[str] = ()) -> Outcome:
@@ -151,13 +151,16 @@ def _place(record: Run, options: Options) -> tuple[Options, list[str]]:
 
 
 @contextmanager
-def _threads(record: Run, device: str) -> Iterator[None]:
-    """As many threads as the record states while the block runs: the order of a sum depends on them."""
-    before = torch.get_num_threads()
-    if device == "cpu":
-        torch.set_num_threads(record.environment.threads)
+def _threads(record: Run, device: str) -> Iterator[list[str]]:
+    """As many threads as the record states while the block runs: the order of a sum depends on them. Yields notes."""
+    before, wanted = torch.get_num_threads(), record.environment.threads
+    # Setting the number that stands already would still switch MKL's own choice of threads off, and move last bits.
+    if device != "cpu" or before == wanted:
+        yield []
+        return
+    torch.set_num_threads(wanted)
     try:
-        yield
+        yield [f"made with {wanted} threads, here by default {before}: for the last bit set OMP_NUM_THREADS={wanted}"]
     finally:
         torch.set_num_threads(before)
 
