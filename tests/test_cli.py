@@ -54,8 +54,8 @@ def test_the_main_job_runs_from_end_to_end(finished: Path) -> None:
         assert expected in text
     assert list(runs(finished / "results")) == [
         "denoise-colour-conv-s0",
-        "denoise-colour-kit-s0",
         "denoise-colour-input",
+        "denoise-colour-kit-s0",
     ]
     for name, run in runs(finished / "results").items():
         record = json.loads((run / "run.json").read_text())

@@ -91,7 +91,9 @@ def test_differences_beyond_noise_are_told_in_words(tmp_path: Path) -> None:
 def test_a_crop_is_cut_into_its_squares_and_a_damaged_one_is_refused(tiny_runs: Path, tmp_path: Path) -> None:
     path = next(tiny_runs.glob("*-conv-s0-*/crops/*-0.png"))
     crop = pictures.crop(path)
-    assert all(data.startswith(b"\x89PNG") for data in (crop.whole, crop.degraded, crop.restored, crop.clean, crop.error))
+    assert all(
+        data.startswith(b"\x89PNG") for data in (crop.whole, crop.degraded, crop.restored, crop.clean, crop.error)
+    )
     left, top, width, height = crop.place
     assert 0 <= left <= 100 - width
     assert 0 <= top <= 100 - height
