@@ -12,6 +12,7 @@ from benchmarks.faults import RUN, Done, folder, kitbench
 from kitbench.reproduce import judge
 from kitbench.store import Environment, Run, RunFolder
 from kitbench.verdict.diff import differences
+from tests.conftest import ROOT
 from tests.stored import store
 
 OWN = '''
@@ -60,6 +61,14 @@ def test_a_stored_run_made_again_is_bit_identical(
     before = sorted(path for path in finished.rglob("*") if "__pycache__" not in path.parts)
     assert f": bit-identical: {what}" in again(finished, name, *arguments).text.replace("\n", " ")
     assert sorted(path for path in finished.rglob("*") if "__pycache__" not in path.parts) == before
+
+
+def test_a_committed_reference_run_is_reproduced() -> None:
+    """To the last bit on the machine that made it with as many threads, within the seed spread elsewhere."""
+    [path] = (ROOT / "results" / "reference" / "denoise-smoke-cpu").glob("denoise-colour-conv-s0-*")
+    done = kitbench(ROOT, "reproduce", str(path), "--device", "cpu")
+    assert done.code == 0, done.text
+    assert f"{path.name}: bit-identical" in done.text or f"{path.name}: within the seed spread" in done.text
 
 
 def test_other_data_is_named_before_anything_is_trained(finished: Path, tmp_path: Path) -> None:
