@@ -357,7 +357,8 @@ def slurm(suite: Suite, options: Options, spread: Spread, arguments: Sequence[st
     if count > suite.recipe.batch:
         raise InputError(f"--gpus {count}: a batch of {suite.recipe.batch} cannot be shared by so many; give fewer.")
     job = Job(suite, options)
-    stored = {line.work for line in survey([options.out]) if line.state == "done"} if options.out.is_dir() else set()
+    runs = [path.parent for path in options.out.glob("*/run.json")]
+    stored = {line.work for line in survey(runs) if line.state == "done"} if runs else set()
     todo = [cell for cell in job.cells if Planned.of(cell).work not in stored]
     cpus, minutes = spread.cpus or 4, spread.minutes or 24 * 60
     where = {
@@ -405,7 +406,9 @@ def show(cells: Sequence[Cell], arguments: Sequence[str], console: Console, proc
 
 def write_plan(suite: Suite, out: Path, launcher: str, cells: Sequence[Cell]) -> Path:
     """Keep what is about to be run, for `status`."""
-    plan = Plan(launcher=launcher, pid=os.getpid(), cells=tuple(Planned.of(cell) for cell in cells))
+    plan = Plan(
+        launcher=launcher, pid=os.getpid(), host=os.uname().nodename, cells=tuple(Planned.of(cell) for cell in cells)
+    )
     path = plan_path(out, suite.name, launcher)
     write_atomic(path, (plan.model_dump_json(indent=1) + "\n").encode())
     return path

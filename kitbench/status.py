@@ -1,8 +1,8 @@
 """What is queued, running, done and failed, from the run folders and the plans beside them alone.
 
 A run under way keeps `progress.json` in its folder, renewed every few seconds; a launcher keeps what it is about to run
-in `OUT/.launch/`. Neither decides a number, and both may be deleted. Works wherever the folder can be read: on another
-machine of a cluster a run counts as running while its progress is fresh.
+in `OUT/.launch/` (delete that of a Slurm array that was cancelled). Neither decides a number. Works wherever the folder
+can be read: a run of another machine of a cluster counts as running while its progress is fresh.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+import psutil
 
 from kitbench.errors import InputError
 from kitbench.progress import duration
@@ -50,7 +52,14 @@ class Plan(Frozen):
     schema_version: Literal[1] = 1
     launcher: str
     pid: int
+    """Of the launcher; that of Slurm has left its cells to the cluster and ended."""
+    host: str
     cells: tuple[Planned, ...]
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether the launcher that was to run the cells is gone."""
+        return self.launcher == "local" and self.host == os.uname().nodename and not psutil.pid_exists(self.pid)
 
 
 @dataclass(frozen=True)
@@ -91,10 +100,13 @@ def survey(paths: Sequence[Path], now: Callable[[], float] = time.time) -> list[
         lines.append(_line(folder, folder.run, now()))
     begun = {line.work for line in lines}
     for path in plans:
-        for cell in read_record(Plan, path).cells:
+        plan = read_record(Plan, path)
+        state: State = "stopped" if plan.abandoned else "queued"
+        for cell in plan.cells:
             if cell.work not in begun:
                 begun.add(cell.work)
-                lines.append(Line(cell.name, "queued", cell.work, None, None, None, ""))
+                note = "its launcher is gone" if plan.abandoned else ""
+                lines.append(Line(cell.name, state, cell.work, None, None, None, note))
     return sorted(lines, key=lambda line: STATES.index(line.state))
 
 

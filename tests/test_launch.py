@@ -228,21 +228,29 @@ def test_status_tells_every_state_from_the_folders_alone(tmp_path: Path) -> None
     ]
     path = plan_path(tmp_path, "tiny", "local")
     path.parent.mkdir()
-    path.write_text(Plan(launcher="local", pid=1, cells=tuple(cells)).model_dump_json())
+    host = os.uname().nodename
+    path.write_text(Plan(launcher="local", pid=os.getpid(), host=host, cells=tuple(cells)).model_dump_json())
+    gone = Planned(name="cell 8", mode="colour", method="kit", seed=8, work="8")
+    dead = Plan(launcher="local", pid=2**22 + 1, host=host, cells=(gone,))  # above the largest number of a process
+    plan_path(tmp_path, "other", "local").write_text(dead.model_dump_json())
 
     with running.lock():
         lines = survey([tmp_path], now=lambda: 1010.0)
     named = {folder.path.name: state for folder, state in (
         (done, "done"), (stopped, "stopped"), (running, "running"), (elsewhere, "running"), (failed, "failed"), (begun, "stopped"),
     )}  # fmt: skip
-    assert {line.name: line.state for line in lines} == named | {"cell 6": "queued", "cell 7": "queued"}
+    assert {line.name: line.state for line in lines} == named | {
+        "cell 6": "queued",
+        "cell 7": "queued",
+        "cell 8": "stopped",
+    }
     table = {row[1]: row for row in render(lines)}
     assert table[running.path.name][2:4] == ["6/20", "1 min 0 s"]
     assert table[failed.path.name][4] == "out of memory"
     assert table[done.path.name][2] == "20/20"
     assert (
         summary(lines)
-        == "2 running, 2 queued, 2 stopped, 1 failed, 1 done; the longest that is running has about 1 min 0 s left"
+        == "2 running, 2 queued, 3 stopped, 1 failed, 1 done; the longest that is running has about 1 min 0 s left"
     )
     # A run of another machine counts as running only while what it says of itself is fresh.
     later = {line.name: line.state for line in survey([tmp_path], now=lambda: 2000.0)}
