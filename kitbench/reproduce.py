@@ -94,14 +94,14 @@ def judge(stored: RunFolder, made: RunFolder, siblings: Sequence[RunFolder], not
         for name, unit, before, after in means:
             tolerance, basis = _spread(name, stored, siblings, old)
             where = f"{old.data_set} {old.condition}".strip()
-            line = f"{name} on {where} moved by {after - before:+.2g}{unit}, {basis}"
-            told.append((abs(after - before) / tolerance, line))
-            if not abs(after - before) <= tolerance:
+            moved = 0.0 if after == before else after - before  # both may be infinite
+            line = f"{name} on {where} moved by {moved:+.2g}{unit}, {basis}"
+            told.append((abs(moved) / tolerance, line))
+            if abs(moved) > tolerance:
                 beyond.append(line)
-    worst = max(told)[1]
-    if beyond:
-        return Outcome("different", f"{worst}; the numbers part at {parted[0]}", first, tuple(notes))
-    return Outcome("within the seed spread", f"{worst}; the numbers part at {parted[0]}", first, tuple(notes))
+    same = stored.trained and not any(d.what == "weights" or d.what.startswith("loss at") for d in parted)
+    why = f"{'weights and losses are bit-identical; ' if same else ''}{max(told)[1]}; the numbers part at {parted[0]}"
+    return Outcome("different" if beyond else "within the seed spread", why, first, tuple(notes))
 
 
 def _spread(name: str, stored: RunFolder, siblings: Sequence[RunFolder], evaluation: Evaluation) -> tuple[float, str]:
