@@ -84,7 +84,8 @@ def test_cells_survive_a_lost_node_and_a_preemption_bit_for_bit(cluster: Cluster
     cluster.command("sbatch", "-p", "high", "-w", "n2", "-o", "/dev/null", "--wrap", "sleep 1")
     until("both requeued", lambda: all(jobs(cluster, "Restarts")[t] != "0" for t in nodes.values()), cluster, tmp_path)
     cluster.up("n1")
-    cluster.command("scontrol", "update", "nodename=n1", "state=resume")
+    at_work = ("idle", "allocated", "mixed")  # ReturnToService=2: a node that registers is taken back
+    until("n1 back", lambda: cluster.states().get("n1") in at_work, cluster, tmp_path)
 
     until("all done", lambda: set(jobs(cluster, "JobState").values()) == {"COMPLETED"}, cluster, tmp_path)
     assert "2 done" in run_kitbench(tmp_path, "status", "results").stdout
