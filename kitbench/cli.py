@@ -574,8 +574,9 @@ def data_list(data: Path | None) -> None:
     """Every set that has a card: task, size, whether it is there, and its terms."""
     from rich.table import Table
 
-    from kitbench.data.cards import cards, described, locate
+    from kitbench.data.cards import cards, check_root, described, locate
 
+    check_root(data)
     grid = Table("name", "tests", "images", "present", "about", "terms", box=None, pad_edge=False)
     for name, card in cards().items():
         folder = locate(card, data)
@@ -610,8 +611,9 @@ def where(names: tuple[str, ...], data: Path | None) -> None:
 def data_check(names: tuple[str, ...], data: Path | None) -> None:
     """Name each missing, extra or altered file of the sets that are there, or of those named. Exit code 1 if any."""
     from kitbench.data.audit import audit
-    from kitbench.data.cards import locate, present
+    from kitbench.data.cards import check_root, locate, present
 
+    check_root(data)
     failed = False
     for card in _cards(names):
         folder = locate(card, data) if names else present(card, data)

@@ -22,7 +22,7 @@ from kitbench.cell import Cell
 from kitbench.cost.flops import count_module, reconcile
 from kitbench.cost.memory import free_bytes, peak_bytes, predict_peak_bytes
 from kitbench.data.batches import Batches
-from kitbench.data.cards import Photograph, card, locate, read
+from kitbench.data.cards import Photograph, card, check_root, locate, read
 from kitbench.data.overlap import assert_disjoint
 from kitbench.environment import choose_device, device_name, make_repeatable
 from kitbench.errors import InputError, RunError
@@ -117,10 +117,7 @@ class Scoring:
         mode without any, as long as one is there.
         """
         root = self.options.data
-        if root is not None and not root.is_dir():
-            raise InputError(
-                f"Data folder {root} does not exist; give a folder that holds data sets (kitbench list names them)."
-            )
+        check_root(root)
         present: dict[Mode, list[str]] = {}
         for mode, sets in named.items():
             # Clean images will do to train for any task; pairs have inputs of their own.

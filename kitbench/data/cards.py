@@ -192,6 +192,14 @@ def card(name: str) -> Card:
     return cards()[name]
 
 
+def check_root(root: Path | None) -> None:
+    """Raises InputError where a data folder is named that does not exist."""
+    if root is not None and not root.is_dir():
+        raise InputError(
+            f"Data folder {root} does not exist; give a folder that holds data sets (kitbench list names them)."
+        )
+
+
 def locate(card: Card, root: Path | None) -> Path | None:
     """The folder of a set: inside an installed package, or below `root`; None where no folder holds a file of it.
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from kitbench.cli import cli
 from kitbench.data.audit import audit
 from kitbench.data.cards import Card, card, cards, locate, pixel_sha256, read, unnumbered
 from kitbench.errors import InputError
@@ -102,3 +104,10 @@ def test_a_real_set_has_no_faults(name: str, data_root: Path) -> None:
     if folder is None:
         pytest.skip(f"{name} is not in {data_root}")
     assert audit(card(name), folder) == []
+
+
+@pytest.mark.parametrize("command", ["check", "list"])
+def test_a_data_folder_that_does_not_exist_is_refused(tmp_path: Path, command: str) -> None:
+    done = CliRunner().invoke(cli, ["data", command, "--data", str(tmp_path / "none")])
+    assert done.exit_code == 2
+    assert "none does not exist; give a folder" in done.output
