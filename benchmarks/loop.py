@@ -4,11 +4,13 @@
     python benchmarks/loop.py --preset full --device cuda                   # where there is a GPU
 
 The bare loop is what one would write by hand: batches that lie ready in memory, no seeding, no log, no clipping, no
-checkpoint. The training loop is `kitbench.train.train`, with all of them. Both run STEPS steps by turns; the first
-STEPS / 3 of each are not counted. The figure is the median over the rounds of (bare seconds) / (loop seconds), without
-the rounds in which other work held the processors. Where it held them in every round, and with --processor-time, the
-ratio is that of processor time, of all threads together: the making of the loop's batches, in a thread of its own,
-counts in it too.
+checkpoint. The training loop is `kitbench.train.train`, with all of them. They train a model each, in one process and
+by turns, a stretch of ten steps at a time, so that both meet the same state of the machine. The figure is the
+median over the loop's stretches of (mean seconds of the bare stretches before and behind it) / (its own seconds), the
+quartiles in brackets; the first is not counted, nor are those in which other work held the processors. Where it held
+them in most of them, and with --processor-time, the ratio is that of processor time, of all threads together: the
+making of the loop's batches, in a thread of its own, counts in it too. Processes that prepare batches (--workers) go on
+while the bare loop runs; a stretch is then longer, ten times what they keep ready.
 """
 
 from __future__ import annotations
@@ -19,11 +21,14 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+import numpy as np
 import torch
 
 from kitbench import methods, suite
@@ -37,7 +42,23 @@ from kitbench.store import RunFolder
 from kitbench.suite import Recipe, Suite
 from kitbench.train import LOG_EVERY, decay_groups, loss_of, train
 
-STEPS = 3 * LOG_EVERY
+
+class Spent(NamedTuple):
+    """Seconds: of the clock, of the processors in all threads, and spent by threads that were ready but did not run."""
+
+    clock: float
+    processor: float
+    waited: float
+
+
+def now(device: torch.device) -> Spent:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return Spent(time.perf_counter(), time.process_time(), waited_seconds())
+
+
+def since(start: Spent, device: torch.device) -> Spent:
+    return Spent(*(b - a for a, b in zip(start, now(device), strict=True)))
 
 
 def network(chosen: Suite, name: str) -> UNet:
@@ -45,45 +66,56 @@ def network(chosen: Suite, name: str) -> UNet:
     return UNet(3, chosen.backbone, loaded, loaded.resolve(chosen.methods[name].settings), 0)
 
 
-def looped(model: UNet, batches: Batches, recipe: Recipe, device: torch.device, workers: int) -> tuple[float, float]:
-    """Seconds a step of kitbench's own loop, and processor seconds of all threads."""
-    clocks: list[float] = []
-    with tempfile.TemporaryDirectory() as folder:
-        log = train(
-            model, batches, recipe, device, RunFolder(Path(folder)), workers,
-            lambda *_: clocks.append(time.process_time()), Stop(),
-        )  # fmt: skip
-    return statistics.mean(line[4] for line in log[1:]), (clocks[-1] - clocks[0]) / (STEPS - LOG_EVERY)
-
-
 def bare(
     model: UNet, ready: list[tuple[torch.Tensor, torch.Tensor]], recipe: Recipe, device: torch.device
-) -> tuple[float, float]:
-    """Seconds a step of a loop written by hand, and processor seconds of all threads."""
+) -> Iterator[Spent]:
+    """A loop written by hand, a stretch of as many steps as batches are ready at a time: what each took."""
     model.to(device).train()
     optimiser = torch.optim.AdamW(
-        decay_groups(model, recipe.weight_decay), lr=recipe.lr, betas=recipe.betas, fused=True
+        decay_groups(model, recipe.weight_decay), lr=recipe.lr, betas=recipe.betas, fused=recipe.fused
     )
-    clock = processor = 0.0
-    for step in range(STEPS):
-        if step == LOG_EVERY:
-            _wait(device)
-            clock, processor = time.perf_counter(), time.process_time()
-        degraded, clean = (images.to(device, non_blocking=True) for images in ready[step])
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-            restored = model(degraded)
-        loss = loss_of(restored.float() - clean, recipe)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-    _wait(device)
-    seconds = time.perf_counter() - clock, time.process_time() - processor
-    return seconds[0] / (STEPS - LOG_EVERY), seconds[1] / (STEPS - LOG_EVERY)
+    while True:
+        start = now(device)
+        for images in ready:
+            degraded, clean = (image.to(device, non_blocking=True) for image in images)
+            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+                restored = model(degraded)
+            loss = loss_of(restored.float() - clean, recipe)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+        yield since(start, device)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def measured(
+    chosen: Suite, name: str, batches: Batches, ready: list[tuple[torch.Tensor, torch.Tensor]], device: torch.device,
+    workers: int,
+) -> tuple[list[Spent], list[Spent]]:  # fmt: skip
+    """(of the loop, of the bare loop): bare stretch i lies between the loop's stretches i and i + 1."""
+    by_hand = bare(network(chosen, name), ready, chosen.recipe, device)
+    ours, theirs, start = [], [], now(device)
+
+    def turn(done: int, *_: object) -> None:
+        nonlocal start
+        if done % len(ready):
+            return
+        ours.append(since(start, device))
+        theirs.append(next(by_hand))
+        start = now(device)
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunFolder(Path(folder))
+        train(network(chosen, name), batches, chosen.recipe, device, run, workers, turn, Stop())
+    return ours, theirs
+
+
+def ratios(ours: list[Spent], theirs: list[Spent], of: Callable[[Spent], float], quiet: bool) -> list[float]:
+    found = []
+    for place in range(1, len(ours)):
+        group = (theirs[place - 1], ours[place], theirs[place])
+        if not quiet or all(spent.waited < 0.05 * spent.clock for spent in group):
+            found.append((of(group[0]) + of(group[2])) / 2 / of(group[1]))
+    return found
 
 
 def main() -> None:
@@ -91,42 +123,41 @@ def main() -> None:
     parser.add_argument("--preset", default="quick", help="of the suite denoise")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--methods", default="kit,window,conv")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--stretches", type=int, default=40, help="of each loop and method")
     parser.add_argument("--workers", type=int, default=0, help="processes that prepare the loop's batches")
     parser.add_argument("--processor-time", action="store_true", help="the ratio of processor time, on a busy machine")
     parser.add_argument("--json", type=Path, help="keep the figures here")
     options = parser.parse_args()
-    chosen = suite.load("denoise", options.preset, [f"recipe.steps={STEPS}", "recipe.warmup=0"])
+    if options.stretches < 2:
+        parser.error(f"--stretches {options.stretches} leaves none to count, the first being left out; give 2 or more")
+    stretch = LOG_EVERY * max(1, 2 * options.workers)
+    steps = stretch * options.stretches
+    chosen = suite.load("denoise", options.preset, [f"recipe.steps={steps}", "recipe.warmup=0"])
     recipe, device = chosen.recipe, choose_device(options.device)
     make_repeatable(recipe)
     batches = Batches(read(card("skimage-train"), None, "colour"), chosen.task, recipe, 0)
-    ready = [batches[step] for step in range(STEPS)]
+    ready = [batches[step] for step in range(stretch)]
     print(
         f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, preset {options.preset}"
     )
     found = {}
     for name in options.methods.split(","):
-        wall, processor, seconds, dropped = [], [], [], 0
-        while len(wall) < options.rounds and len(wall) + dropped < 2 * options.rounds:
-            waited, start = waited_seconds(), time.perf_counter()
-            first, second = network(chosen, name), network(chosen, name)
-            ours = looped(first, batches, recipe, device, options.workers)
-            theirs = bare(second, ready, recipe, device)
-            processor.append(theirs[1] / ours[1])
-            seconds.append(ours[0])
-            if waited_seconds() - waited > 0.05 * (time.perf_counter() - start):
-                dropped += 1  # other processes held the processors
-            else:
-                wall.append(theirs[0] / ours[0])
-        of = "processor time" if options.processor_time or not wall else "time"
-        ratios = processor if of == "processor time" else wall
-        share, low, high = statistics.median(ratios), min(ratios), max(ratios)
-        found[name] = {"share": share, "of": of, "rounds": ratios, "seconds": statistics.median(seconds)}
-        print(f"{name:12s} {share:6.1%} of the bare loop ({of}) [{low:.1%}, {high:.1%}], "
-              f"{1e3 * statistics.median(seconds):.1f} ms a step, {dropped} rounds disturbed", flush=True)  # fmt: skip
+        ours, theirs = measured(chosen, name, batches, ready, device, options.workers)
+        shares, of = ratios(ours, theirs, lambda s: s.clock, quiet=True), "time"
+        disturbed = len(ours) - 1 - len(shares)
+        if options.processor_time or disturbed > len(shares):
+            shares, of = ratios(ours, theirs, lambda s: s.processor, quiet=False), "processor time"
+        low, share, high = np.percentile(shares, (25, 50, 75)).tolist()
+        seconds = statistics.median(spent.clock for spent in ours[1:]) / stretch
+        found[name] = {"share": share, "of": of, "stretches": shares, "seconds": seconds}
+        print(
+            f"{name:12s} {share:6.1%} of the bare loop ({of}) [{low:.1%}, {high:.1%}], {1e3 * seconds:.1f} ms a step, "
+            f"{disturbed} of {len(ours) - 1} stretches disturbed",
+            flush=True,
+        )
     if options.json:
         record = {"device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
-                  "preset": options.preset, "steps": STEPS, "methods": found}  # fmt: skip
+                  "preset": options.preset, "steps": steps, "methods": found}  # fmt: skip
         options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -54,6 +54,16 @@ def make_repeatable(recipe: Recipe) -> None:
     torch.backends.cudnn.allow_tf32 = recipe.tf32
 
 
+def seed_torch(seed: int, device: torch.device) -> None:
+    """Seed the default generators of the CPU and of all CUDA devices, as torch.manual_seed does, before every step.
+
+    torch.manual_seed also keeps a stack trace for each kind of device that is not in use: 0.3 ms, a step being 60.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed_all(seed)
+
+
 def environment(device: torch.device, **more: int | None) -> Environment:
     """What is written beside a run's numbers; `more` are further flags."""
     return Environment(

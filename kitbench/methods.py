@@ -180,7 +180,8 @@ def _settings(method: type, word: str, name: str) -> dict[str, tuple[Any, Any]]:
 def check(method: Loaded, levels: Mapping[int, tuple[int, int, int]], settings: Mapping[str, Any]) -> None:
     """Run the attention forward and backward at each level's (channels, heads, side) before any training.
 
-    Raises InputError where it fails, returns another shape or dtype than it got, or something that is not finite.
+    Raises InputError where it fails, returns another shape or dtype than it got, or something that is not finite, or
+    has parameters to train that no gradient reaches: they would be counted, and processes would wait for theirs.
     """
     import torch
 
@@ -194,6 +195,11 @@ def check(method: Loaded, levels: Mapping[int, tuple[int, int, int]], settings: 
                 if fault := _fault(y, x):
                     raise InputError(f"{where}: {fault}; return one value per position and channel.")
                 y.square().mean().backward()
+                if idle := [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]:
+                    raise InputError(
+                        f"{where}, shift={shift}: no gradient reaches {', '.join(idle)}; leave out what takes no part "
+                        f"in the result, or keep what is not trained as a buffer."
+                    )
             except InputError:
                 raise
             except Exception as error:  # a method is a stranger's code: its fault is told, not traced

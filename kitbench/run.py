@@ -56,8 +56,7 @@ def run(suite: Suite, options: Options, console: Console) -> tuple[list[RunFolde
             console = Console(quiet=True)
         job = Job(suite, options)
         folders = {cell: RunFolder(options.out / cell.folder) for cell in job.cells}
-        left = world.agree([unfinished(job, cell, folders[cell]) for cell in job.cells])
-        todo = [cell for cell, wanted in zip(job.cells, left, strict=True) if wanted]
+        todo = [job.cells[number] for number in world.agree(unfinished_cells(job, folders))]
         probes, unfit = probe(job, todo, console)
         job.require_space([cell for cell in todo if cell.method in probes], probes)
         announce(job, todo, probes, console)
@@ -65,6 +64,12 @@ def run(suite: Suite, options: Options, console: Console) -> tuple[list[RunFolde
         failed = work_off(job, todo, folders, probes, unfit, console, stop)
         complete = [folders[cell] for cell in job.cells if not unfinished(job, cell, folders[cell])]
         return (complete, failed) if world.first else ([], [])
+
+
+def unfinished_cells(job: Job, folders: dict[Cell, RunFolder]) -> list[int]:
+    """The numbers of the job's cells that are to be worked on, in order: last those that have failed before."""
+    left = [number for number, cell in enumerate(job.cells) if unfinished(job, cell, folders[cell])]
+    return sorted(left, key=lambda number: (folders[job.cells[number]].path / "failed.json").is_file())
 
 
 def unfinished(job: Job, cell: Cell, folder: RunFolder) -> bool:

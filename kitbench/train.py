@@ -23,6 +23,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from kitbench.backbone import UNet
 from kitbench.data.batches import Batches
 from kitbench.data.cards import pixel_sha256
+from kitbench.environment import seed_torch
 from kitbench.errors import InputError, Interrupted, RunError
 from kitbench.processes import current, pieces
 from kitbench.seeds import derive
@@ -76,7 +77,7 @@ def train(
     done = start
     network: nn.Module = torch.compile(model) if recipe.compile else model  # type: ignore[assignment]
     if world.size > 1:
-        network = DistributedDataParallel(network, [device] if device.type == "cuda" else None, broadcast_buffers=False)
+        network = DistributedDataParallel(network, [device] if device.type == "cuda" else None)
 
     def keep() -> str:
         """Write the state after `done` steps. Raises RunError where it is not worth keeping."""
@@ -100,9 +101,7 @@ def train(
                 batch = next(loader)
                 waited += time.perf_counter() - asked
                 degraded, clean = (images.to(device, dtype, non_blocking=True) for images in batch)
-                torch.manual_seed(
-                    derive(batches.seed, "step", step)
-                )  # for each piece: all draw as the whole batch would
+                seed_torch(derive(batches.seed, "step", step), device)  # for each piece: all draw as the whole batch
                 with gradients_of(network, last=share is shares[-1]):
                     with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
                         restored = network(degraded)
@@ -110,10 +109,11 @@ def train(
                     loss = loss_of(error, recipe)
                     weight = len(share) / recipe.batch
                     (loss * (weight * world.size)).backward()  # the processes' gradients are averaged, not added
-                found += weight * torch.stack((loss.detach(), error.detach().square().mean()))
+                squared = torch.linalg.vector_norm(error.detach()).square() / error.numel()
+                found += weight * torch.stack((loss.detach(), squared))
             world.sum(found)
             if recipe.clip:
-                nn.utils.clip_grad_norm_(parameters, recipe.clip)
+                clip_gradients(parameters, recipe.clip)
 
             with stop.state:  # from here to the end of the block the state is that of no step
                 optimiser.step()
@@ -154,6 +154,16 @@ def train(
 def gradients_of(network: nn.Module, last: bool) -> AbstractContextManager[None]:
     """Where a piece's gradients are added up: in this process, and behind the `last` piece over all processes."""
     return nullcontext() if last or not isinstance(network, DistributedDataParallel) else network.no_sync()
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> None:
+    """Scale all gradients so that their joint 2-norm is at most `limit`: torch.nn.utils.clip_grad_norm_, bit for bit.
+
+    That one sorts them by device and type first, which here are one: 0.2 ms, a step being 60.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
 
 
 def check(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from kitbench import cell, suite
 from kitbench.processes import World, pieces
 from tests.conftest import ROOT, TINY, run_kitbench
 from tests.parallel_worker import trained
-from tests.test_cli import runs
+from tests.test_cli import USERS_OWN, runs
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
@@ -48,6 +49,17 @@ def test_memory_format_and_the_optimisers_kernel_change_rounding_only(tmp_path: 
     for number, changes in enumerate(({"channels_last": False}, {"fused": False})):
         changed = dict(trained(tmp_path / str(number), "kit", None, None, None, changes).state_dict())
         assert 0 <= difference(changed, whole[0]) < 1e-10
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, and there is no g++")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of torch's compiler about torch itself
+@pytest.mark.filterwarnings("ignore::FutureWarning:torch")
+def test_compiled_training_changes_rounding_only(tmp_path: Path, whole: Whole) -> None:
+    torch.compiler.reset()
+    compiled = dict(trained(tmp_path, "kit", None, None, None, {"compile": True}).state_dict())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert difference(compiled, whole[0]) < 1e-10
+    assert log(tmp_path) == [pytest.approx(line, rel=1e-10) for line in whole[1]]
 
 
 def log(folder: Path) -> list[list[float]]:
@@ -102,6 +114,7 @@ def test_the_whole_command_runs_under_torchrun_and_scores_every_image_once(tmp_p
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote results/denoise-colour-kit-s0") == 1
     assert "2 processes" in done.stdout
+    assert "Warning" not in done.stderr
     for name, run in runs(plain / "results").items():
         found, expected = (
             [
@@ -115,6 +128,23 @@ def test_the_whole_command_runs_under_torchrun_and_scores_every_image_once(tmp_p
         assert [score["psnr"] for score in found] == pytest.approx([score["psnr"] for score in expected], abs=1e-3)
     record = json.loads((runs(parallel / "results")["denoise-colour-kit-s0"] / "run.json").read_text())
     assert record["environment"]["flags"]["processes"] == 2
+
+
+def test_under_torchrun_a_run_that_fails_is_tried_last_the_next_time(tmp_path: Path) -> None:
+    """The processes end with the first failure; given again, the command goes on with what has not failed yet."""
+    (tmp_path / "tiny.toml").write_text(TINY)
+    guard = "if x.shape[1] > 130:\n            raise KeyError('says this test')\n        return self.gain"
+    (tmp_path / "fails.py").write_text(USERS_OWN.replace("return self.gain", guard))
+    asked = ("run", "--suite", "tiny.toml", "--method", "fails.py", "--method", "conv")
+    environment = {k: v for k, v in os.environ.items() if k != "KITBENCH_DATA"} | {"OMP_NUM_THREADS": "1"}
+    for complete in (set(), {"denoise-colour-conv-s0"}):
+        command = [*TORCHRUN, "--nproc-per-node", "2", "-m", "kitbench", *asked]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250)
+        assert done.returncode != 0
+        assert "says this test" in done.stderr
+        assert "Warning" not in done.stderr
+        found = {name for name, folder in runs(tmp_path / "results").items() if list((folder / "eval").glob("*.json"))}
+        assert found - {"denoise-colour-input"} == complete
 
 
 @pytest.mark.parametrize(("count", "size"), [(6, 4), (16, 3), (4, 4), (7, 1), (0, 2)])

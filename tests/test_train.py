@@ -12,17 +12,19 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
+from torch import nn
 
 from kitbench import NUMERICS, methods, suite
 from kitbench.backbone import UNet
 from kitbench.cell import Cell, decisive
 from kitbench.data.batches import Batches
 from kitbench.data.cards import card, read
+from kitbench.environment import seed_torch
 from kitbench.errors import Interrupted, RunError
 from kitbench.stop import Stop
 from kitbench.store import RunFolder
 from kitbench.suite import Recipe, digest
-from kitbench.train import decay_groups, learning_rate, loss_of, state_sha256, train
+from kitbench.train import clip_gradients, decay_groups, learning_rate, loss_of, state_sha256, train
 from tests.conftest import ROOT
 
 SETS = [
@@ -240,6 +242,36 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
 def test_losses_are_what_they_are_called(loss: str, expected: float) -> None:
     recipe = SUITE.recipe.model_copy(update={"loss": loss})
     assert float(loss_of(torch.tensor([1.0, -3.0]), recipe)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("limit", [1e-3, 1e3])
+def test_gradients_are_clipped_bit_for_bit_as_torch_clips_them(limit: float) -> None:
+    models = built(), built()
+    for model, clip in zip(models, (clip_gradients, nn.utils.clip_grad_norm_), strict=True):
+        model(torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))).square().mean().backward()
+        model.head.bias.grad = None
+        clip(list(model.parameters()), limit)
+    for ours, theirs in zip(*(model.named_parameters() for model in models), strict=True):
+        if ours[0] == "head.bias":
+            assert ours[1].grad is theirs[1].grad is None
+        else:
+            assert torch.equal(ours[1].grad, theirs[1].grad), ours[0]
+
+
+def test_the_generator_is_seeded_as_torch_seeds_it() -> None:
+    torch.manual_seed(2**62 + 3)
+    expected = torch.rand(4)
+    seed_torch(2**62 + 3, CPU)
+    assert torch.equal(torch.rand(4), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_generators_of_gpus_are_seeded_as_torch_seeds_them() -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(4, device="cuda")
+    seed_torch(7, torch.device("cuda"))
+    assert torch.equal(torch.rand(4, device="cuda"), expected)
 
 
 def test_every_parameter_is_optimised_once_and_biases_do_not_decay() -> None:

@@ -56,10 +56,10 @@ began=$SECONDS
 
 if [ -n "$smoke" ]; then
     device=auto steps="${KITBENCH_GPU_STEPS:-4}" preset=smoke
-    sizes=64:128 cases=64 rounds=1 loop="--preset smoke --rounds 1 --methods conv"
+    sizes=64:128 cases=64 rounds=1 loop="--preset smoke --stretches 3 --methods conv"
 else
     device=cuda steps="${KITBENCH_GPU_STEPS:-2000}" preset=full
-    sizes=64:4096 cases=64,128,256,512,1024 rounds=5 loop="--preset full --rounds 5 --workers 4"
+    sizes=64:4096 cases=64,128,256,512,1024 rounds=5 loop="--preset full --stretches 6 --workers 4"
 fi
 loop_device="$device"
 [ "$loop_device" != auto ] || loop_device=cpu

@@ -44,10 +44,12 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
 
     def part(self, step: int, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Those of a step's samples that have these numbers."""
-        pairs = [self.sample(step, index) for index in indices]
-        stacks = (torch.from_numpy(np.stack(images)) for images in zip(*pairs, strict=True))
-        degraded, clean = (stack.permute(0, 3, 1, 2).contiguous() for stack in stacks)
-        return degraded, clean
+        shape = (len(indices), self.photographs[0].shape[2], self.recipe.crop, self.recipe.crop)
+        degraded, clean = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        for place, index in enumerate(indices):
+            images = self.sample(step, index)
+            degraded[place], clean[place] = (image.transpose(2, 0, 1) for image in images)
+        return torch.from_numpy(degraded), torch.from_numpy(clean)
 
     def __len__(self) -> int:
         return self.recipe.steps
@@ -62,7 +64,7 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
             cut = _cut(pixels, top, left, crop, around)
             # Turned while it is 8 bits and small: in floats, every later pass over it would stride through memory.
             turned = np.ascontiguousarray(np.rot90(cut[:, ::-1] if mirror else cut, turns))
-            return turned.astype(np.float32) / 255
+            return np.divide(turned, 255, dtype=np.float32)
 
         if photo.degraded is not None:
             return view(photo.degraded, 0), view(photo.pixels, 0)

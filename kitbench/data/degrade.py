@@ -63,7 +63,9 @@ def eight_bits(image: Image) -> Image:
 def add_noise(clean: Image, sigma: float, random: np.random.Generator) -> Image:
     """White Gaussian noise of standard deviation sigma / 255, added in float32 and not clipped."""
     noise = random.standard_normal(clean.shape, dtype=np.float32)
-    return clean + noise * np.float32(sigma / 255)
+    noise *= np.float32(sigma / 255)
+    noise += clean
+    return noise
 
 
 def motion_kernel(length: float, random: np.random.Generator) -> Image:
