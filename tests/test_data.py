@@ -12,7 +12,7 @@ from PIL import Image
 
 from kitbench import suite
 from kitbench.data import cards
-from kitbench.data.batches import Batches
+from kitbench.data.batches import AHEAD, Batches
 from kitbench.data.cards import Card, Photograph, card, read
 from kitbench.data.degrade import add_noise
 from kitbench.data.overlap import assert_disjoint
@@ -132,10 +132,11 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(photographs: list[Photograp
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_number_of_workers_and_the_first_step_change_nothing(workers: int, photographs: list[Photograph]) -> None:
-    batches = Batches(photographs, TASK, RECIPE, 7)
-    from_loader = batches.from_step(3, workers)
-    for step in range(3, 6):
-        assert all(torch.equal(a, b) for a, b in zip(next(from_loader), batches[step], strict=True))
+    batches = Batches(photographs, TASK, RECIPE.model_copy(update={"steps": 3 + 2 * AHEAD}), 7)
+    prepared = list(batches.from_step(3, workers))
+    assert len(prepared) == 2 * AHEAD
+    for step, found in enumerate(prepared, 3):
+        assert all(torch.equal(a, b) for a, b in zip(found, batches[step], strict=True))
 
 
 def test_crops_are_cut_turned_and_made_noisy_as_asked(photographs: list[Photograph]) -> None:

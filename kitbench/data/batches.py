@@ -6,6 +6,7 @@ interrupted run goes on at any step without a data position to save.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ from kitbench.data.degrade import degrade, margin
 from kitbench.errors import InputError
 from kitbench.seeds import generator
 from kitbench.suite import Recipe, Task
+
+AHEAD = 5
+"""Batches, or pieces of them, that the thread makes in one go: one at a time, after a step that has filled the
+processor's caches with other things, each takes half as long again."""
 
 
 class Batches(Dataset[tuple[Tensor, Tensor]]):
@@ -98,11 +103,12 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
             yield from DataLoader(cut, batch_size=None, sampler=wanted, num_workers=workers)
             return
         with ThreadPoolExecutor(1, "batches") as thread:
-            ahead = thread.submit(cut.__getitem__, wanted[0])
-            for number in wanted:
-                batch = ahead.result()
-                if number + 1 < len(cut):
-                    ahead = thread.submit(cut.__getitem__, number + 1)
+            ahead, wanted = deque([thread.submit(cut.__getitem__, wanted[0])]), wanted[1:]
+            while ahead:
+                batch = ahead.popleft().result()
+                if not ahead:
+                    ahead.extend(thread.submit(cut.__getitem__, number) for number in wanted[:AHEAD])
+                    wanted = wanted[AHEAD:]
                 yield batch
 
 
