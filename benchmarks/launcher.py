@@ -2,10 +2,12 @@
 
     python benchmarks/launcher.py [--jobs 4] [--steps 120]
 
-Both runs are the real command line with one thread a cell, so that speed-up is that of the launcher alone: 4 methods
-and 6 seeds of a small suite, into an empty folder. Efficiency is speed-up over the lesser of workers and cores. In the
-second run the first worker at a checkpoint gets SIGKILL; its cell has to be finished by another, and all weights have
-to be bit-identical with those of the first run.
+Every run is the real command line with one thread a cell, so that speed-up is that of the launcher alone: 4 methods
+and 6 seeds of a small suite, into an empty folder. Efficiency is speed-up over the lesser of workers and cores. Cores
+share memory and caches, so that two of them seldom do twice the work: "by hand" is the same cells cut by seeds into one
+plain command for each core, all at once, which is what this machine can do without a launcher. In the last run the
+first worker at a checkpoint gets SIGKILL; its cell has to be finished by another, and all weights have to be
+bit-identical with those of the first run.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -53,10 +56,11 @@ recipe = {{ from = "smoke", steps = {steps}, batch = 4, crop = 48, checkpoint_ev
 """
 
 
-def run(folder: Path, *arguments: str, kill: bool = False) -> tuple[float, str]:
-    """Seconds and output of one run of the suite; kill: SIGKILL to the first worker that has saved a checkpoint."""
+def run(folder: Path, steps: int, *arguments: str, kill: bool = False) -> str:
+    """What one run of the suite printed; kill: SIGKILL to the first worker that has saved a checkpoint."""
+    folder.mkdir()
+    (folder / "cells.toml").write_text(SUITE.format(steps=steps))
     command = [sys.executable, "-m", "kitbench", "run", "--suite", "cells.toml", *arguments]
-    start = time.perf_counter()
     with (folder / "out.txt").open("w+") as out:
         process = subprocess.Popen(
             command, cwd=folder, stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"}
@@ -68,17 +72,16 @@ def run(folder: Path, *arguments: str, kill: bool = False) -> tuple[float, str]:
                     workers[0].kill()
                     kill = False
             time.sleep(0.05)
-        seconds = time.perf_counter() - start
         out.seek(0)
         text = out.read()
     if process.returncode:
         raise SystemExit(f"exit code {process.returncode}\n{text}")
-    return seconds, text
+    return text
 
 
 def weights(folder: Path) -> dict[str, str]:
     """Checksum of every run's weights."""
-    records = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("results/*/training.json")}
+    records = {path.parent.name: json.loads(path.read_text()) for path in folder.rglob("training.json")}
     return {name: record["weights_sha256"] for name, record in records.items()}
 
 
@@ -87,23 +90,35 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=4)
     parser.add_argument("--steps", type=int, default=120)
     options = parser.parse_args()
-    cores = len(os.sched_getaffinity(0))
-    found = {}
+    cores = min(options.jobs, len(os.sched_getaffinity(0)))
+    seeds = [",".join(map(str, range(6)[core::cores])) for core in range(cores)]
     with tempfile.TemporaryDirectory() as folder:
-        for name, arguments in (
-            ("one after another", ()),
-            ("workers", ("--launcher", "local", "--jobs", str(options.jobs))),
-        ):
-            place = Path(folder) / name.partition(" ")[0]
-            place.mkdir()
-            (place / "cells.toml").write_text(SUITE.format(steps=options.steps))
-            seconds, text = run(place, *arguments, kill=name == "workers")
-            found[name] = (seconds, weights(place), text)
-            print(f"{name}: {len(found[name][1])} cells in {seconds:.1f} s", flush=True)
-    (alone, first, _), (together, second, text) = found.values()
-    speed_up = alone / together
-    print(f"speed-up {speed_up:.2f} with {options.jobs} workers on {cores} cores: "
-          f"efficiency {speed_up / min(options.jobs, cores):.0%}")  # fmt: skip
+        place, started = Path(folder), time.perf_counter()
+        seconds: list[float] = []
+
+        def done(name: str) -> None:
+            seconds.append(time.perf_counter() - started - sum(seconds))
+            print(f"{name:18s} {len(weights(place / name))} cells in {seconds[-1]:.1f} s", flush=True)
+
+        run(place / "one after another", options.steps)
+        done("one after another")
+        (place / "by hand").mkdir()
+        with ThreadPoolExecutor(cores) as pool:
+            commands = [
+                pool.submit(run, place / "by hand" / str(core), options.steps, "--seeds", seeds[core])
+                for core in range(cores)
+            ]
+        for command in commands:
+            command.result()
+        done("by hand")
+        text = run(place / "workers", options.steps, "--launcher", "local", "--jobs", str(options.jobs), kill=True)
+        done("workers")
+        first, second = weights(place / "one after another"), weights(place / "workers")
+    alone, by_hand, together = seconds
+    print(
+        f"speed-up {alone / together:.2f} with {options.jobs} workers on {cores} cores, efficiency "
+        f"{alone / together / cores:.0%}; by hand {alone / by_hand:.2f}, of which it is {by_hand / together:.0%}"
+    )
     print(f"workers killed: {text.count('was killed')}; weights bit-identical: {first == second and len(first) == 24}")
 
 

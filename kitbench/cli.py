@@ -157,7 +157,7 @@ def run(
             complete, failed = run_suite(resolved, options, console)
     except RunError as error:
         raise RunError(f"{error}. {how_to_go_on()}") from error
-    if complete:
+    if complete and not only:  # the table of a worker would show one run
         _show(complete, resolved.stamps, out, console)
     if failed:
         raise RunError(f"{len(failed)} of the suite's runs failed: " + "; ".join(failed))
