@@ -1,6 +1,7 @@
 """24 cells over four local workers, one of which is killed: speed-up over one after another, and what it cost.
 
-    python benchmarks/launcher.py [--jobs 4] [--steps 120]
+    python benchmarks/launcher.py [--jobs 4] [--steps 200]   # measures: launcher.json
+    python benchmarks/launcher.py --markdown                 # the table of the stored JSON
 
 Every run is the real command line with one thread a cell, so that speed-up is that of the launcher alone: 4 methods
 and 6 seeds of a small suite, into an empty folder. Efficiency is speed-up over the lesser of workers and cores. Cores
@@ -21,8 +22,12 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
+from tabulate import tabulate
+
+HERE = Path(__file__).parent
 
 SUITE = """
 name = "cells"
@@ -85,22 +90,42 @@ def weights(folder: Path) -> dict[str, str]:
     return {name: record["weights_sha256"] for name, record in records.items()}
 
 
+def markdown(stored: dict[str, Any]) -> str:
+    alone, cores = stored["seconds"]["one after another"], stored["cores"]
+    rows = [
+        (name, f"{seconds:.0f}", f"{alone / seconds:.2f}", "" if seconds == alone else f"{alone / seconds / cores:.0%}")
+        for name, seconds in stored["seconds"].items()
+    ]
+    note = (
+        f"{stored['cells']} cells of {stored['steps']} steps, {stored['jobs']} workers, {cores} cores; workers killed: "
+        f"{stored['killed']}; weights bit-identical: {'yes' if stored['identical'] else 'no'}."
+    )
+    return tabulate(rows, ("", "seconds", "speed-up", "efficiency"), "github", disable_numparse=True) + f"\n\n{note}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument(
+        "--markdown", action="store_true", help="print the table of the stored JSON and measure nothing"
+    )
+    parser.add_argument("--json", type=Path, default=HERE / "launcher.json", help="where the figures are kept")
     options = parser.parse_args()
+    if options.markdown:
+        print(markdown(json.loads(options.json.read_text())))
+        return
     cores = min(options.jobs, len(os.sched_getaffinity(0)))
     seeds = [",".join(map(str, range(6)[core::cores])) for core in range(cores)]
+    seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         place, started = Path(folder), time.perf_counter()
-        seconds: list[float] = []
 
         def done(name: str) -> None:
-            seconds.append(time.perf_counter() - started - sum(seconds))
-            print(f"{name:18s} {len(weights(place / name))} cells in {seconds[-1]:.1f} s", flush=True)
+            seconds[name] = time.perf_counter() - started - sum(seconds.values())
+            print(f"{name}: {seconds[name]:.1f} s", flush=True)
 
-        run(place / "one after another", options.steps)
+        run(place / "alone", options.steps)
         done("one after another")
         (place / "by hand").mkdir()
         with ThreadPoolExecutor(cores) as pool:
@@ -112,14 +137,12 @@ def main() -> None:
             command.result()
         done("by hand")
         text = run(place / "workers", options.steps, "--launcher", "local", "--jobs", str(options.jobs), kill=True)
-        done("workers")
-        first, second = weights(place / "one after another"), weights(place / "workers")
-    alone, by_hand, together = seconds
-    print(
-        f"speed-up {alone / together:.2f} with {options.jobs} workers on {cores} cores, efficiency "
-        f"{alone / together / cores:.0%}; by hand {alone / by_hand:.2f}, of which it is {by_hand / together:.0%}"
-    )
-    print(f"workers killed: {text.count('was killed')}; weights bit-identical: {first == second and len(first) == 24}")
+        done("workers, one killed")
+        first, *others = (weights(place / name) for name in ("alone", "by hand", "workers"))
+    stored = {"cells": len(first), "steps": options.steps, "jobs": options.jobs, "cores": cores, "seconds": seconds,
+              "killed": text.count("was killed"), "identical": all(first == other for other in others)}  # fmt: skip
+    options.json.write_text(json.dumps(stored, indent=1) + "\n")
+    print(f"\n{markdown(stored)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Throughput of the training loop, against a bare loop of forward, backward and step on the same model and batches.
 
-    OMP_WAIT_POLICY=PASSIVE python benchmarks/loop.py                       # the quick preset, on the CPU
-    python benchmarks/loop.py --preset full --device cuda                   # where there is a GPU
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/loop.py                       # the quick preset, on the CPU: loop.json
+    python benchmarks/loop.py --preset full --device cuda --json gpu.json   # where there is a GPU
+    python benchmarks/loop.py --markdown                                    # the table of the stored JSON
 
 The bare loop is what one would write by hand: batches that lie ready in memory, no seeding, no log, no clipping, no
 checkpoint. The training loop is `kitbench.train.train`, with all of them. They train a model each, in one process and
@@ -23,13 +24,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import numpy as np
 import torch
+from tabulate import tabulate
 
 from kitbench import methods, suite
 from kitbench.backbone import UNet
@@ -41,6 +43,8 @@ from kitbench.stop import Stop
 from kitbench.store import RunFolder
 from kitbench.suite import Recipe, Suite
 from kitbench.train import LOG_EVERY, decay_groups, loss_of, train
+
+HERE = Path(__file__).parent
 
 
 class Spent(NamedTuple):
@@ -118,6 +122,17 @@ def ratios(ours: list[Spent], theirs: list[Spent], of: Callable[[Spent], float],
     return found
 
 
+def markdown(stored: dict[str, Any]) -> str:
+    rows = [
+        (name, f"{found['share']:.1%}", " to ".join(f"{x:.1%}" for x in found["quartiles"]), found["of"],
+         f"{1e3 * found['seconds']:.1f}", len(found["stretches"]))
+        for name, found in stored["methods"].items()
+    ]  # fmt: skip
+    head = ("method", "of the bare loop", "quartiles", "in", "ms a step", f"stretches of {stored['stretch']} steps")
+    place = f"{stored['device']}, {stored['threads']} threads, torch {stored['torch']}, preset {stored['preset']}"
+    return tabulate(rows, head, "github", disable_numparse=True) + f"\n\nOn {place}."
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="quick", help="of the suite denoise")
@@ -126,8 +141,14 @@ def main() -> None:
     parser.add_argument("--stretches", type=int, default=40, help="of each loop and method")
     parser.add_argument("--workers", type=int, default=0, help="processes that prepare the loop's batches")
     parser.add_argument("--processor-time", action="store_true", help="the ratio of processor time, on a busy machine")
-    parser.add_argument("--json", type=Path, help="keep the figures here")
+    parser.add_argument(
+        "--markdown", action="store_true", help="print the table of the stored JSON and measure nothing"
+    )
+    parser.add_argument("--json", type=Path, default=HERE / "loop.json", help="where the figures are kept")
     options = parser.parse_args()
+    if options.markdown:
+        print(markdown(json.loads(options.json.read_text())))
+        return
     if options.stretches < 2:
         parser.error(f"--stretches {options.stretches} leaves none to count, the first being left out; give 2 or more")
     stretch = LOG_EVERY * max(1, 2 * options.workers)
@@ -137,28 +158,25 @@ def main() -> None:
     make_repeatable(recipe)
     batches = Batches(read(card("skimage-train"), None, "colour"), chosen.task, recipe, 0)
     ready = [batches[step] for step in range(stretch)]
-    print(
-        f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, preset {options.preset}"
-    )
     found = {}
     for name in options.methods.split(","):
         ours, theirs = measured(chosen, name, batches, ready, device, options.workers)
         shares, of = ratios(ours, theirs, lambda s: s.clock, quiet=True), "time"
-        disturbed = len(ours) - 1 - len(shares)
-        if options.processor_time or disturbed > len(shares):
+        if options.processor_time or len(ours) - 1 > 2 * len(shares):
             shares, of = ratios(ours, theirs, lambda s: s.processor, quiet=False), "processor time"
         low, share, high = np.percentile(shares, (25, 50, 75)).tolist()
-        seconds = statistics.median(spent.clock for spent in ours[1:]) / stretch
-        found[name] = {"share": share, "of": of, "stretches": shares, "seconds": seconds}
-        print(
-            f"{name:12s} {share:6.1%} of the bare loop ({of}) [{low:.1%}, {high:.1%}], {1e3 * seconds:.1f} ms a step, "
-            f"{disturbed} of {len(ours) - 1} stretches disturbed",
-            flush=True,
-        )
-    if options.json:
-        record = {"device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
-                  "preset": options.preset, "steps": steps, "methods": found}  # fmt: skip
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        found[name] = {
+            "share": share,
+            "quartiles": [low, high],
+            "of": of,
+            "seconds": statistics.median(spent.clock for spent in ours[1:]) / stretch,
+            "stretches": shares,
+        }
+        print(f"{name}: {share:.1%} of the bare loop", flush=True)
+    stored = {"device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
+              "preset": options.preset, "stretch": stretch, "methods": found}  # fmt: skip
+    options.json.write_text(json.dumps(stored, indent=1) + "\n")
+    print(f"\n{markdown(stored)}")
 
 
 if __name__ == "__main__":
