@@ -25,8 +25,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-CHUNK_LOGITS = 1 << 20  # logits of all heads held at once: 4 MiB of float32
-MAX_QUERIES, MAX_WIDTH = 256, 128  # what one Triton program holds: positions of a patch, numbers of a head
+CHUNK_LOGITS = 1 << 20
+"""Logits of all heads held at once: 4 MiB of float32, which stay in the processor's cache."""
+CUDA_CHUNK_LOGITS = 1 << 25
+"""The same on CUDA: 128 MiB of float32, so that a map takes a few launches and not thousands."""
+MAX_WIDTH = 128
+"""Numbers of a head that one Triton program holds."""
 
 
 def patch_attention(
@@ -38,12 +42,15 @@ def patch_attention(
     query_label: Tensor | None = None,
     key_label: Tensor | None = None,
     weights: Tensor | None = None,
+    order: Tensor | None = None,
 ) -> Tensor:
     """Attention of the T positions of each of M patches over the S positions of each of its n neighbours: [M, T, h, d].
 
     q: [M, T, h, d]; k, v: [M, S, h, d]; float32, float64 or bfloat16.  neighbours: int64 [M, n], rows of k and v;
-    None means each patch itself.  bias [h, T, S], labels, weights: as in reference.patch_attention.  Every query must
-    be allowed at least one key.  Gradients flow to q, k, v and bias.  Raises ValueError for shapes that do not fit.
+    None means each patch itself.  bias [h, T, S], float32 also where the tables are bfloat16; labels, weights: as in
+    reference.patch_attention.  order: int64 [M], the patches in an order in which neighbours lie close together, for
+    the caches of a GPU; it changes no result.  Every query must be allowed at least one key.  Gradients flow to q, k, v
+    and bias.  Raises ValueError for shapes that do not fit.
     """
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         found = ", ".join(str(list(table.shape)) for table in (q, k, v))
@@ -54,7 +61,9 @@ def patch_attention(
         raise ValueError("query_label and key_label go together, but only one was given")
     if weights is not None and (neighbours is None or weights.shape != neighbours.shape):
         raise ValueError("weights must have the shape of neighbours")
-    return _forward(q, k, v, neighbours, bias.to(q.dtype), query_label, key_label, weights)[0]
+    if order is not None and order.shape != q.shape[:1]:
+        raise ValueError(f"order must be {[q.shape[0]]}, but is {list(order.shape)}")
+    return _forward(q, k, v, neighbours, bias, query_label, key_label, weights, order)[0]
 
 
 def gather_reason(q: Tensor, weights: Tensor | None = None) -> str | None:
@@ -67,10 +76,8 @@ def gather_reason(q: Tensor, weights: Tensor | None = None) -> str | None:
         return f"the kernels work in float32, bfloat16 and float16, not in {q.dtype}"
     if weights is not None:
         return "the kernels have one softmax over all neighbours, and weights ask for one each"
-    if q.shape[1] > MAX_QUERIES or q.shape[3] > MAX_WIDTH:
-        return (
-            f"the kernels hold at most {MAX_QUERIES} queries of {MAX_WIDTH} numbers, not {q.shape[1]} of {q.shape[3]}"
-        )
+    if q.shape[3] > MAX_WIDTH:
+        return f"the kernels hold heads of at most {MAX_WIDTH} numbers, not {q.shape[3]}"
     return None
 
 
@@ -85,11 +92,6 @@ def by_index(q: Tensor, weights: Tensor | None) -> bool:
 @cache
 def log_once(reason: str) -> None:
     logging.getLogger(__name__).warning("patch attention gathers its neighbours: %s", reason)
-
-
-def own(neighbours: Tensor | None, q: Tensor) -> Tensor:
-    """The neighbours, where None means each patch itself."""
-    return torch.arange(q.shape[0], device=q.device)[:, None] if neighbours is None else neighbours
 
 
 def without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,13 +116,14 @@ def _forward(
     query_label: Tensor | None,
     key_label: Tensor | None,
     weights: Tensor | None,
+    order: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The output [M, T, h, d] and the log-sum-exp [M, g, h, T] of each softmax: g = 1, or n with weights."""
     if by_index(q, weights):
         from kitbench.attention import triton_kernels
 
-        return triton_kernels.forward(q, k, v, own(neighbours, q), bias, query_label, key_label)
-    pattern = Pattern(neighbours, bias, query_label, key_label, weights)
+        return triton_kernels.forward(q, k, v, neighbours, bias, query_label, key_label, order)
+    pattern = Pattern(neighbours, bias.to(q.dtype), query_label, key_label, weights)
     out = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[0], pattern.groups, q.shape[2], q.shape[1]), dtype=accumulator(q.dtype))
     for part in pattern.chunks(q.shape[0]):
@@ -160,13 +163,14 @@ def _backward(
     query_label: Tensor | None,
     key_label: Tensor | None,
     weights: Tensor | None,
+    order: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and bias."""
     if by_index(q, weights):
         from kitbench.attention import triton_kernels
 
-        return triton_kernels.backward(grad, q, k, v, out, lse, own(neighbours, q), bias, query_label, key_label)
-    pattern = Pattern(neighbours, bias, query_label, key_label, weights)
+        return triton_kernels.backward(grad, q, k, v, out, lse, neighbours, bias, query_label, key_label, order)
+    pattern = Pattern(neighbours, bias.to(q.dtype), query_label, key_label, weights)
     heads, dtype, scale = q.shape[2], lse.dtype, 1 / math.sqrt(q.shape[-1])
     dq = torch.empty(q.shape, dtype=dtype, device=q.device)
     dk, dv = (torch.zeros(k.shape, dtype=dtype, device=k.device) for _ in range(2))
@@ -232,8 +236,9 @@ class Pattern:
         return self.bias.repeat(1, 1, self.count // self.groups)
 
     def chunks(self, patches: int) -> Iterator[slice]:
-        """Slices of the query patches, as many at a time as have CHUNK_LOGITS logits."""
-        step = max(1, CHUNK_LOGITS // (self.bias.numel() * self.count))
+        """Slices of the query patches, as many at a time as the logits held at once allow."""
+        limit = CUDA_CHUNK_LOGITS if self.bias.device.type == "cuda" else CHUNK_LOGITS
+        step = max(1, limit // (self.bias.numel() * self.count))
         return (slice(start, min(start + step, patches)) for start in range(0, patches, step))
 
     def gather(self, table: Tensor, part: slice) -> Tensor:
@@ -269,15 +274,18 @@ class Pattern:
 
     def allowed(self, part: slice) -> Tensor | None:
         """Which pairs the labels allow: bool [b, T, K], or None where all."""
-        if self.query_label is None or self.key_label is None or self.plain is None or bool(self.plain[part].all()):
+        if self.query_label is None or self.key_label is None:
+            return None
+        # On CUDA the mask is always made: to ask whether it is needed would wait for the device.
+        if self.bias.device.type == "cpu" and bool(self.plain[part].all()):
             return None
         return self.repeat(self.query_label[part])[:, :, None] == self.gather(self.key_label, part)[:, None, :]
 
     @cached_property
-    def plain(self) -> Tensor | None:
+    def plain(self) -> Tensor:
         """The query patches, bool [M], whose positions and keys all have one label: most of them need no mask."""
-        if self.query_label is None or self.key_label is None:
-            return None
+        assert self.query_label is not None
+        assert self.key_label is not None
         one = self.query_label[:, 0]
         own = (self.query_label == one[:, None]).all(1)
         low, high = (self.gather(label[:, None], slice(None)) for label in self.key_label.aminmax(dim=1))
@@ -300,14 +308,14 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 @_forward.register_fake
-def _(q, k, v, neighbours, bias, query_label, key_label, weights):  # type: ignore[no-untyped-def]
+def _(q, k, v, neighbours, bias, query_label, key_label, weights, order):  # type: ignore[no-untyped-def]
     groups = 1 if weights is None else weights.shape[1]
     lse = q.new_empty((q.shape[0], groups, q.shape[2], q.shape[1]), dtype=accumulator(q.dtype))
     return q.new_empty(q.shape), lse
 
 
 @_backward.register_fake
-def _(grad, q, k, v, out, lse, neighbours, bias, query_label, key_label, weights):  # type: ignore[no-untyped-def]
+def _(grad, q, k, v, out, lse, neighbours, bias, query_label, key_label, weights, order):  # type: ignore[no-untyped-def]
     return tuple(table.new_empty(table.shape) for table in (q, k, v, bias))
 
 
@@ -319,7 +327,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     dq, dk, dv, dbias = _backward(grad, *ctx.saved_tensors)
-    return dq, dk, dv, None, dbias, None, None, None
+    return dq, dk, dv, None, dbias, None, None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

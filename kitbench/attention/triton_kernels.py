@@ -1,10 +1,16 @@
 """Patch attention on CUDA that reads neighbour patches by index, without gathering them: Triton kernels.
 
-Forward: one program a query patch and head; the queries stay in registers, the neighbours' keys and values are read by
-their row number, with one running softmax (Dao, "FlashAttention-2", 2023).  Backward: dq by the same loop; dk and dv by
-one program a *key* patch over the list of the queries that attend it; the bias by programs that each sum a fixed share
-of the patches.  No atomic additions: equal inputs give equal bits.  All tables are [M, T, h, d], as in operator.py,
-which is the only user.  Runs on the CPU in Triton's interpreter (TRITON_INTERPRET=1), and so is tested without a GPU.
+Forward: one program takes a tile of at most 64 queries of one patch and head. The queries stay in registers, the
+neighbours' keys and values are read by their row number, two neighbours at a time, with one running softmax in base 2
+(Dao, "FlashAttention-2", 2023). The bias tile is read once for all neighbours.
+Backward: dq, the bias gradient and delta = sum(grad * out) in one pass by programs that take a fixed share of the
+patches each. dk and dv by one program a *key* patch over the list of the queries that attend it; a list of more than
+SEGMENT queries is cut into segments that run in parallel and are added in the order of the list. No atomic additions:
+equal inputs give equal bits.
+
+Tables are [M, T, h, d] as in operator.py, which is the only user, with any strides but 1 in d: head-major tables and
+thirds of one projection are read as they lie. The kernels also run on the CPU in Triton's interpreter
+(TRITON_INTERPRET=1), and are compiled for GPUs that are not there by tests/attention/test_compiled.py.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -12,259 +18,476 @@ which is the only user.  Runs on the CPU in Triton's interpreter (TRITON_INTERPR
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BIAS_PROGRAMS = 64  # partial sums of the bias gradient
+SEGMENT = 8  # queries of a segment of the list of a key patch
+PROGRAMS = 2048  # of the pass over dq, about: each leaves a partial sum of the bias gradient
+LOG2E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
-def _logits(
-    q, k, bias_ptr, query_label, key_label_ptr, head, row, t, s, t_in, s_in, scale,
-    T: tl.constexpr, S: tl.constexpr, LABELS: tl.constexpr,
-):  # fmt: skip
-    """Masked logits [BT, BS] of a query tile and a key tile."""
-    pair = t_in[:, None] & s_in[None, :]
-    bias = tl.load(bias_ptr + head * T * S + t[:, None] * S + s[None, :], mask=pair, other=float("-inf"))
-    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias.to(tl.float32)
-    if LABELS:
-        key_label = tl.load(key_label_ptr + row * S + s, mask=s_in, other=0)
-        logits = tl.where(query_label[:, None] == key_label[None, :], logits, float("-inf"))
-    return logits
-
-
-@triton.jit
-def _tile(
-    pointer, row, positions, inside, head, HEADS: tl.constexpr, D: tl.constexpr, L: tl.constexpr, BD: tl.constexpr
-):
-    """Positions of one head of a patch: [block, BD] of a table [M, L, h, d], zeros outside."""
+def _load(pointer, row, positions, inside, head, by_row, by_position, by_head, D: tl.constexpr, BD: tl.constexpr,
+          WHOLE: tl.constexpr):  # fmt: skip
+    """Positions of one head of a patch: [block, BD], zeros outside. WHOLE: nothing lies outside."""
     d = tl.arange(0, BD)
-    offset = ((row * L + positions[:, None]) * HEADS + head) * D + d[None, :]
-    return tl.load(pointer + offset, mask=inside[:, None] & (d[None, :] < D), other=0.0)
+    address = pointer + row * by_row + head * by_head + positions[:, None] * by_position + d[None, :]
+    if WHOLE:
+        return tl.load(address)
+    return tl.load(address, mask=inside[:, None] & (d[None, :] < D), other=0.0)
 
 
 @triton.jit
-def _store(
-    pointer,
-    value,
-    row,
-    positions,
-    inside,
-    head,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    L: tl.constexpr,
-    BD: tl.constexpr,
-):
+def _store(pointer, value, row, positions, inside, head, heads, L, D: tl.constexpr, BD: tl.constexpr):
+    """Write positions of one head of a patch into a contiguous table [M, L, h, d]."""
     d = tl.arange(0, BD)
-    offset = ((row * L + positions[:, None]) * HEADS + head) * D + d[None, :]
-    tl.store(pointer + offset, value.to(pointer.dtype.element_ty), mask=inside[:, None] & (d[None, :] < D))
+    address = pointer + ((row * L + positions[:, None]) * heads + head) * D + d[None, :]
+    tl.store(address, value.to(pointer.dtype.element_ty), mask=inside[:, None] & (d[None, :] < D))
+
+
+@triton.jit
+def _bias(pointer, head, t, s, T, S):
+    """Bias of queries t and keys s in units of log 2: -inf outside. t [a, 1] and s [1, b], or transposed."""
+    return tl.load(pointer + head * T * S + t * S + s, mask=(t < T) & (s < S), other=float("-inf")).to(
+        tl.float32
+    ) * LOG2E  # fmt: skip
+
+
+@triton.jit
+def _patch(order_ptr, place, ORDERED: tl.constexpr):
+    """The patch whose turn is `place`, an int64."""
+    return tl.load(order_ptr + place).to(tl.int64) if ORDERED else place
 
 
 @triton.jit
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, neighbour_ptr, bias_ptr, query_label_ptr, key_label_ptr, out_ptr, lse_ptr, scale,
-    N: tl.constexpr, HEADS: tl.constexpr, T: tl.constexpr, S: tl.constexpr, D: tl.constexpr, LABELS: tl.constexpr,
-    BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, neighbour_ptr, order_ptr, bias_ptr, query_label_ptr, key_label_ptr, out_ptr, lse_ptr,
+    scale, heads, tiles, N, T, S, q_row, q_position, q_head, k_row, k_position, k_head, v_row, v_position, v_head,
+    D: tl.constexpr, OWN: tl.constexpr, PAIRS: tl.constexpr, ORDERED: tl.constexpr, LABELS: tl.constexpr,
+    WHOLE_T: tl.constexpr, WHOLE_S: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
+    BD: tl.constexpr,
 ):  # fmt: skip
-    patch, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    t = tl.arange(0, BT)
+    program, head = tl.program_id(0), tl.program_id(1)
+    patch = _patch(order_ptr, (program // tiles).to(tl.int64), ORDERED)
+    t = (program % tiles) * BT + tl.arange(0, BT)
     t_in = t < T
-    q = _tile(q_ptr, patch, t, t_in, head, HEADS, D, T, BD)
-    query_label = tl.load(query_label_ptr + patch * T + t, mask=t_in, other=0) if LABELS else t
+    q = _load(q_ptr, patch, t, t_in, head, q_row, q_position, q_head, D, BD, WHOLE_T)
+    if LABELS:
+        query_label = tl.load(query_label_ptr + patch * T + t, mask=t_in, other=0)
     highest = tl.full([BT], float("-inf"), tl.float32)
     total = tl.zeros([BT], tl.float32)
     summed = tl.zeros([BT, BD], tl.float32)
-    for j in range(N):
-        row = tl.load(neighbour_ptr + patch * N + j)
-        for start in range(0, S, BS):
-            s = start + tl.arange(0, BS)
-            s_in = s < S
-            k = _tile(k_ptr, row, s, s_in, head, HEADS, D, S, BD)
-            logits = _logits(
-                q, k, bias_ptr, query_label, key_label_ptr, head, row, t, s, t_in, s_in, scale, T, S, LABELS
-            )
+    for start in range(0, S, BS):
+        s = start + tl.arange(0, BS)
+        s_in = s < S
+        bias = _bias(bias_ptr, head, t[:, None], s[None, :], T, S)
+        for j in range(0, N, 2 if PAIRS else 1):
+            row = patch if OWN else tl.load(neighbour_ptr + patch * N + j).to(tl.int64)
+            k = _load(k_ptr, row, s, s_in, head, k_row, k_position, k_head, D, BD, WHOLE_S)
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias
+            if LABELS:
+                key_label = tl.load(key_label_ptr + row * S + s, mask=s_in, other=0)
+                logits = tl.where(query_label[:, None] == key_label[None, :], logits, float("-inf"))
             new = tl.maximum(highest, tl.max(logits, 1))
-            shift = tl.where(new == float("-inf"), 0.0, new)  # no key so far: exp(-inf - 0) is 0, not NaN
-            weight = tl.exp(logits - shift[:, None])
-            decay = tl.exp(highest - shift)
-            v = _tile(v_ptr, row, s, s_in, head, HEADS, D, S, BD)
+            if PAIRS:
+                # The last neighbour of an odd number is read twice, and its second reading counts for nothing.
+                second = tl.load(neighbour_ptr + patch * N + tl.minimum(j + 1, N - 1)).to(tl.int64)
+                k = _load(k_ptr, second, s, s_in, head, k_row, k_position, k_head, D, BD, WHOLE_S)
+                more = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias
+                more = tl.where(j + 1 < N, more, float("-inf"))
+                if LABELS:
+                    key_label = tl.load(key_label_ptr + second * S + s, mask=s_in, other=0)
+                    more = tl.where(query_label[:, None] == key_label[None, :], more, float("-inf"))
+                new = tl.maximum(new, tl.max(more, 1))
+            shift = tl.where(new == float("-inf"), 0.0, new)  # no key so far: 2^(-inf - 0) is 0, not NaN
+            decay = tl.exp2(highest - shift)
+            weight = tl.exp2(logits - shift[:, None])
+            v = _load(v_ptr, row, s, s_in, head, v_row, v_position, v_head, D, BD, WHOLE_S)
             total = total * decay + tl.sum(weight, 1)
-            summed = summed * decay[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+            summed = tl.dot(weight.to(v.dtype), v, acc=summed * decay[:, None], input_precision=PRECISION)
+            if PAIRS:
+                weight = tl.exp2(more - shift[:, None])
+                v = _load(v_ptr, second, s, s_in, head, v_row, v_position, v_head, D, BD, WHOLE_S)
+                total += tl.sum(weight, 1)
+                summed = tl.dot(weight.to(v.dtype), v, acc=summed, input_precision=PRECISION)
             highest = new
     total = tl.where(t_in, total, 1.0)  # rows beyond T have no key
-    _store(out_ptr, summed / total[:, None], patch, t, t_in, head, HEADS, D, T, BD)
-    tl.store(lse_ptr + (patch * HEADS + head) * T + t, highest + tl.log(total), mask=t_in)
-
-
-@triton.jit
-def _dlogits(
-    q, k, v, grad, lse, delta, bias_ptr, query_label, key_label_ptr, head, row, t, s, t_in, s_in, scale,
-    T: tl.constexpr, S: tl.constexpr, LABELS: tl.constexpr,
-):  # fmt: skip
-    """Probabilities and gradients of the logits of a query tile and a key tile: [BT, BS] each, zeros outside."""
-    logits = _logits(q, k, bias_ptr, query_label, key_label_ptr, head, row, t, s, t_in, s_in, scale, T, S, LABELS)
-    probability = tl.exp(logits - lse[:, None])
-    return probability, probability * (tl.dot(grad, tl.trans(v), input_precision="ieee") - delta[:, None])
+    _store(out_ptr, summed / total[:, None], patch, t, t_in, head, heads, T, D, BD)
+    tl.store(lse_ptr + (patch * heads + head) * T + t, (highest + tl.log2(total)) / LOG2E, mask=t_in)
 
 
 @triton.jit
 def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, neighbour_ptr, bias_ptr, query_label_ptr, key_label_ptr, dq_ptr,
-    scale, N: tl.constexpr, HEADS: tl.constexpr, T: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
-    LABELS: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, delta_ptr, neighbour_ptr, order_ptr, bias_ptr, query_label_ptr,
+    key_label_ptr, dq_ptr, partial_ptr,
+    scale, natural_scale, heads, tiles, patches, share, N, T, S, q_row, q_position, q_head, k_row, k_position, k_head,
+    v_row, v_position, v_head, grad_row, grad_position, grad_head,
+    D: tl.constexpr, OWN: tl.constexpr, ORDERED: tl.constexpr, LABELS: tl.constexpr,
+    WHOLE_T: tl.constexpr, WHOLE_S: tl.constexpr, ONE_KEY_TILE: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    patch, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    t = tl.arange(0, BT)
+    program, head = tl.program_id(0), tl.program_id(1)
+    first = (program // tiles).to(tl.int64) * share
+    t = (program % tiles) * BT + tl.arange(0, BT)
     t_in = t < T
-    q = _tile(q_ptr, patch, t, t_in, head, HEADS, D, T, BD)
-    grad = _tile(grad_ptr, patch, t, t_in, head, HEADS, D, T, BD)
-    lse = tl.load(lse_ptr + (patch * HEADS + head) * T + t, mask=t_in, other=0.0)
-    delta = tl.load(delta_ptr + (patch * HEADS + head) * T + t, mask=t_in, other=0.0)
-    query_label = tl.load(query_label_ptr + patch * T + t, mask=t_in, other=0) if LABELS else t
-    dq = tl.zeros([BT, BD], tl.float32)
-    for j in range(N):
-        row = tl.load(neighbour_ptr + patch * N + j)
-        for start in range(0, S, BS):
-            s = start + tl.arange(0, BS)
-            s_in = s < S
-            k = _tile(k_ptr, row, s, s_in, head, HEADS, D, S, BD)
-            v = _tile(v_ptr, row, s, s_in, head, HEADS, D, S, BD)
-            _, dlogits = _dlogits(
-                q, k, v, grad, lse, delta, bias_ptr, query_label, key_label_ptr, head, row, t, s, t_in, s_in, scale,
-                T, S, LABELS,
-            )  # fmt: skip
-            dq += tl.dot(dlogits.to(k.dtype), k, input_precision="ieee")
-    _store(dq_ptr, dq * scale, patch, t, t_in, head, HEADS, D, T, BD)
+    for start in range(0, S, BS):
+        s = start + tl.arange(0, BS)
+        s_in = s < S
+        bias = _bias(bias_ptr, head, t[:, None], s[None, :], T, S)
+        dbias = tl.zeros([BT, BS], tl.float32)
+        for place in range(first, tl.minimum(first + share, patches)):
+            patch = _patch(order_ptr, place, ORDERED)
+            q = _load(q_ptr, patch, t, t_in, head, q_row, q_position, q_head, D, BD, WHOLE_T)
+            grad = _load(grad_ptr, patch, t, t_in, head, grad_row, grad_position, grad_head, D, BD, WHOLE_T)
+            out = _load(out_ptr, patch, t, t_in, head, T * heads * D, heads * D, D, D, BD, WHOLE_T)
+            delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+            lse = tl.load(lse_ptr + (patch * heads + head) * T + t, mask=t_in, other=0.0) * LOG2E
+            tl.store(delta_ptr + (patch * heads + head) * T + t, delta, mask=t_in)
+            if LABELS:
+                query_label = tl.load(query_label_ptr + patch * T + t, mask=t_in, other=0)
+            dq = tl.zeros([BT, BD], tl.float32)
+            if not ONE_KEY_TILE and start > 0:  # goes on from what this program wrote for the keys before
+                tl.debug_barrier()
+                dq += _load(dq_ptr, patch, t, t_in, head, T * heads * D, heads * D, D, D, BD, WHOLE_T)
+            for j in range(N):
+                row = patch if OWN else tl.load(neighbour_ptr + patch * N + j).to(tl.int64)
+                k = _load(k_ptr, row, s, s_in, head, k_row, k_position, k_head, D, BD, WHOLE_S)
+                v = _load(v_ptr, row, s, s_in, head, v_row, v_position, v_head, D, BD, WHOLE_S)
+                logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias
+                if LABELS:
+                    key_label = tl.load(key_label_ptr + row * S + s, mask=s_in, other=0)
+                    logits = tl.where(query_label[:, None] == key_label[None, :], logits, float("-inf"))
+                probability = tl.exp2(logits - lse[:, None])
+                dlogits = probability * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+                dbias += dlogits
+                dq = tl.dot((dlogits * natural_scale).to(k.dtype), k, acc=dq, input_precision=PRECISION)
+            _store(dq_ptr, dq, patch, t, t_in, head, heads, T, D, BD)
+        address = partial_ptr + (((program // tiles) * heads + head) * T + t[:, None]) * S + s[None, :]
+        tl.store(address, dbias, mask=t_in[:, None] & s_in[None, :])
 
 
 @triton.jit
 def _dkv_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, first_ptr, query_ptr, bias_ptr, query_label_ptr, key_label_ptr,
-    dk_ptr, dv_ptr, scale, HEADS: tl.constexpr, T: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
-    LABELS: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, first_ptr, query_ptr, row_slot_ptr, slot_row_ptr, order_ptr,
+    bias_ptr, query_label_ptr, key_label_ptr, dk_ptr, dv_ptr, partial_ptr,
+    scale, natural_scale, heads, patches, slots, T, S, q_row, q_position, q_head, k_row, k_position, k_head,
+    v_row, v_position, v_head, grad_row, grad_position, grad_head,
+    SEGMENT: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr, ORDERED: tl.constexpr, LABELS: tl.constexpr,
+    WHOLE_T: tl.constexpr, WHOLE_S: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
+    BD: tl.constexpr,
 ):  # fmt: skip
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """Programs 0 to `patches` take the first segment of the list of a key patch, the others a slot each: a further one.
+
+    A list that is not split (row_slot -1) is one segment, whatever its length.
+    """
+    program, head = tl.program_id(0), tl.program_id(1)
     s = tl.program_id(2) * BS + tl.arange(0, BS)
     s_in = s < S
-    t = tl.arange(0, BT)
-    t_in = t < T
-    k = _tile(k_ptr, row, s, s_in, head, HEADS, D, S, BD)
-    v = _tile(v_ptr, row, s, s_in, head, HEADS, D, S, BD)
+    if OWN:
+        row = program.to(tl.int64)
+        slot, begin, end = -1, 0, 1
+    else:
+        if program < patches:
+            row = _patch(order_ptr, program.to(tl.int64), ORDERED)
+            slot = tl.load(row_slot_ptr + row).to(tl.int32)
+            begin = tl.load(first_ptr + row).to(tl.int32)
+            end = tl.load(first_ptr + row + 1).to(tl.int32)
+            end = tl.where(slot >= 0, tl.minimum(end, begin + SEGMENT), end)
+        else:
+            slot = program - patches
+            row = tl.load(slot_row_ptr + slot).to(tl.int64)  # `patches` where the slot is not in use
+            used = row < patches
+            row = tl.where(used, row, 0)
+            nth = slot - tl.load(row_slot_ptr + row).to(tl.int32)
+            begin = tl.load(first_ptr + row).to(tl.int32) + nth * SEGMENT
+            end = tl.minimum(tl.load(first_ptr + row + 1).to(tl.int32), begin + SEGMENT)
+            end = tl.where(used & (nth > 0), end, begin)  # the first segment is done by another program
+            slot = tl.where(used & (nth > 0), slot, -2)  # -2: nothing to write
+    k = _load(k_ptr, row, s, s_in, head, k_row, k_position, k_head, D, BD, WHOLE_S)
+    v = _load(v_ptr, row, s, s_in, head, v_row, v_position, v_head, D, BD, WHOLE_S)
+    if LABELS:
+        key_label = tl.load(key_label_ptr + row * S + s, mask=s_in, other=0)
     dk = tl.zeros([BS, BD], tl.float32)
     dv = tl.zeros([BS, BD], tl.float32)
-    for place in range(tl.load(first_ptr + row), tl.load(first_ptr + row + 1)):
-        patch = tl.load(query_ptr + place)
-        q = _tile(q_ptr, patch, t, t_in, head, HEADS, D, T, BD)
-        grad = _tile(grad_ptr, patch, t, t_in, head, HEADS, D, T, BD)
-        lse = tl.load(lse_ptr + (patch * HEADS + head) * T + t, mask=t_in, other=0.0)
-        delta = tl.load(delta_ptr + (patch * HEADS + head) * T + t, mask=t_in, other=0.0)
-        query_label = tl.load(query_label_ptr + patch * T + t, mask=t_in, other=0) if LABELS else t
-        probability, dlogits = _dlogits(
-            q, k, v, grad, lse, delta, bias_ptr, query_label, key_label_ptr, head, row, t, s, t_in, s_in, scale,
-            T, S, LABELS,
-        )  # fmt: skip
-        dv += tl.dot(tl.trans(probability).to(grad.dtype), grad, input_precision="ieee")
-        dk += tl.dot(tl.trans(dlogits).to(q.dtype), q, input_precision="ieee")
-    _store(dk_ptr, dk * scale, row, s, s_in, head, HEADS, D, S, BD)
-    _store(dv_ptr, dv, row, s, s_in, head, HEADS, D, S, BD)
+    for start in range(0, T, BT):
+        t = start + tl.arange(0, BT)
+        t_in = t < T
+        bias = _bias(bias_ptr, head, t[None, :], s[:, None], T, S)  # all tiles are transposed here: [keys, queries]
+        for place in range(begin, end):
+            patch = row if OWN else tl.load(query_ptr + place).to(tl.int64)
+            q = _load(q_ptr, patch, t, t_in, head, q_row, q_position, q_head, D, BD, WHOLE_T)
+            grad = _load(grad_ptr, patch, t, t_in, head, grad_row, grad_position, grad_head, D, BD, WHOLE_T)
+            lse = tl.load(lse_ptr + (patch * heads + head) * T + t, mask=t_in, other=0.0) * LOG2E
+            delta = tl.load(delta_ptr + (patch * heads + head) * T + t, mask=t_in, other=0.0)
+            logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale + bias
+            if LABELS:
+                query_label = tl.load(query_label_ptr + patch * T + t, mask=t_in, other=0)
+                logits = tl.where(query_label[None, :] == key_label[:, None], logits, float("-inf"))
+            probability = tl.exp2(logits - lse[None, :])
+            dv = tl.dot(probability.to(grad.dtype), grad, acc=dv, input_precision=PRECISION)
+            dlogits = probability * (tl.dot(v, tl.trans(grad), input_precision=PRECISION) - delta[None, :])
+            dk = tl.dot((dlogits * natural_scale).to(q.dtype), q, acc=dk, input_precision=PRECISION)
+    if slot == -1:
+        _store(dk_ptr, dk, row, s, s_in, head, heads, S, D, BD)
+        _store(dv_ptr, dv, row, s, s_in, head, heads, S, D, BD)
+    if not OWN and slot >= 0:
+        _store(partial_ptr, dk, slot.to(tl.int64), s, s_in, head, heads, S, D, BD)
+        _store(partial_ptr, dv, (slot + slots).to(tl.int64), s, s_in, head, heads, S, D, BD)
 
 
 @triton.jit
-def _dbias_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, neighbour_ptr, bias_ptr, query_label_ptr, key_label_ptr,
-    partial_ptr, patches, scale, N: tl.constexpr, HEADS: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
-    D: tl.constexpr, LABELS: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+def _combine_kernel(
+    first_ptr, row_slot_ptr, slot_row_ptr, partial_ptr, dk_ptr, dv_ptr, patches, slots, size,
+    SEGMENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    share, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    s = tl.program_id(2) * BS + tl.arange(0, BS)
-    s_in = s < S
-    t = tl.arange(0, BT)
-    t_in = t < T
-    total = tl.zeros([BT, BS], tl.float32)
-    for patch in range(share, patches, tl.num_programs(0)):
-        q = _tile(q_ptr, patch, t, t_in, head, HEADS, D, T, BD)
-        grad = _tile(grad_ptr, patch, t, t_in, head, HEADS, D, T, BD)
-        lse = tl.load(lse_ptr + (patch * HEADS + head) * T + t, mask=t_in, other=0.0)
-        delta = tl.load(delta_ptr + (patch * HEADS + head) * T + t, mask=t_in, other=0.0)
-        query_label = tl.load(query_label_ptr + patch * T + t, mask=t_in, other=0) if LABELS else t
-        for j in range(N):
-            row = tl.load(neighbour_ptr + patch * N + j)
-            k = _tile(k_ptr, row, s, s_in, head, HEADS, D, S, BD)
-            v = _tile(v_ptr, row, s, s_in, head, HEADS, D, S, BD)
-            _, dlogits = _dlogits(
-                q, k, v, grad, lse, delta, bias_ptr, query_label, key_label_ptr, head, row, t, s, t_in, s_in, scale,
-                T, S, LABELS,
-            )  # fmt: skip
-            total += dlogits
-    pair = t_in[:, None] & s_in[None, :]
-    tl.store(partial_ptr + ((share * HEADS + head) * T + t[:, None]) * S + s[None, :], total, mask=pair)
+    """Add the segments of each list that was split, in the order of the list: one program a slot and block of a row."""
+    slot = tl.program_id(0).to(tl.int64)
+    row = tl.load(slot_row_ptr + slot).to(tl.int64)
+    if row < patches:
+        if tl.load(row_slot_ptr + row) == slot:
+            offset = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+            inside = offset < size
+            degree = (tl.load(first_ptr + row + 1) - tl.load(first_ptr + row)).to(tl.int32)
+            dk = tl.zeros([BLOCK], tl.float32)
+            dv = tl.zeros([BLOCK], tl.float32)
+            for part in range(slot, slot + tl.cdiv(degree, SEGMENT)):
+                dk += tl.load(partial_ptr + part * size + offset, mask=inside)
+                dv += tl.load(partial_ptr + (part + slots) * size + offset, mask=inside)
+            tl.store(dk_ptr + row * size + offset, dk.to(dk_ptr.dtype.element_ty), mask=inside)
+            tl.store(dv_ptr + row * size + offset, dv.to(dv_ptr.dtype.element_ty), mask=inside)
 
 
-def blocks(q: Tensor, k: Tensor) -> dict[str, int]:
-    """Sizes of the problem and of its tiles, each a power of two of at least 16 as tl.dot wants them."""
-    _, positions, heads, width = q.shape
-    keys = k.shape[1]
-    return {
-        "HEADS": heads,
-        "T": positions,
-        "S": keys,
-        "D": width,
-        "BT": max(16, triton.next_power_of_2(positions)),
-        "BS": min(64, max(16, triton.next_power_of_2(keys))),
-        "BD": max(16, triton.next_power_of_2(width)),
-    }
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Run a kernel. Tests put a function in its place that compiles for another GPU instead."""
+    kernel[grid](*arguments, **constants)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of float32 tables are computed: on tensor cores in TF32 where torch's flag allows it, else exactly."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What all kernels of one call share."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    neighbours: Tensor | None
+    bias: Tensor
+    labels: tuple[Tensor, Tensor] | None
+    order: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """Patches, queries of a patch, keys of a neighbour, heads, width."""
+        patches, queries, heads, width = self.q.shape
+        return patches, queries, self.k.shape[1], heads, width
+
+    @property
+    def count(self) -> int:
+        """Neighbours of a patch."""
+        return 1 if self.neighbours is None else self.neighbours.shape[1]
+
+    def strides(self, *tables: Tensor) -> tuple[int, ...]:
+        return tuple(step for table in tables for step in table.stride()[:3])
+
+    def label_pair(self) -> tuple[Tensor, Tensor]:
+        return self.labels or (self.q, self.q)
+
+    def constants(self, stage: str) -> dict[str, Any]:
+        """Compile-time constants: the tiles, powers of two of at least 16 as tl.dot wants them, and what is absent."""
+        _, queries, keys, _, width = self.shape
+        block = max(16, triton.next_power_of_2(width))
+        kind = precision(self.q.dtype) if self.q.dtype == torch.float32 else "half"
+        chosen = schedule(stage, kind, block)
+        tile_t = min(chosen.queries, max(16, triton.next_power_of_2(queries)))
+        tile_s = min(chosen.keys, max(16, triton.next_power_of_2(keys)))
+        flat = block == width
+        return {
+            "D": width,
+            "OWN": self.neighbours is None,
+            "ORDERED": self.order is not None,
+            "LABELS": self.labels is not None,
+            "WHOLE_T": flat and queries % tile_t == 0,
+            "WHOLE_S": flat and keys % tile_s == 0,
+            "PRECISION": precision(self.q.dtype),
+            "BT": tile_t,
+            "BS": tile_s,
+            "BD": block,
+            "num_warps": chosen.warps,
+            "num_stages": chosen.stages,
+        }
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Queries and keys of a tile at most, warps of a program, and stages of its loop's pipeline."""
+
+    queries: int = 64
+    keys: int = 64
+    warps: int = 4
+    stages: int = 3
+    """With 3 the indices of the neighbours are fetched ahead of their tiles, and these ahead of the products."""
+
+
+def schedule(stage: str, kind: str, block: int) -> Schedule:
+    """What a kernel's registers and shared memory hold: `kind` is 'half' (16 bits), 'tf32' or 'ieee' (float32).
+
+    Read off the compiled code of sm_80 and sm_90 (benchmarks/kernels.py): 16-bit kernels spill no register.
+    """
+    if kind == "half":
+        if block <= 32 or (block == 64 and stage == "forward"):
+            return Schedule()
+        if block == 64:
+            return Schedule(warps=8)
+        return Schedule(keys=32, stages=2) if stage == "forward" else Schedule(queries=32, warps=8, stages=2)
+    if kind == "tf32" and block <= 32:
+        return Schedule(queries=32 if stage == "dq" else 64, warps=8, stages=1)
+    # Products without tensor cores are unrolled over the width: larger tiles spill.
+    queries, keys = (32, 64) if block <= 32 else (32, 32) if block == 64 else (16, 16)
+    return Schedule(queries, keys, warps=8, stages=1)
+
+
+def problem(
+    q: Tensor, k: Tensor, v: Tensor, neighbours: Tensor | None, bias: Tensor, query_label: Tensor | None,
+    key_label: Tensor | None, order: Tensor | None,
+) -> Problem:  # fmt: skip
+    """The arguments as the kernels read them: numbers of a head beside each other, small tables contiguous."""
+    labels = None
+    if query_label is not None and key_label is not None:
+        labels = (query_label.contiguous(), key_label.contiguous())
+    return Problem(
+        *(table if table.stride(-1) == 1 else table.contiguous() for table in (q, k, v)),
+        None if neighbours is None else neighbours.contiguous(),
+        bias.contiguous(),
+        labels,
+        None if neighbours is None or order is None else order.contiguous(),
+    )
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    neighbours: Tensor,
-    bias: Tensor,
-    query_label: Tensor | None,
-    key_label: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, neighbours: Tensor | None, bias: Tensor, query_label: Tensor | None,
+    key_label: Tensor | None, order: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The output [M, T, h, d] and the log-sum-exp [M, 1, h, T] in float32; arguments as in operator.py."""
-    q, k, v, neighbours, bias = (table.contiguous() for table in (q, k, v, neighbours, bias))
-    labels = () if query_label is None or key_label is None else (query_label.contiguous(), key_label.contiguous())
-    patches, positions, heads, width = q.shape
-    out = torch.empty_like(q)
-    lse = torch.empty(patches, 1, heads, positions, dtype=torch.float32, device=q.device)
-    _forward_kernel[(patches, heads)](
-        q, k, v, neighbours, bias, *(labels or (q, q)), out, lse, 1 / math.sqrt(width),
-        N=neighbours.shape[1], LABELS=bool(labels), **blocks(q, k),
+    given = problem(q, k, v, neighbours, bias, query_label, key_label, order)
+    patches, queries, keys, heads, width = given.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(patches, 1, heads, queries, dtype=torch.float32, device=q.device)
+    constants = given.constants("forward")
+    tiles = triton.cdiv(queries, constants["BT"])
+    launch(
+        _forward_kernel, (patches * tiles, heads),
+        given.q, given.k, given.v, _or(given.neighbours, q), _or(given.order, q), given.bias, *given.label_pair(),
+        out, lse, LOG2E.value / math.sqrt(width), heads, tiles, given.count, queries, keys,
+        *given.strides(given.q, given.k, given.v), PAIRS=given.count > 1, **constants,
     )  # fmt: skip
     return out, lse
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, neighbours: Tensor, bias: Tensor,
-    query_label: Tensor | None, key_label: Tensor | None,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, neighbours: Tensor | None, bias: Tensor,
+    query_label: Tensor | None, key_label: Tensor | None, order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and bias; arguments as in operator.py."""
-    grad, q, k, v, neighbours, bias = (table.contiguous() for table in (grad, q, k, v, neighbours, bias))
-    labels = () if query_label is None or key_label is None else (query_label.contiguous(), key_label.contiguous())
-    label_pair = labels or (q, q)
-    patches, _, heads, width = q.shape
-    scale, n, sizes = 1 / math.sqrt(width), neighbours.shape[1], blocks(q, k)
-    delta = (grad.float() * out.float()).sum(-1).transpose(1, 2).contiguous()  # [M, h, T]
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    tables = (q, k, v, grad, lse, delta)
-    _dq_kernel[(patches, heads)](*tables, neighbours, bias, *label_pair, dq, scale, N=n, LABELS=bool(labels), **sizes)
-    # Who attends a key patch: places in the flattened neighbour lists, sorted by key patch, in a fixed order.
+    given = problem(q, k, v, neighbours, bias, query_label, key_label, order)
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    delta = torch.empty_like(lse)
+    dq, dbias = _backward_of_queries(given, grad, out.contiguous(), lse, delta)
+    dk, dv = _backward_of_keys(given, grad, lse, delta)
+    return dq, dk, dv, dbias
+
+
+def _backward_of_queries(given: Problem, grad: Tensor, out: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """dq and dbias; fills delta [M, 1, h, T]."""
+    patches, queries, keys, heads, width = given.shape
+    constants = given.constants("dq")
+    tiles, one_key_tile = triton.cdiv(queries, constants["BT"]), keys <= constants["BS"]
+    share = triton.cdiv(patches * tiles * heads, PROGRAMS)
+    shares = triton.cdiv(patches, share)
+    # Where the keys take several tiles, dq is added up in memory, and in float32.
+    dtype = given.q.dtype if one_key_tile else torch.float32
+    dq = torch.empty(given.q.shape, dtype=dtype, device=given.q.device)
+    partial = torch.empty(shares, *given.bias.shape, dtype=torch.float32, device=given.q.device)
+    launch(
+        _dq_kernel, (shares * tiles, heads),
+        given.q, given.k, given.v, grad, out, lse, delta, _or(given.neighbours, dq), _or(given.order, dq), given.bias,
+        *given.label_pair(), dq, partial, LOG2E.value / math.sqrt(width), 1 / math.sqrt(width), heads, tiles,
+        patches, share, given.count, queries, keys, *given.strides(given.q, given.k, given.v, grad),
+        ONE_KEY_TILE=one_key_tile, **constants,
+    )  # fmt: skip
+    return dq.to(given.q.dtype), partial.sum(0).to(given.bias.dtype)
+
+
+def _backward_of_keys(given: Problem, grad: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """dk and dv."""
+    patches, queries, keys, heads, width = given.shape
+    dk, dv = (torch.empty(given.k.shape, dtype=given.k.dtype, device=given.k.device) for _ in range(2))
+    constants = given.constants("dkv")
+    lists = None if given.neighbours is None else inverse_lists(given.neighbours)
+    slots = 0 if lists is None else len(lists.slot_row)
+    partial = torch.empty(2, slots, keys, heads, width, dtype=torch.float32, device=dk.device)
+    tables = (dk,) * 4 if lists is None else (lists.first, lists.query, lists.row_slot, lists.slot_row)
+    launch(
+        _dkv_kernel, (patches + slots, heads, triton.cdiv(keys, constants["BS"])),
+        given.q, given.k, given.v, grad, lse, delta, *tables, _or(given.order, dk), given.bias, *given.label_pair(),
+        dk, dv, partial, LOG2E.value / math.sqrt(width), 1 / math.sqrt(width), heads, patches, slots, queries, keys,
+        *given.strides(given.q, given.k, given.v, grad), SEGMENT=SEGMENT, **constants,
+    )  # fmt: skip
+    if lists is not None:
+        size = keys * heads * width
+        block = min(1024, triton.next_power_of_2(size))
+        launch(
+            _combine_kernel, (slots, triton.cdiv(size, block)), lists.first, lists.row_slot, lists.slot_row, partial,
+            dk, dv, patches, slots, size, SEGMENT=SEGMENT, BLOCK=block,
+        )  # fmt: skip
+    return dk, dv
+
+
+@dataclass(frozen=True)
+class InverseLists:
+    """Who attends each key patch, and how long lists are split. All int64, made without waiting for the device."""
+
+    first: Tensor
+    """[M + 1]: where the list of a key patch starts in `query`."""
+    query: Tensor
+    """[M * n]: query patches, by key patch, ascending."""
+    row_slot: Tensor
+    """[M]: slot of the first segment of a list that is split, -1 for one that is not."""
+    slot_row: Tensor
+    """[slots]: the key patch whose segment a slot holds, M where it is not in use."""
+
+
+def inverse_lists(neighbours: Tensor) -> InverseLists:
+    """Lists of neighbours [M, n] the other way round.
+
+    There is one slot for every 16 patches, so that the memory of partial sums is bounded before anything is counted: on
+    photographs about 1 % of the patches have more than SEGMENT queries. Where the slots do not suffice, the lists of
+    the last patches are not split.
+    """
+    patches, count = neighbours.shape
     attended, places = neighbours.flatten().sort(stable=True)
-    first = torch.searchsorted(attended, torch.arange(patches + 1, device=q.device))
-    key_tiles = triton.cdiv(sizes["S"], sizes["BS"])
-    _dkv_kernel[(patches, heads, key_tiles)](
-        *tables, first, places // n, bias, *label_pair, dk, dv, scale, LABELS=bool(labels), **sizes
-    )
-    programs = min(BIAS_PROGRAMS, patches)
-    partial = torch.empty(programs, *bias.shape, dtype=torch.float32, device=q.device)
-    _dbias_kernel[(programs, heads, key_tiles)](
-        *tables, neighbours, bias, *label_pair, partial, patches, scale, N=n, LABELS=bool(labels), **sizes
-    )
-    return dq, dk, dv, partial.sum(0).to(bias.dtype)
+    first = torch.searchsorted(attended, torch.arange(patches + 1, device=neighbours.device))
+    segments = (first.diff() + (SEGMENT - 1)) // SEGMENT
+    segments = segments.where(segments > 1, 0)
+    slots = max(16, patches // 16)
+    end = segments.cumsum(0)
+    split = (segments > 0) & (end <= slots)
+    row_slot = (end - segments).where(split, -1)
+    # The lists that are split come first: once the slots are used up, every later end lies beyond them.
+    slot = torch.arange(slots, device=neighbours.device)
+    slot_row = torch.searchsorted(end, slot, right=True)
+    used = slot < (segments * split).sum()
+    return InverseLists(first, places // count, row_slot, slot_row.where(used, patches))
+
+
+def _or(table: Tensor | None, other: Tensor) -> Tensor:
+    """A table, or where there is none any other: the kernel is compiled not to read it."""
+    return other if table is None else table

@@ -1,0 +1,269 @@
+"""What the Triton kernels take of a GPU that is not here: shared memory, registers and spills, read from the compiled code.
+
+    python benchmarks/kernels.py                # compiles every variant for sm_80 and sm_90: kernels.json; takes minutes
+    python benchmarks/kernels.py --markdown     # prints the table of the stored JSON
+
+Needs triton, and no GPU. The variants are what the shipped suites, the sweep and the operator benchmark launch,
+found by building their attentions and recording their launches, and the widths up to 128 that an author may choose.
+A launch needs its shared memory within the limit of the GPU (163 KiB on sm_80, 227 KiB on sm_90) and at most 255
+registers a thread; what does not fit the registers spills to memory, which is slow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported
+
+import torch
+import triton
+from tabulate import tabulate
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from kitbench import methods, suite
+from kitbench.attention import operator, triton_kernels
+
+HERE = Path(__file__).parent
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}  # bytes a program may have: CUDA C++ programming guide, table of limits
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+PATCHES = 64  # of the tables that variants are compiled for; no kernel depends on it
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides which variant of the kernels a call launches, apart from the numbers' kind."""
+
+    queries: int
+    keys: int
+    width: int
+    neighbours: int
+    """0: each patch itself."""
+    labels: bool
+    ordered: bool
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel as it is compiled: for `shape` of tables of `kind` (float32, tf32 or bfloat16) on `sm`."""
+
+    shape: Shape
+    kind: str
+    sm: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Of one kernel: bytes of shared memory a program, registers a thread, bytes a thread spilled to memory."""
+
+    kernel: str
+    shape: Shape
+    kind: str
+    sm: int
+    tile: str
+    warps: int
+    stages: int
+    shared: int
+    registers: int
+    spilled: int
+    tensor_cores: bool
+
+
+class Device:
+    """Stands in for the GPU that Triton compiles for."""
+
+    def __init__(self, sm: int) -> None:
+        self.target = GPUTarget("cuda", sm, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
+
+
+def record(call: Callable[[], object]) -> list[Shape]:
+    """The shapes with which `call` launches kernels; none of them runs, and so its results mean nothing."""
+    found: list[Shape] = []
+
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, neighbours: Tensor | None, bias: Tensor, query_label: Tensor | None,
+        key_label: Tensor | None, order: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        count = 0 if neighbours is None else neighbours.shape[1]
+        labels, ordered = query_label is not None, order is not None and neighbours is not None
+        found.append(Shape(q.shape[1], k.shape[1], q.shape[3], count, labels, ordered))
+        lse = torch.zeros(q.shape[0], 1, q.shape[2], q.shape[1])
+        return torch.zeros(q.shape), lse
+
+    def by_index(q: Tensor, weights: Tensor | None) -> bool:
+        return weights is None and q.shape[3] <= operator.MAX_WIDTH
+
+    with mock.patch.object(operator, "by_index", by_index), mock.patch.object(triton_kernels, "forward", forward):
+        with torch.no_grad():
+            call()
+    return found
+
+
+@cache
+def shapes_of_suites() -> tuple[Shape, ...]:
+    """What the methods of all shipped suites launch in all presets, on maps that need no padding and on maps that do."""
+    found: dict[Shape, None] = {}
+    for name in suite.suite_names():
+        for preset in suite.read_toml(name, "suites", Path())["presets"]:
+            chosen = suite.load(name, preset)
+            width = chosen.backbone.head_dim
+            for label, method in chosen.methods.items():
+                loaded = methods.load(method.attention, label)
+                if loaded.attention is None:
+                    continue
+                settings = loaded.resolve(method.settings)
+                for shift in (False, True):
+                    attention = loaded.build(width, 1, shift, **settings)
+                    for side in (128, 121):
+                        for shape in record(lambda a=attention, s=side: a(torch.randn(1, s, s, width))):  # type: ignore[misc]
+                            found[shape] = None
+    return tuple(found)
+
+
+def shapes_of_benchmarks() -> list[Shape]:
+    """What the operator benchmark and the tests on a GPU launch beyond that."""
+    windows = [Shape(keys, keys, 32, 0, False, False) for keys in (256, 512)]
+    kit = [Shape(64, 64, 32, k, False, ordered) for k in (4, 8) for ordered in (False, True)]
+    wide = [
+        shape
+        for width in (16, 32, 64, 128)
+        for shape in (Shape(64, 64, width, 4, False, True), Shape(64, 196, width, 0, True, False))
+    ]
+    return [*windows, *kit, *wide]
+
+
+def variants(sms: tuple[int, ...] = (80, 90)) -> list[Variant]:
+    """Everything that can be launched, each variant once."""
+    found: dict[tuple[object, ...], Variant] = {}
+    for shape in [*shapes_of_suites(), *shapes_of_benchmarks()]:
+        for kind in DTYPES:
+            for sm in sms:
+                found.setdefault((constants_of(shape, kind), sm), Variant(shape, kind, sm))
+    return list(found.values())
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def call(shape: Shape, kind: str) -> None:
+    """Launch forward and backward on small tables of this shape."""
+    q = torch.zeros(PATCHES, shape.queries, 2, shape.width, dtype=DTYPES[kind])
+    k = torch.zeros(PATCHES, shape.keys, 2, shape.width, dtype=DTYPES[kind])
+    neighbours = torch.zeros(PATCHES, shape.neighbours, dtype=torch.long) if shape.neighbours else None
+    labels = [torch.zeros(PATCHES, n, dtype=torch.bool) if shape.labels else None for n in (shape.queries, shape.keys)]
+    order = torch.arange(PATCHES) if shape.ordered else None
+    bias = torch.zeros(2, shape.queries, shape.keys)
+    with tf32(kind == "tf32"):
+        out, lse = triton_kernels.forward(q, k, k, neighbours, bias, labels[0], labels[1], order)
+        triton_kernels.backward(q, q, k, k, out, lse, neighbours, bias, labels[0], labels[1], order)
+
+
+def constants_of(shape: Shape, kind: str) -> tuple[object, ...]:
+    """What tells the compiled kernels of two shapes apart."""
+    found: list[object] = [kind]
+
+    def note(kernel: Any, _: object, *arguments: object, **constants: object) -> None:
+        divisible = [value == 1 or value % 16 == 0 for value in arguments if isinstance(value, int)]
+        found.append((kernel.__name__, tuple(sorted(constants.items())), tuple(divisible)))
+
+    with mock.patch.object(triton_kernels, "launch", note):
+        call(shape, kind)
+    return tuple(found)
+
+
+def compiled(variant: Variant) -> list[Compiled]:
+    """Compile the kernels of a variant, and read what they take."""
+    triton.runtime.driver.set_active(Device(variant.sm))
+    found: list[Compiled] = []
+
+    def build(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        binary = kernel.warmup(*arguments, grid=grid, **constants)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(binary.asm["cubin"])
+            file.flush()
+            printed = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True)
+        usage = re.search(r"REG:(\d+) STACK:(\d+)", printed.stdout)
+        assert usage is not None, printed.stdout
+        found.append(
+            Compiled(
+                kernel.__name__.strip("_").removesuffix("_kernel"), variant.shape, variant.kind, variant.sm,
+                f"{constants['BT']} x {constants['BS']}" if "BT" in constants else "", constants.get("num_warps", 4),
+                constants.get("num_stages", 3), binary.metadata.shared, int(usage[1]), int(usage[2]),
+                "mma" in binary.asm["ptx"],
+            )
+        )  # fmt: skip
+
+    with mock.patch.object(triton_kernels, "launch", build):
+        call(variant.shape, variant.kind)
+    return found
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The most that each kernel takes over the variants of a width, and how many variants there are."""
+    groups: dict[tuple[str, str, int, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["kernel"], row["kind"], row["shape"]["width"], row["sm"]), []).append(row)
+    lines = [
+        (kernel, kind, width, f"sm_{sm}", len(some), ", ".join(sorted({r["tile"] for r in some})),
+         ", ".join(sorted({str(r["warps"]) for r in some})), f"{max(r['shared'] for r in some) / 1024:.1f}",
+         max(r["registers"] for r in some), max(r["spilled"] for r in some))
+        for (kernel, kind, width, sm), some in sorted(groups.items())
+    ]  # fmt: skip
+    head = ("kernel", "numbers", "width", "GPU", "variants", "tiles", "warps", "shared memory, KiB", "registers",
+            "spilled, bytes")  # fmt: skip
+    return tabulate(lines, head, "github")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--markdown", action="store_true", help="print the table of the stored JSON, compile nothing")
+    parser.add_argument("--sm", default="80,90", help="compute capabilities to compile for, without the point")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile side by side")
+    parser.add_argument("--json", type=Path, default=HERE / "kernels.json", help="where the figures are kept")
+    options = parser.parse_args()
+    if options.markdown:
+        print(markdown(json.loads(options.json.read_text())["rows"]))
+        return
+    todo = variants(tuple(int(sm) for sm in options.sm.split(",")))
+    rows = []
+    with ProcessPoolExecutor(options.processes) as pool:
+        for done, found in enumerate(pool.map(compiled, todo), 1):
+            rows += [asdict(row) for row in found]
+            print(f"{done} of {len(todo)} variants: {found[0].shape}, {found[0].kind}, sm_{found[0].sm}", flush=True)
+    unique = [json.loads(text) for text in dict.fromkeys(json.dumps(row) for row in rows)]
+    stored = {"triton": triton.__version__, "torch": torch.__version__, "rows": unique}
+    options.json.write_text(json.dumps(stored, indent=1) + "\n")
+    print(markdown(unique))
+
+
+if __name__ == "__main__":
+    main()
