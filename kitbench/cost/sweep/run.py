@@ -36,7 +36,6 @@ def run_scale(options: Options, console: Console) -> Sweep:
     Raises InputError for a method, size, scope or amount of memory that makes no sense, and where `out` cannot be
     written.
     """
-
     sizes = parse_sizes(options.sizes)
     sweep = _start(options)
     backbone = _backbone(options)
