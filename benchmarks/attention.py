@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from kitbench.attention import kit, layout, reference
 from kitbench.attention.operator import patch_attention
 from kitbench.cost import memory, timing
-from kitbench.environment import choose_device, device_name
+from kitbench.system.environment import choose_device, device_name
 
 HERE = Path(__file__).parent
 ROUNDS = {64: 7, 128: 5, 256: 5, 512: 5, 1024: 3}

@@ -50,7 +50,14 @@ RUN = ("run", "--suite", "faults.toml")
 EXIT_CODES = (0, 2, 3)
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["kitbench.run", "kitbench.launch", "kitbench.reproduce", "kitbench.verdict.report", "kitbench.verdict.claims"]
+    [
+        "kitbench.runs.queue",
+        "kitbench.launch.local",
+        "kitbench.launch.slurm",
+        "kitbench.apply.reproduce",
+        "kitbench.verdict.page.report",
+        "kitbench.verdict.claims",
+    ]
 )
 
 

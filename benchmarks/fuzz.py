@@ -26,11 +26,14 @@ from PIL import Image
 
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # as the command line does, before OpenCV is imported
 
-from kitbench.cli import cli
-from kitbench.data.cards import Card, read
+from kitbench.cli.main import cli
+from kitbench.data.cards import Card
 from kitbench.data.images import decode
+from kitbench.data.photograph import read
 from kitbench.errors import InputError, RunError
-from kitbench.suite import digest, load, parse
+from kitbench.spec.fields import digest
+from kitbench.spec.loading import load
+from kitbench.spec.messages import parse
 
 LONGEST = 60.0
 OWN = """

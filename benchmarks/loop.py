@@ -5,8 +5,8 @@
     python benchmarks/loop.py --markdown                                    # the table of the stored JSON
 
 The bare loop is what one would write by hand: batches that lie ready in memory, no seeding, no log, no clipping, no
-checkpoint. The training loop is `kitbench.train.train`, with all of them. They train a model each, in one process and
-by turns, a stretch of ten steps at a time, so that both meet the same state of the machine. The figure is the
+checkpoint. The training loop is `kitbench.runs.train.train`, with all of them. They train a model each, in one process
+and by turns, a stretch of ten steps at a time, so that both meet the same state of the machine. The figure is the
 median over the loop's stretches of (mean seconds of the bare stretches before and behind it) / (its own seconds), the
 quartiles in brackets; the first is not counted, nor are those in which other work held the processors. Where it held
 them in most of them, and with --processor-time, the ratio is that of processor time, of all threads together: the
@@ -33,16 +33,18 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
-from kitbench import methods, suite
-from kitbench.backbone import UNet
 from kitbench.cost.timing import waited_seconds
 from kitbench.data.batches import Batches
-from kitbench.data.cards import card, read
-from kitbench.environment import choose_device, device_name, make_repeatable
-from kitbench.stop import Stop
-from kitbench.store import RunFolder
-from kitbench.suite import Recipe, Suite
-from kitbench.train import LOG_EVERY, decay_groups, loss_of, train
+from kitbench.data.cards import card
+from kitbench.data.photograph import read
+from kitbench.model import methods
+from kitbench.model.backbone import UNet
+from kitbench.runs.train import LOG_EVERY, decay_groups, loss_of, train
+from kitbench.spec import loading
+from kitbench.spec.suite import Recipe, Suite
+from kitbench.store.folder import RunFolder
+from kitbench.system.environment import choose_device, device_name, make_repeatable
+from kitbench.system.interrupt import Stop
 
 HERE = Path(__file__).parent
 
@@ -153,7 +155,7 @@ def main() -> None:
         parser.error(f"--stretches {options.stretches} leaves none to count, the first being left out; give 2 or more")
     stretch = LOG_EVERY * max(1, 2 * options.workers)
     steps = stretch * options.stretches
-    chosen = suite.load("denoise", options.preset, [f"recipe.steps={steps}", "recipe.warmup=0"])
+    chosen = loading.load("denoise", options.preset, [f"recipe.steps={steps}", "recipe.warmup=0"])
     recipe, device = chosen.recipe, choose_device(options.device)
     make_repeatable(recipe)
     batches = Batches(read(card("skimage-train"), None, "colour"), chosen.task, recipe, 0)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from kitbench.metrics import psnr, ssim
+from kitbench.scoring.metrics import psnr, ssim
 
 ROUNDS = 15
 SHAPES = [(256, 256), (321, 481, 3), (512, 512), (512, 512, 3), (720, 1280, 3), (1080, 1920, 3)]

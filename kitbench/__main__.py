@@ -13,7 +13,7 @@ def main() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself on stderr otherwise,
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # and warns of memory that was allocated before it started
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # what it cannot decode is told in one sentence, by us
-    from kitbench.cli import cli
+    from kitbench.cli.main import cli
 
     cli(prog_name="kitbench" if not sys.argv[0].endswith("__main__.py") else "python -m kitbench")
 

@@ -86,3 +86,12 @@ def kitbench(tmp_path: Path) -> Kitbench:
     """The real command line in a temporary folder that holds tiny.toml."""
     (tmp_path / "tiny.toml").write_text(TINY)
     return lambda *arguments, code=0, **environment: run_kitbench(tmp_path, *arguments, code=code, **environment)
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs: kit and conv, seeds 0 and 1, and the input. Not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "tiny.toml").write_text(TINY)
+    run_kitbench(folder, "run", "--suite", "tiny.toml", "--seeds", "0,1", "--out", "runs")
+    return folder / "runs"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kitbench import methods
-from kitbench.store import find
-from kitbench.verdict.table import rows
+from kitbench.model import methods
+from kitbench.store.folder import find
+from kitbench.verdict.rows import rows
 from tests.conftest import ROOT
 from tools import readme
 from tools.readme import BLOCK, printed

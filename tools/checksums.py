@@ -11,8 +11,10 @@ import hashlib
 import sys
 from pathlib import Path
 
-from kitbench.data.cards import card, entries, locate, pixel_sha256
+from kitbench.data.cards import card
 from kitbench.data.images import decode
+from kitbench.data.locate import entries, locate
+from kitbench.data.pixels import pixel_sha256
 
 
 def main(name: str, root: Path) -> None:

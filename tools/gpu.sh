@@ -97,7 +97,7 @@ pack() {
     mv "$out/.$2.tmp" "$out/$2.tar.gz"
 }
 
-if [ -z "$dry" ] && ! missing=$("$python" -c 'import kitbench.run, kitbench.baselines' 2>&1); then
+if [ -z "$dry" ] && ! missing=$("$python" -c 'import kitbench.runs.queue, kitbench.baselines' 2>&1); then
     echo "gpu.sh: kitbench is not installed for $python: ${missing##*$'\n'}" >&2
     echo "gpu.sh: pip install -e . there, or from wheels where it has no network: pip install --no-index -f WHEELS -e ." >&2
     exit 2

@@ -1,4 +1,5 @@
-"""Writes kitbench/schemas/*.json from the models that write and read the records. Run it where a model has changed.
+"""Writes kitbench/store/schemas/*.json from the models that write and read the records. Run it where a model has
+changed.
 
 python tools/schemas.py
 """
@@ -9,12 +10,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kitbench.cost.scale import Sweep
-from kitbench.store import Evaluation, Failure, Run, Training
-from kitbench.suite import Frozen
-from kitbench.verdict.check import Reference
+from kitbench.spec.fields import Frozen
+from kitbench.store.records import Evaluation, Failure, Run, Training
+from kitbench.store.sweeps import Sweep
+from kitbench.verdict.reference import Reference
 
-FOLDER = Path(__file__).parent.parent / "kitbench" / "schemas"
+FOLDER = Path(__file__).parent.parent / "kitbench" / "store" / "schemas"
 RECORDS: dict[str, tuple[type[Frozen], str]] = {
     "run": (Run, "run.json of a run's folder: what decides its numbers, and where it was made"),
     "training": (Training, "training.json of a run's folder: what the training cost"),

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from kitbench.data import cards
-from kitbench.data.cards import Card, Entry
+from kitbench.data.cards import Card
+from kitbench.data.layout import Entry, glob, layout_of_pairs, match, unnumbered
+from kitbench.data.locate import entries
+from kitbench.data.photograph import check_averaging, key_of, sample, verify
+from kitbench.data.pixels import file_sha256, load, pixel_sha256, pixels_of
 from kitbench.errors import InputError
 
 
@@ -35,15 +38,15 @@ def audit(card: Card, folder: Path) -> list[str]:
     lines += [f"altered: {file.fault}" for file in files if file.fault]
     lines += _by_name(card, [file for file in files if not file.fault]) if card.sha256 else []
     if card.numbered and not card.sha256:
-        lines += [f"missing: {name}" for name in cards.unnumbered(card, [Entry(path.stem, path) for path in paths])]
+        lines += [f"missing: {name}" for name in unnumbered(card, [Entry(path.stem, path) for path in paths])]
     if lines:
         return sorted(lines)
     try:
-        entries = cards.entries(card, folder)
+        found = entries(card, folder)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            lines = [line for line in pool.map(lambda entry: _verify(card, folder, entry), entries) if line]
+            lines = [line for line in pool.map(lambda entry: _verify(card, folder, entry), found) if line]
         if not card.blind:
-            cards.check_averaging(card, (cards.load(card, entry) for entry in cards.sample(entries)))
+            check_averaging(card, (load(card, entry) for entry in sample(found)))
     except InputError as error:
         lines.append(f"altered: {_short(card, error)}")
     return lines
@@ -51,12 +54,12 @@ def audit(card: Card, folder: Path) -> list[str]:
 
 def _files(card: Card, folder: Path) -> tuple[list[Path], list[str]]:
     """The files of the layout that the folder has, and a line for each half of a pair without the other."""
-    pairs = cards.layout_of_pairs(card, folder)
+    pairs = layout_of_pairs(card, folder)
     if pairs is None:
-        layouts = (cards.glob(folder, layout) for layout in card.layouts)
+        layouts = (glob(folder, layout) for layout in card.layouts)
         left_out = {folder / name for name in card.without}
         return [path for path in next((paths for paths in layouts if paths), []) if path not in left_out], []
-    found, lonely = cards.match(pairs, folder)
+    found, lonely = match(pairs, folder)
     lines = [
         f"missing: the target of {path.relative_to(folder)}, as {' or '.join(pairs.targets)}"
         for path, target in found
@@ -69,15 +72,17 @@ def _files(card: Card, folder: Path) -> tuple[list[Path], list[str]]:
 
 def _inspect(card: Card, folder: Path, path: Path) -> File:
     """Decode a file where its pixels are what counts, and take its checksum where the card has some."""
-    key = cards.key_of(card, folder, path)
+    key = key_of(card, folder, path)
     try:
-        pixels: np.ndarray | None = None if path.suffix == ".mat" else cards.pixels_of(card, path, ())
+        pixels: np.ndarray | None = None if path.suffix == ".mat" else pixels_of(card, path, ())
     except InputError as error:
         return File(key, path, fault=_short(card, error))
     if card.checksum == "none":
         return File(key, path)
     return File(
-        key, path, cards.file_sha256(path) if pixels is None or card.checksum == "file" else cards.pixel_sha256(pixels)
+        key,
+        path,
+        file_sha256(path) if pixels is None or card.checksum == "file" else pixel_sha256(pixels),
     )
 
 
@@ -100,7 +105,7 @@ def _verify(card: Card, folder: Path, entry: Entry) -> str | None:
     if entry.target is None:
         return None
     try:
-        cards.verify(card, folder, entry, cards.load(card, entry))
+        verify(card, folder, entry, load(card, entry))
     except InputError as error:
         return f"altered: {_short(card, error)}"
     return None

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kitbench.data.cards import Photograph
 from kitbench.data.degrade import degrade, margin
+from kitbench.data.photograph import Photograph
 from kitbench.errors import InputError
 from kitbench.seeds import generator
-from kitbench.suite import Recipe, Task
+from kitbench.spec.suite import Recipe
+from kitbench.spec.tasks import Task
 
 AHEAD = 5
 """Batches, or pieces of them, that the thread makes in one go: one at a time, after a step that has filled the

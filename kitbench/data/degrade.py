@@ -25,7 +25,7 @@ from functools import cache
 import cv2
 import numpy as np
 
-from kitbench.suite import Deblur, Denoise, Derain, RealNoise, Task
+from kitbench.spec.tasks import Deblur, Denoise, Derain, RealNoise, Task
 
 Image = np.ndarray  # float32 everywhere; what OpenCV and NumPy return is typed more loosely
 

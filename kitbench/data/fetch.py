@@ -25,7 +25,10 @@ import requests
 from filelock import FileLock, Timeout
 
 from kitbench.data.audit import audit
-from kitbench.data.cards import Address, Card, described, file_sha256, fits, glob, locate
+from kitbench.data.cards import Address, Card
+from kitbench.data.layout import glob
+from kitbench.data.locate import described, fits, locate
+from kitbench.data.pixels import file_sha256
 from kitbench.errors import InputError, RunError
 
 Report = Callable[[str, int, int | None], None]

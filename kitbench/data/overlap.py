@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kitbench.data.cards import Photograph
+from kitbench.data.photograph import Photograph
 from kitbench.errors import InputError
 
 SIDE = 16

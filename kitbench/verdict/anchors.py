@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from tabulate import tabulate
 
 from kitbench.errors import InputError
-from kitbench.store import Evaluation, Run, RunFolder
+from kitbench.store.folder import RunFolder
+from kitbench.store.records import Evaluation, Run
 from kitbench.verdict.compare import heading
+from kitbench.verdict.entries import Entry, mean_psnr
 from kitbench.verdict.published import Figure, Published, published
-from kitbench.verdict.table import Entry, mean_psnr
 
 HEADER = ["Model", "Data set", "Metric", "Published dB", "Measured here dB", "Difference", "Protocol", "Published in"]
 

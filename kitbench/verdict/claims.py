@@ -11,20 +11,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from pydantic import ValidationError
 
 from kitbench.errors import InputError
-from kitbench.store import RunFolder, find
-from kitbench.suite import Kind, suite_names
+from kitbench.spec.shipped import suite_names
+from kitbench.spec.tasks import Kind
+from kitbench.store.folder import RunFolder, find
+from kitbench.store.sweeps import Point, Sweep
 from kitbench.verdict.compare import Column, Compared, adjusted, pooled
+from kitbench.verdict.entries import Entry, entries, labels, mean_psnr, under
 from kitbench.verdict.statistics import difference, mean_interval
-from kitbench.verdict.table import Entry, entries, labels, mean_psnr, under
-
-if TYPE_CHECKING:
-    from kitbench.cost.scale import Point, Sweep
 
 Verdict = Literal["supported", "not supported", "not decided by these runs"]
 OPEN: Verdict = "not decided by these runs"
@@ -101,7 +100,7 @@ def load(paths: Sequence[Path]) -> tuple[list[RunFolder], list[Sweep]]:
 
 
 def _sweep(path: Path) -> Sweep:
-    from kitbench.cost.scale import Sweep
+    from kitbench.store.sweeps import Sweep
 
     try:
         return Sweep.model_validate_json(path.read_bytes())
@@ -295,7 +294,7 @@ def _exponents(
     sweeps: Sequence[Sweep], method: str
 ) -> tuple[dict[str, tuple[float, float]], str, tuple[str, ...]] | None:
     """Value and lower end of the interval of each exponent of a method, in words, and the sweep's key."""
-    from kitbench.cost.fit import exponent
+    from kitbench.verdict.scaling.fit import exponent
 
     found = _curve(sweeps, method)
     if found is None:

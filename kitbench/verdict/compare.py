@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kitbench.verdict.entries import Entry
 from kitbench.verdict.statistics import ALPHA, Array, Difference, difference, holm
-
-if TYPE_CHECKING:
-    from kitbench.verdict.table import Entry
 
 Column = tuple[str, str]
 """Data set and condition (`σ25`, or nothing)."""

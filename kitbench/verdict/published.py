@@ -7,7 +7,9 @@ from functools import cache
 from importlib import resources
 from typing import Literal
 
-from kitbench.suite import Frozen, condition, parse
+from kitbench.spec.fields import Frozen
+from kitbench.spec.messages import parse
+from kitbench.spec.tasks import condition
 from kitbench.verdict.compare import Column, heading
 
 HEADING = "Published, not run here"

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from kitbench import methods
 from kitbench.cost.flops import Count, count, count_fvcore, count_module, reconcile
+from kitbench.model import methods
 
 METHODS = [
     ("kit", {}),

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kitbench import methods
 from kitbench.cost.memory import peak, peak_bytes, predict_peak_bytes
+from kitbench.model import methods
 
 CPU = torch.device("cpu")
 MIB = 1 << 20

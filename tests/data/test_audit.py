@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from kitbench.cli import cli
+from kitbench.cli.main import cli
 from kitbench.data.audit import audit
-from kitbench.data.cards import Card, card, cards, locate, pixel_sha256, read, unnumbered
+from kitbench.data.cards import Card, card, cards
+from kitbench.data.layout import unnumbered
+from kitbench.data.locate import locate
+from kitbench.data.photograph import read
+from kitbench.data.pixels import pixel_sha256
 from kitbench.errors import InputError
 from tests.data.test_cards import image, mat_file, own_card, own_pairs, write
 

@@ -13,12 +13,15 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
-from kitbench import suite
-from kitbench.data import cards
+from kitbench.data import cards, photograph
 from kitbench.data.batches import Batches
-from kitbench.data.cards import Card, Pairs, Photograph, card, locate, pixel_sha256, read
+from kitbench.data.cards import Card, Pairs, card
 from kitbench.data.images import kernels
+from kitbench.data.locate import locate
+from kitbench.data.photograph import Photograph, read
+from kitbench.data.pixels import pixel_sha256
 from kitbench.errors import InputError
+from kitbench.spec import loading
 
 PAIRED = [
     (name, number) for name, found in cards.cards().items() for number in range(len(found.pairs)) if not found.blind
@@ -295,14 +298,14 @@ def test_a_folder_that_holds_another_split_is_not_the_set(tmp_path: Path) -> Non
 def test_images_that_do_not_fit_in_memory_are_decoded_at_each_use(tmp_path: Path, monkeypatch) -> None:
     own_pairs(tmp_path, 6)
     kept = read(own_card(6), tmp_path, "colour")
-    monkeypatch.setattr(cards, "RESIDENT", 0.0)
+    monkeypatch.setattr(photograph, "RESIDENT", 0.0)
     on_disk = read(own_card(6), tmp_path, "colour")
     assert all(photo._images is None for photo in on_disk)
     for a, b in zip(kept, on_disk, strict=True):
         assert (a.name, a.sha256, a.shape) == (b.name, b.sha256, b.shape)
         assert np.array_equal(a.pixels, b.pixels)
         assert np.array_equal(a.degraded, b.degraded)
-    smoke = suite.load("denoise", "smoke")
+    smoke = loading.load("denoise", "smoke")
     recipe = smoke.recipe.model_copy(update={"crop": 16, "batch": 4})
     for a, b in zip(*(Batches(photos, smoke.task, recipe, 0)[5] for photos in (kept, on_disk)), strict=True):
         assert torch.equal(a, b)

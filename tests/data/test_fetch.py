@@ -18,11 +18,13 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from kitbench.cli import cli
+from kitbench.cli.main import cli
 from kitbench.data import cards as catalogue
 from kitbench.data import fetch as fetching
-from kitbench.data.cards import Card, card, pixel_sha256, read
+from kitbench.data.cards import Card, card
 from kitbench.data.fetch import Patience, fetch, unpack
+from kitbench.data.photograph import read
+from kitbench.data.pixels import pixel_sha256
 from kitbench.errors import InputError, RunError
 
 QUICK = Patience(tries=3, first_wait=0.0, connect=5.0, stall=0.3)

@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kitbench import suite
 from kitbench.data import overlap
-from kitbench.data.cards import Photograph, card, locate, pixel_sha256, read
+from kitbench.data.cards import card
+from kitbench.data.locate import locate
 from kitbench.data.overlap import assert_disjoint, overlaps
+from kitbench.data.photograph import Photograph, read
+from kitbench.data.pixels import pixel_sha256
 from kitbench.errors import InputError
+from kitbench.spec import fields, loading, shipped
 
 
 def photo(pixels: np.ndarray, name: str = "photo") -> Photograph:
@@ -94,11 +97,11 @@ def test_a_quarter_of_the_backgrounds_of_rain100l_are_crops_of_the_val_split_of_
     assert all(pair.shared == pair.squares for pair in found)
 
 
-def sets_of_suites(source: str) -> list[tuple[suite.Mode, str, tuple[str, ...]]]:
+def sets_of_suites(source: str) -> list[tuple[fields.Mode, str, tuple[str, ...]]]:
     """What shipped suites train on, each set once, and all that they then test on."""
-    tests: dict[tuple[suite.Mode, str], set[str]] = {}
-    for name in suite.suite_names():
-        data = getattr(suite.load(name).data, source)
+    tests: dict[tuple[fields.Mode, str], set[str]] = {}
+    for name in shipped.suite_names():
+        data = getattr(loading.load(name).data, source)
         for mode in data.modes:
             sets = getattr(data, mode)
             for train in sets.train:
@@ -107,18 +110,20 @@ def sets_of_suites(source: str) -> list[tuple[suite.Mode, str, tuple[str, ...]]]
 
 
 @cache
-def photographs(name: str, root: Path | None, mode: suite.Mode) -> list[Photograph]:
+def photographs(name: str, root: Path | None, mode: fields.Mode) -> list[Photograph]:
     return read(card(name), root, mode)
 
 
 @pytest.mark.parametrize(("mode", "train", "tests"), sets_of_suites("embedded"))
-def test_the_embedded_sets_of_shipped_suites_are_disjoint(mode: suite.Mode, train: str, tests: tuple[str, ...]) -> None:
+def test_the_embedded_sets_of_shipped_suites_are_disjoint(
+    mode: fields.Mode, train: str, tests: tuple[str, ...]
+) -> None:
     assert_disjoint({train: photographs(train, None, mode)}, {name: photographs(name, None, mode) for name in tests})
 
 
 @pytest.mark.parametrize(("mode", "train", "tests"), sets_of_suites("folder"))
 def test_the_real_sets_of_shipped_suites_are_disjoint(
-    mode: suite.Mode, train: str, tests: tuple[str, ...], data_root: Path
+    mode: fields.Mode, train: str, tests: tuple[str, ...], data_root: Path
 ) -> None:
     present = [name for name in tests if locate(card(name), data_root) is not None]
     if locate(card(train), data_root) is None or not present:

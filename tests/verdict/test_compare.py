@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kitbench.store import find
+from kitbench.store.folder import find
 from kitbench.verdict import published
 from kitbench.verdict.compare import paired, pooled
-from kitbench.verdict.table import entries, render, rows
+from kitbench.verdict.entries import entries
+from kitbench.verdict.render import render
+from kitbench.verdict.rows import rows
 from tests.stored import store
 
 

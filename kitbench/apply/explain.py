@@ -1,0 +1,128 @@
+"""`kitbench explain`: which patches the patch under a pixel attends, drawn on the image, a panel an attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import torch
+
+from kitbench.apply.restore import Picture, read
+from kitbench.apply.trained import load
+from kitbench.attention import layout
+from kitbench.errors import InputError
+from kitbench.model.backbone import UNet
+from kitbench.store.files import replace_with
+from kitbench.store.folder import RunFolder
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt  # after the backend was chosen: no display is needed
+from matplotlib.patches import Rectangle
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The patches that one attention's query patch chose, in pixels of the image: (left, top, side), itself first.
+
+    A shifted grid is a torus: a patch that lies over the border stands where its top left corner is.
+    """
+
+    name: str
+    squares: list[tuple[int, int, int]]
+
+
+def choices(model: UNet, picture: Picture, x: int, y: int, device: torch.device) -> list[Choice]:
+    """What every k-NN attention of the network chose for the pixel (x, y), in one forward pass of the whole picture.
+
+    Raises InputError for a pixel outside the picture, and for a network without k-NN attention.
+    """
+    height, width = picture.pixels.shape[:2]
+    if not (0 <= x < width and 0 <= y < height):
+        raise InputError(f"The pixel {x},{y} lies outside the picture of {width} x {height}; give one inside.")
+    found: dict[str, Choice] = {}
+    coarsest = 1 << (len(model.config.blocks) - 1)
+    padded = -(-height // coarsest) * coarsest
+    handles = [
+        module.register_forward_hook(_listener(name, found, x, y, padded))
+        for name, module in model.attentions()
+        if hasattr(module, "neighbours") and hasattr(module, "patch")
+    ]
+    if not handles:
+        raise InputError("This run's attention chooses no patches: explain draws runs of kit and its variants.")
+    full = np.float32(np.iinfo(picture.pixels.dtype).max)
+    image = torch.from_numpy(picture.pixels.astype(np.float32) / full).permute(2, 0, 1)
+    channels = model.head.in_channels
+    image = image.mean(0, keepdim=True) if channels == 1 else image.expand(channels, -1, -1)
+    with torch.inference_mode():
+        model(image[None].to(device))
+    for handle in handles:
+        handle.remove()
+    return list(found.values())
+
+
+def _listener(name: str, found: dict[str, Choice], x: int, y: int, padded: int) -> Any:
+    def after(module: Any, arguments: tuple[torch.Tensor], _: torch.Tensor) -> None:
+        tokens = arguments[0]  # [1, h, w, C]: the map is a power of two smaller than the padded image
+        rows, columns = tokens.shape[1:3]
+        stride = padded // rows
+        roll, patch = module.roll, module.patch
+        rolled = tokens.roll((-roll, -roll), (1, 2)) if roll else tokens
+        real = layout.real_positions(rows, columns, patch, 0, tokens.device)
+        chosen, _weights = module.neighbours(layout.cut(rolled, patch), real)
+        across = layout.grid(rows, columns, patch)[1]
+        row, column = (y // stride - roll) % rows // patch, (x // stride - roll) % columns // patch
+        squares = []
+        for number in chosen[0, row * across + column].tolist():
+            left, top = (number % across * patch + roll) % columns, (number // across * patch + roll) % rows
+            squares.append((left * stride, top * stride, patch * stride))
+        found[name] = Choice(f"{name}: {columns} x {rows} map, {patch} x {patch} patches", squares)
+
+    return after
+
+
+def draw(picture: Picture, choices: list[Choice], x: int, y: int, path: Path) -> None:
+    """A panel a choice: the query patch in yellow, its neighbours numbered in order of similarity."""
+    full = np.iinfo(picture.pixels.dtype).max
+    shown = np.repeat(picture.pixels, 3, 2) if picture.pixels.shape[2] == 1 else picture.pixels
+    columns = min(3, len(choices))
+    rows = -(-len(choices) // columns)
+    height = 5.0 * picture.pixels.shape[0] / picture.pixels.shape[1] + 0.5
+    with plt.rc_context({"font.size": 9}):
+        figure, grid = plt.subplots(
+            rows, columns, figsize=(5 * columns, height * rows), squeeze=False, layout="constrained"
+        )
+        for axes in grid.flat:
+            axes.set_axis_off()
+        for axes, choice in zip(grid.flat, choices, strict=False):
+            axes.imshow(shown / full)
+            for number, (left, top, side) in list(enumerate(choice.squares))[::-1]:
+                colour = "#ffd400" if number == 0 else "#00d5ff"
+                for width, edge in ((3.5, "black"), (1.8, colour)):
+                    axes.add_patch(
+                        Rectangle((left - 0.5, top - 0.5), side, side, fill=False, edgecolor=edge, linewidth=width)
+                    )
+                if number:
+                    box = {"boxstyle": "round,pad=0.15", "facecolor": "black", "edgecolor": "none", "alpha": 0.7}
+                    corner = (left + side, top)
+                    offset = {"xytext": (3, 0), "textcoords": "offset points", "annotation_clip": False}
+                    axes.annotate(str(number), corner, color="white", va="center", fontsize=7, bbox=box, **offset)
+            axes.plot([x], [y], "+", color="#ffd400", markersize=9)
+            axes.set_title(choice.name)
+        replace_with(path, lambda aside: figure.savefig(aside, format=path.suffix[1:].lower() or "png", dpi=110))
+        plt.close(figure)
+
+
+def explain(
+    image: Path, folder: RunFolder, method_file: Path | None, x: int, y: int, device: torch.device, out: Path
+) -> list[Choice]:
+    """Draw what a run's attentions chose for one pixel of an image, and return it. Raises InputError."""
+    if out.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise InputError(f"{out} names no picture format; end it in .png, .svg or .pdf.")
+    picture = read(image)
+    model, _ = load(folder, method_file, device)
+    found = choices(model, picture, x, y, device)
+    draw(picture, found, x, y, out)
+    return found

@@ -1,0 +1,115 @@
+"""`kitbench restore`: apply a trained run to pictures of one's own, whatever their size, depth or channels.
+
+Reads PNG, JPEG, TIFF, WebP and BMP of 8 or 16 bits, gray or colour, with or without alpha (kept as it is). A run that
+was trained on colour restores a gray picture as three equal channels and averages them; one that was trained on gray
+restores each channel of a colour picture by itself. The result is written beside the input in its format and depth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+from kitbench.apply.trained import load
+from kitbench.errors import InputError
+from kitbench.model.backbone import UNet
+from kitbench.scoring.tiles import tiled
+from kitbench.store.files import replace_with
+from kitbench.store.folder import RunFolder
+
+WHOLE = 1024 * 1024
+"""Pixels up to which a picture is restored whole, unless a tile is asked for."""
+TILE, OVERLAP = 512, 64
+"""Tiles of larger pictures; they are blended over the overlap by linear ramps."""
+JPEG_QUALITY = 95
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded file: uint8 or uint16 [H, W, 1 or 3] in RGB, and its alpha channel, if it has one."""
+
+    pixels: np.ndarray
+    alpha: np.ndarray | None
+
+
+def read(path: Path) -> Picture:
+    """Decode a picture, turned upright where its EXIF says so. Raises InputError."""
+    try:
+        data = np.frombuffer(path.read_bytes(), np.uint8)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); give the path of a picture.") from error
+    # OpenCV turns a picture upright only where it drops the alpha channel, which JPEG does not have.
+    upright = path.suffix.lower() in (".jpg", ".jpeg")
+    flags = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH if upright else cv2.IMREAD_UNCHANGED
+    try:
+        image = cv2.imdecode(data, flags) if data.size else None
+    except cv2.error:
+        image = None
+    if image is None:
+        raise InputError(f"{path} is no picture that can be read; give PNG, JPEG, TIFF, WebP or BMP.")
+    image = image[..., None] if image.ndim == 2 else image
+    if image.dtype not in (np.uint8, np.uint16) or image.shape[2] not in (1, 2, 3, 4):
+        raise InputError(f"{path} has {image.shape[2]} channels of {image.dtype}; give 8 or 16 bits, gray or colour.")
+    alpha = image[..., -1:] if image.shape[2] in (2, 4) else None
+    pixels = image[..., :1] if image.shape[2] < 3 else image[..., 2::-1]
+    return Picture(np.ascontiguousarray(pixels), alpha)
+
+
+def write(path: Path, picture: Picture) -> None:
+    """Encode in the format of the suffix, at the depth of the pixels; whole or not at all."""
+    image = picture.pixels[..., ::-1]
+    if picture.alpha is not None:
+        image = np.concatenate([np.repeat(image, 3, 2) if image.shape[2] == 1 else image, picture.alpha], 2)
+    options = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY] if path.suffix.lower() in (".jpg", ".jpeg") else []
+    done, data = cv2.imencode(path.suffix, np.ascontiguousarray(image), options)
+    if not done:
+        raise InputError(f"{path} cannot be written in this format; convert the picture to PNG or TIFF first.")
+    replace_with(path, lambda aside: aside.write_bytes(data.tobytes()))
+
+
+def restore(model: UNet, picture: Picture, device: torch.device, tile: int | None) -> Picture:
+    """Restore a picture; alpha is kept. tile: side in pixels, 0 for the whole picture, None to choose by size."""
+    full = np.float32(np.iinfo(picture.pixels.dtype).max)
+    x = torch.from_numpy(picture.pixels.astype(np.float32) / full).permute(2, 0, 1)  # [1 or 3, H, W]
+    channels = model.head.in_channels
+    # A batch of pictures with as many channels as the network has.
+    batch = x.expand(channels, -1, -1)[None] if x.shape[0] == 1 else x[None] if channels == 3 else x[:, None]
+    side = tile if tile is not None else 0 if x[0].numel() <= WHOLE else TILE
+    with torch.inference_mode():
+        parts = [
+            tiled(model, one.to(device), side, min(OVERLAP, side // 4)) if side else model(one.to(device))
+            for one in batch.split(1)
+        ]
+    y = torch.cat(parts).float().cpu()
+    y = y.mean(1) if x.shape[0] == 1 else y.flatten(0, 1)  # [1 or 3, H, W]
+    pixels = np.rint(y.permute(1, 2, 0).clamp(0, 1).numpy() * full).astype(picture.pixels.dtype)
+    return Picture(pixels, picture.alpha)
+
+
+def target(path: Path, out: Path | None) -> Path:
+    """Where the restored picture goes: NAME-restored.SUFFIX beside the input, or in the folder `out`."""
+    return (out or path.parent) / f"{path.stem}-restored{path.suffix}"
+
+
+def run(
+    images: list[Path], folder: RunFolder, method_file: Path | None, device: torch.device, tile: int | None,
+    out: Path | None, overwrite: bool,
+) -> list[Path]:  # fmt: skip
+    """Restore pictures and write them. Raises InputError, before anything is written, where one cannot be read."""
+    targets = [target(path, out) for path in images]
+    twice = next((t for t in targets if targets.count(t) > 1), None)
+    if twice is not None:
+        raise InputError(f"Two pictures would be written to {twice}; restore them into different folders.")
+    for path in images:
+        read(path)
+    for path in targets:
+        if path.exists() and not overwrite:
+            raise InputError(f"{path} exists; move it away, or allow its replacement with --overwrite.")
+    model, _ = load(folder, method_file, device)
+    for path, aim in zip(images, targets, strict=True):
+        write(aim, restore(model, read(path), device, tile))
+    return targets

@@ -1,0 +1,41 @@
+"""The trained network of a stored run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from kitbench.errors import InputError
+from kitbench.model import methods
+from kitbench.model.backbone import UNet
+from kitbench.runs.checkpoint import trained_state
+from kitbench.seeds import derive
+from kitbench.store.folder import RunFolder
+from kitbench.store.records import Run
+
+
+def load(folder: RunFolder, method_file: Path | None, device: torch.device) -> tuple[UNet, Run]:
+    """The trained network of a run, in evaluation mode. Raises InputError where the run holds none, or not this one's.
+
+    method_file: the Python file of a method that is not shipped; it must be the one that the run was trained with.
+    """
+    run = folder.run
+    if run.backbone is None or run.seed is None or run.recipe is None:
+        raise InputError(f"{folder.path} is the training-free method {run.method}; give the folder of a trained run.")
+    if not folder.trained or not folder.weights.is_file():
+        raise InputError(f"{folder.path} holds no {folder.weights.name}; finish the run, or give another one.")
+    shipped = run.attention in methods.shipped()
+    if not shipped and method_file is None:
+        raise InputError(f"{run.method} is no shipped method; name its Python file with --method FILE.")
+    loaded = methods.load(run.attention if shipped else str(method_file), run.method)
+    if not shipped and loaded.source_sha256 != run.attention:
+        raise InputError(f"{method_file} is not the file that {folder.path.name} was trained with; give that version.")
+    channels = 3 if run.mode == "colour" else 1
+    model = UNet(channels, run.backbone, loaded, dict(run.settings), derive(run.seed, "model"))
+    try:
+        model.load_state_dict(trained_state(folder))
+    except RuntimeError as error:
+        fault = str(error).splitlines()[0]
+        raise InputError(f"{folder.weights} does not fit the run's network ({fault}); train the run again.") from error
+    return model.to(device).eval(), run

@@ -1,0 +1,178 @@
+"""Commands about data sets, and the list of all that there is: data ..., list."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kitbench.cli.options import DATA
+from kitbench.cli.output import make_console
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.progress import Progress
+
+
+@click.group()
+def data() -> None:
+    """Data sets: list them, see where they are looked for, check their files, fetch what may be fetched."""
+
+
+SETS = click.argument("names", nargs=-1, metavar="[SET]...")
+
+
+@data.command(name="list")
+@DATA
+def data_list(data: Path | None) -> None:
+    """Every set that has a card: task, size, whether it is there, and its terms."""
+    from rich.table import Table
+
+    from kitbench.data.cards import cards
+    from kitbench.data.locate import check_root, described, locate
+
+    check_root(data)
+    grid = Table("name", "tests", "images", "present", "about", "terms", box=None, pad_edge=False)
+    for name, card in cards().items():
+        folder = locate(card, data)
+        found = described(card, folder).name if folder else ""
+        present = {"": "no", name: "yes"}.get(found, f"{found} is")
+        grid.add_row(name, ", ".join(card.tasks), str(card.count), present, card.title, card.licence)
+    make_console().print(grid)
+
+
+@data.command()
+@SETS
+@DATA
+def where(names: tuple[str, ...], data: Path | None) -> None:
+    """Where each set is looked for, where it was found, and where people get it."""
+    from kitbench.data.locate import described, locate
+
+    for card in _cards(names):
+        folder = locate(card, data)
+        places = [f"package {card.package}"] if card.package else [str((data or Path("DIR")) / f) for f in card.folders]
+        found = str(folder) if folder else "not found"
+        if folder and (other := described(card, folder)).name != card.name:
+            found = f"not found; {folder} holds {other.name}"
+        click.echo(f"{card.name}: {found}")
+        click.echo(f"  looked for  {', '.join(places)}")
+        click.echo(f"  as          {card.tree}")
+        click.echo(f"  from        {card.home} {card.ask}".rstrip())
+
+
+@data.command(name="check")
+@SETS
+@DATA
+def data_check(names: tuple[str, ...], data: Path | None) -> None:
+    """Name each missing, extra or altered file of the sets that are there, or of those named. Exit code 1 if any."""
+    from kitbench.data.audit import audit
+    from kitbench.data.locate import check_root, locate, present
+
+    check_root(data)
+    failed = False
+    for card in _cards(names):
+        folder = locate(card, data) if names else present(card, data)
+        if folder is None:
+            if names:
+                place = data or "a data folder, as none was given with --data"
+                click.secho(f"{card.name}: not in {place} (looked for {', '.join(card.folders)})", fg="red")
+                failed = True
+            continue
+        problems = audit(card, folder)
+        failed |= bool(problems)
+        what = "pairs" if card.pairs else "images"
+        proof = f"checksums of their {card.checksum.removesuffix('s')}s" if card.sha256 else "number and size alone"
+        if problems:
+            click.secho(f"{card.name}: {len(problems)} faults in {folder}", fg="red")
+            click.echo("\n".join(f"  {problem}" for problem in problems))
+        else:
+            click.echo(f"{card.name}: {card.count} {what} in {folder}, as its card says, by {proof}")
+    if failed:
+        raise SystemExit(1)
+
+
+@data.command(name="fetch")
+@click.argument("names", nargs=-1, required=True, metavar="SET...")
+@click.option(
+    "--data", required=True, type=click.Path(path_type=Path), envvar="KITBENCH_DATA", show_envvar=True,
+    help="Folder to put the sets in.",
+)  # fmt: skip
+def data_fetch(names: tuple[str, ...], data: Path) -> None:
+    """Download sets from the addresses on their cards: goes on where it stopped, checks, unpacks safely."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from kitbench.data.fetch import fetch
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    for card in _cards(names):
+        click.echo(f"{card.name}: {card.title}. Terms: {card.licence}.")
+        with Progress(*columns, TimeRemainingColumn(), console=make_console()) as progress:
+            folder, fetched = fetch(card, data, _bars(progress))
+        click.echo(f"{card.name}: {'now' if fetched else 'already'} in {folder}")
+
+
+def _bars(progress: Progress) -> Callable[[str, int, int | None], None]:
+    """A bar for each file that is being fetched."""
+    bars: dict[str, Any] = {}
+
+    def report(file: str, done: int, total: int | None) -> None:
+        if file not in bars:
+            bars[file] = progress.add_task(file, total=total)
+        progress.update(bars[file], completed=done, total=total)
+
+    return report
+
+
+def _cards(names: tuple[str, ...]) -> list[Any]:
+    from kitbench.data.cards import card, cards
+
+    return [card(name) for name in names] if names else list(cards().values())
+
+
+@click.command(name="list")
+@DATA
+def list_(data: Path | None) -> None:
+    """Show suites, methods, data sets (present or not), recipes and protocols."""
+    from rich.table import Table
+
+    from kitbench.data.cards import cards
+    from kitbench.data.locate import present
+    from kitbench.model import methods
+    from kitbench.spec import loading, shipped
+
+    console = make_console()
+
+    def show(title: str, columns: list[str], lines: list[list[str]]) -> None:
+        grid = Table(title=title, title_justify="left", box=None, pad_edge=False, expand=False)
+        for column in columns:
+            grid.add_column(column, overflow="fold")
+        for line in lines:
+            grid.add_row(*line)
+        console.print(grid)
+        console.print()
+
+    names = shipped.suite_names()
+    raws = {name: loading.read_toml(name, "suites", Path()) for name in names}
+    show("Suites", ["name", "presets", "about"], [[n, ", ".join(r["presets"]), r["title"]] for n, r in raws.items()])
+    show(
+        "Methods",
+        ["name", "kind", "about"],
+        [[n, kind, text.splitlines()[0]] for n, (kind, text) in methods.cards().items()],
+    )
+    where = {name: present(card, data) for name, card in cards().items()}
+    show(
+        f"Data sets (data folder: {data or 'none; give one with --data or KITBENCH_DATA'})",
+        ["name", "images", "present", "about"],
+        [
+            [n, str(c.count), "with scikit-image" if c.package and where[n] else "yes" if where[n] else "no", c.title]
+            for n, c in cards().items()
+        ],
+    )
+    show(
+        "Recipes",
+        ["name", "time", "hardware", "about"],
+        [[r.name, r.card.time, r.card.hardware, r.card.summary] for r in loading.recipes()],
+    )
+    show("Protocols", ["name", "about"], [[p.stamp, p.summary] for p in loading.protocols()])

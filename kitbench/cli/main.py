@@ -1,0 +1,47 @@
+"""The command line, put together: its commands are in run.py, score.py, results.py, scale.py and data.py.
+
+Commands parse, call and print. Heavy rooms are imported inside the commands, so --help answers at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from kitbench import __version__
+from kitbench.cli import data, results, run, scale, score
+from kitbench.errors import InputError, RunError
+
+FAILED = 3
+
+
+class Cli(click.Group):
+    """Turns what kitbench refuses into one sentence and exit code 2, and what failed into exit code 3."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            click.secho(f"kitbench: {error}", fg="red", err=True)
+            ctx.exit(2)
+        except RunError as error:
+            click.secho(f"kitbench: {error}", fg="red", err=True)
+            ctx.exit(FAILED)
+
+
+@click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+def cli() -> None:
+    """Which attention should restore my images, and does the k-NN one keep its promises?
+
+    Trains and evaluates KiT (k-NN local attention) against global, window and local attention under identical recipes.
+    Exit codes: 0 fine, 1 a check failed, 2 usage or bad input, 3 a run failed or was interrupted.
+    """
+
+
+for command in (
+    run.run, run.status, run.reproduce, score.eval_, score.restore, score.submit, score.explain, results.table,
+    results.check, results.report, results.claims, results.anchors, results.diff, scale.scale, data.data, data.list_,
+):  # fmt: skip
+    cli.add_command(command)

@@ -1,0 +1,38 @@
+"""Options and arguments that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+DATA = click.option(
+    "--data", type=click.Path(path_type=Path), envvar="KITBENCH_DATA", show_envvar=True,
+    help="Folder that holds data sets; without it, photographs that ship with scikit-image.",
+)  # fmt: skip
+SUITE = click.option("--suite", required=True, help="A suite's name (kitbench list), or the path of a .toml file.")
+PRESET = click.option("--preset", help="smoke, quick or full; the suite's own default without it.")
+SET = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change one setting, e.g. recipe.steps=2000. Repeatable.",
+)
+OUT = click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("results"), show_default=True, help="Folder for the runs."
+)
+LPIPS = click.option(
+    "--lpips-weights",
+    metavar="FILE",
+    envvar="KITBENCH_LPIPS_WEIGHTS",
+    show_envvar=True,
+    help="Backbone weights for LPIPS.",
+)
+DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+PATHS = click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+PROTOCOL = click.option("--protocol", help="Only rows of this protocol (id, or id.vN).")
+RUN = click.option("--run", "folder", required=True, type=click.Path(path_type=Path), help="Folder of a trained run.")
+METHOD_FILE = click.option(
+    "--method", "method_file", type=click.Path(path_type=Path), help="Python file of a method that is not shipped."
+)

@@ -1,0 +1,55 @@
+"""What several commands print, and how."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kitbench.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def show_tables(complete: list[Any], stamps: list[str], out: Path, console: Console) -> None:
+    """The table of each protocol that these runs were scored under, and how to get it again."""
+    from kitbench.verdict.render import render
+
+    scored = {evaluation.stamp for folder in complete for evaluation in folder.evaluations()}
+    shown = [stamp for stamp in stamps if stamp in scored]
+    for stamp in shown:
+        click.echo()
+        click.echo(render(complete, "terminal", stamp), color=console.is_terminal or None)
+    for folder in complete:
+        click.echo(f"wrote {folder.path}")
+    for stamp in shown:
+        again = shlex.join(["python", "-m", "kitbench", "table", str(out), "--protocol", stamp])
+        click.echo(f"The table again, from the stored runs: {again}")
+
+
+def one_run(found: list[Any]) -> list[Any]:
+    if len(found) > 1:
+        raise InputError(f"--run names a folder of {len(found)} runs; give one, for example {found[0].path}.")
+    return found
+
+
+def give(text: str, out: Path | None) -> None:
+    """Print a text, or write it to a file, whole or not at all."""
+    from kitbench.store.files import writable, write_atomic
+
+    if out is None:
+        click.echo(text, nl=False)
+    else:
+        writable(out.parent)
+        write_atomic(out, text.encode())
+        click.echo(f"wrote {out}")
+
+
+def make_console() -> Console:
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=140)

@@ -1,0 +1,137 @@
+"""Commands that read stored runs: table, check, report, claims, anchors, diff."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kitbench.cli.options import PATHS, PROTOCOL
+from kitbench.cli.output import give, one_run
+from kitbench.errors import InputError
+
+
+@click.command()
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["markdown", "latex", "csv", "json", "terminal"]),
+    default="terminal",
+    show_default=True,
+)
+@click.option("--protocol", help="Only rows of this protocol (id, or id.vN).")
+@click.option("--out", type=click.Path(path_type=Path), help="Write to this file instead of the terminal.")
+def table(paths: tuple[Path, ...], form: Any, protocol: str | None, out: Path | None) -> None:
+    """Build a table from stored runs: folders of runs, or folders that hold such folders."""
+    from kitbench.store.folder import find
+    from kitbench.verdict.render import render
+
+    runs = find(paths)
+    give(render(runs, form, protocol), out)
+    for failure in filter(None, (run.failure for run in runs)):
+        click.secho(f"failed, so not or not wholly in the table: {failure}", fg="red", err=True)
+
+
+@click.command()
+@PATHS
+@click.option("--against", required=True, type=click.Path(path_type=Path), help="Reference file (JSON).")
+@click.option("--update", is_flag=True, help="Write the reference anew from these runs, and print what it changes.")
+@PROTOCOL
+@click.option("--time-tolerance", type=click.FloatRange(0), default=0.5, show_default=True,
+              help="How much slower a step may be, as a share, in units of the calibration run.")  # fmt: skip
+@click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML here.")
+@click.option("--summary", type=click.Path(path_type=Path), help="Write a Markdown summary here.")
+def check(
+    paths: tuple[Path, ...],
+    against: Path,
+    update: bool,
+    protocol: str | None,
+    time_tolerance: float,
+    junit: Path | None,
+    summary: Path | None,
+) -> None:
+    """Compare stored runs with a reference: PSNR, SSIM, FLOPs, parameters, memory, time. Exit code 1 on any failure."""
+    from kitbench.store.files import writable, write_atomic
+    from kitbench.store.folder import find
+    from kitbench.verdict import reference as checks
+
+    runs = find(paths)
+    if update:
+        new = checks.collect(runs, protocol)
+        writable(against.parent)
+        try:
+            told = checks.changes(checks.read(against), new) if against.exists() else [f"new: {len(new.rows)} rows"]
+        except InputError as error:
+            told = [f"replaces what could not be compared: {error}"]
+        click.echo("\n".join(told or ["nothing changes"]))
+        write_atomic(against, (new.model_dump_json(indent=1) + "\n").encode())
+        click.echo(f"wrote {against}")
+        return
+    lines = checks.compare(runs, checks.read(against), time_tolerance)
+    for path, data in ((junit, checks.junit(lines)), (summary, checks.summary(lines).encode())):
+        if path is not None:
+            writable(path.parent)
+            write_atomic(path, data)
+    failed = [line for line in lines if line.failed]
+    for line in failed:
+        click.secho(f"FAILED {line}", fg="red")
+    click.echo(f"{len(lines) - len(failed)} of {len(lines)} comparisons with {against} hold")
+    if failed:
+        raise SystemExit(1)
+
+
+@click.command()
+@PATHS
+@PROTOCOL
+@click.option("--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True)
+def report(paths: tuple[Path, ...], protocol: str | None, out: Path) -> None:
+    """Write one self-contained HTML file: verdict, claims, tables, pictures, settings, how to reproduce."""
+    from kitbench.store.files import writable, write_atomic
+    from kitbench.verdict.claims import load
+    from kitbench.verdict.page import report as page
+
+    text = page.report(*load(paths), protocol)
+    writable(out.parent)
+    write_atomic(out, text.encode())
+    click.echo(f"wrote {out} ({len(text) / 1e6:.1f} MB)")
+
+
+@click.command()
+@PATHS
+@PROTOCOL
+@click.option("--out", type=click.Path(path_type=Path), help="Write Markdown to this file instead of the terminal.")
+def claims(paths: tuple[Path, ...], protocol: str | None, out: Path | None) -> None:
+    """Put the paper's six statements to the test: supported, not supported, or not decided by these runs."""
+    from kitbench.verdict import claims as judge
+
+    runs, sweeps = judge.load(paths)
+    text = judge.markdown(judge.claims(runs, sweeps, protocol))
+    give(text, out)
+
+
+@click.command()
+@PATHS
+@click.option("--out", type=click.Path(path_type=Path), help="Write Markdown to this file instead of the terminal.")
+def anchors(paths: tuple[Path, ...], out: Path | None) -> None:
+    """Set the scores of published weights beside what their authors printed."""
+    from kitbench.store.folder import find
+    from kitbench.verdict import anchors as beside
+
+    give(beside.markdown(beside.anchors(find(paths))), out)
+
+
+@click.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+def diff(a: Path, b: Path) -> None:
+    """Explain how two stored runs differ: data, code, settings, device, versions, flags, and their numbers."""
+    from kitbench.store.folder import find
+    from kitbench.verdict.differences import differences
+
+    [one], [two] = (one_run(find([path])) for path in (a, b))
+    found = differences(one, two)
+    for difference in found:
+        click.echo(str(difference))
+    click.echo(f"{len(found)} differences" if found else "no difference: weights, losses and scores are bit-identical")

@@ -1,0 +1,180 @@
+"""Commands that make runs: run, status, reproduce."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kitbench.cli.options import DATA, DEVICE, LPIPS, METHOD_FILE, OUT, PATHS, PRESET, SET, SUITE
+from kitbench.cli.output import make_console, show_tables
+from kitbench.errors import InputError, RunError
+
+
+@click.command()
+@SUITE
+@PRESET
+@click.option(
+    "--method", "method", multiple=True, help="Run only this method: a name, or the path of a .py file. Repeatable."
+)
+@SET
+@click.option("--seeds", help="Seeds, e.g. 0,1,2.")
+@DATA
+@OUT
+@DEVICE
+@click.option(
+    "--workers", type=click.IntRange(0, 64), default=0, show_default=True, help="Processes that prepare batches."
+)
+@LPIPS
+@click.option(
+    "--micro-batch", type=click.IntRange(1), metavar="N",
+    help="Most crops at a time on a device; their gradients add up to the batch's. Moves rounding only.",
+)  # fmt: skip
+@click.option("--track", multiple=True, metavar="NAME", help="tensorboard, wandb or mlflow too. Repeatable.")
+@click.option(
+    "--launcher", type=click.Choice(["local", "slurm"]),
+    help="Spread the runs over worker processes here, or submit them to Slurm. One after another without it.",
+)  # fmt: skip
+@click.option(
+    "--jobs", type=click.IntRange(1), help="Runs at a time; by default one a GPU, one a core, or as Slurm allows."
+)
+@click.option("--gpus", help="local: which GPUs, e.g. 0,1. slurm: how many a run.")
+@click.option("--cpus", type=click.IntRange(1), help="Cores a run.")
+@click.option("--partition", help="Of Slurm.")
+@click.option(
+    "--time", "minutes", type=click.IntRange(1), metavar="MINUTES", help="Slurm's time limit; a run goes on behind it."
+)
+@click.option("--dry-run", is_flag=True, help="Print what a launcher would run, and run nothing.")
+@click.option("--only", hidden=True, metavar="CELL", help="One cell, e.g. colour/kit/0: what a worker runs.")
+@click.pass_context
+def run(
+    context: click.Context,
+    suite: str,
+    preset: str | None,
+    method: tuple[str, ...],
+    overrides: tuple[str, ...],
+    seeds: str | None,
+    data: Path | None,
+    out: Path,
+    device: str,
+    workers: int,
+    lpips_weights: str | None,
+    micro_batch: int | None,
+    track: tuple[str, ...],
+    launcher: str | None,
+    only: str | None,
+    **where: Any,
+) -> None:
+    """Train and compare the methods of a suite; what is stored already is not run again."""
+    from kitbench.spec.loading import load
+
+    if not launcher:
+        for option in context.command.params:
+            if where.get(str(option.name)):
+                raise InputError(f"{option.opts[0]} is of --launcher; give --launcher local or slurm too.")
+    resolved = load(suite, preset, overrides, method, _seeds(seeds))
+    from kitbench.launch import local, plan, slurm
+    from kitbench.runs.prepare import Options
+    from kitbench.runs.queue import run as run_suite
+    from kitbench.system.environment import how_to_go_on
+    from kitbench.system.processes import started_by_torchrun
+
+    if only:
+        resolved = plan.restrict(resolved, only)
+    if launcher and started_by_torchrun():
+        raise InputError("--launcher starts processes of its own; give the same command without torchrun.")
+    options = Options(out, data, device, workers, lpips_weights, micro_batch, track)
+    console = make_console()
+    try:
+        if launcher == "slurm":
+            jobs = slurm.slurm(resolved, options, plan.Spread(**where), _again(context), console)
+            if jobs:
+                click.echo(f"submitted {len(jobs)} jobs: {', '.join(jobs)}")
+                click.echo(f"Look after them with: {shlex.join(['python', '-m', 'kitbench', 'status', str(out)])}")
+            return
+        if launcher == "local":
+            complete, failed = local.local(resolved, options, plan.Spread(**where), _again(context), console)
+        else:
+            complete, failed = run_suite(resolved, options, console)
+    except RunError as error:
+        raise RunError(f"{error}. {how_to_go_on()}") from error
+    if complete and not only:  # the table of a worker would show one run
+        show_tables(complete, resolved.stamps, out, console)
+    if failed:
+        raise RunError(f"{len(failed)} of the suite's runs failed: " + "; ".join(failed))
+
+
+def _again(context: click.Context) -> list[str]:
+    """The arguments of `run` as one would type them for a worker: without those of the launcher."""
+    launchers = {"launcher", "jobs", "gpus", "cpus", "partition", "minutes", "dry_run", "only"}
+    words: list[str] = []
+    for option in context.command.params:
+        value = context.params.get(str(option.name))
+        if option.name not in launchers and value is not None:
+            for each in value if isinstance(value, tuple) else (value,):
+                words += [option.opts[0], str(each)]
+    return words
+
+
+def _seeds(text: str | None) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError as error:
+        raise InputError(f"--seeds takes whole numbers like 0,1,2; found {text!r}.") from error
+
+
+@click.command()
+@PATHS
+def status(paths: tuple[Path, ...]) -> None:
+    """Show which runs are queued, running, done and failed, with the time that is left, from their folders alone."""
+    from rich.table import Table
+
+    from kitbench.launch.status import render, summary, survey
+
+    lines = survey(paths)
+    grid = Table(box=None, pad_edge=False)
+    for column in ("state", "run", "done", "left", ""):
+        grid.add_column(column, overflow="fold")
+    for line in render(lines):
+        grid.add_row(*line)
+    make_console().print(grid, highlight=False, markup=False)
+    click.echo(summary(lines))
+
+
+@click.command()
+@PATHS
+@METHOD_FILE
+@DATA
+@DEVICE
+@click.option("--workers", type=click.IntRange(0, 64), default=0, help="Processes that prepare batches.")
+@click.option("--out", type=click.Path(path_type=Path), help="Keep the new runs in this folder, and go on there.")
+def reproduce(
+    paths: tuple[Path, ...], method_file: Path | None, data: Path | None, device: str, workers: int, out: Path | None
+) -> None:
+    """Make stored runs again, each from its own record alone: bit-identical, within the seed spread, or different.
+
+    Exit code 1 where one is different.
+    """
+    from kitbench.apply import reproduce as job
+    from kitbench.runs.prepare import Options
+    from kitbench.store.folder import find
+
+    runs, console, different = find(paths), make_console(), []
+    for folder in runs:
+        siblings = [other for other in find([folder.path.absolute().parent]) if other.path.name != folder.path.name]
+        with job.folder_for(out) as place:
+            options = Options(place, data, device, workers, None)
+            outcome = job.reproduce(folder, siblings, options, method_file, console)
+        colour = {"bit-identical": "green", "different": "red"}.get(outcome.verdict)
+        click.secho(f"{folder.path.name}: {outcome.verdict}: {outcome.why}", fg=colour)
+        for note in outcome.notes:
+            click.echo(f"  {note}")
+        if outcome.verdict != "bit-identical":
+            click.echo(f"  the first thing that differs: {outcome.first or 'nothing that is recorded'}")
+        if outcome.verdict == "different":
+            different.append(folder.path.name)
+    if different:
+        click.echo(f"{len(different)} of {len(runs)} runs are different: {', '.join(different)}")
+        raise SystemExit(1)

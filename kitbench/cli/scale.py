@@ -1,0 +1,42 @@
+"""The command that measures cost against resolution: scale."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kitbench.cli.output import make_console
+
+
+@click.command()
+@click.option(
+    "--methods", default="kit,global:form=materialised,global:form=sdpa,window,local", show_default=True,
+    help="Names or .py files, with settings: NAME:key=value:key=value.",
+)  # fmt: skip
+@click.option("--sizes", default="64:4096", show_default=True, help="Sides in pixels: A:B (doubling) or A,B,C.")
+@click.option("--what", default="infer,train", show_default=True, help="infer, train or both.")
+@click.option("--scope", type=click.Choice(["attention", "block", "model"]), default="attention", show_default=True)
+@click.option("--dim", type=click.IntRange(1), default=32, show_default=True, help="Channels (attention, block).")
+@click.option("--heads", type=click.IntRange(1), default=1, show_default=True, help="Heads (attention, block).")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--memory", help="Most that a point may take, e.g. 8GiB; 80 % of what is free without it.")
+@click.option("--budget", default="8GiB", show_default=True, help="Report the largest image that fits in it.")
+@click.option("--patience", type=click.FloatRange(0, min_open=True), default=1.5, show_default=True,
+              help="Seconds: points of which one call would take longer are predicted.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), default=Path("results/scale"), show_default=True)
+def scale(methods: str, what: str, **options: Any) -> None:
+    """FLOPs, memory and time against resolution, measured as far as this machine goes, predicted beyond."""
+    from kitbench.cost.sweep.options import Options
+    from kitbench.cost.sweep.run import run_scale
+    from kitbench.verdict.scaling.page import summary, write
+
+    console = make_console()
+    chosen = Options(methods=tuple(methods.split(",")), what=tuple(what.split(",")), **options)  # type: ignore[arg-type]
+    sweep = run_scale(chosen, console)
+    write(sweep, chosen.out)
+    click.echo()
+    click.echo(summary(sweep))
+    for kind in ("json", "csv", "md", "png", "svg"):
+        click.echo(f"wrote {chosen.out / f'scale.{kind}'}")

@@ -1,0 +1,150 @@
+"""Commands that put networks to use: eval, restore, submit, explain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from kitbench.cli.options import DATA, DEVICE, LPIPS, METHOD_FILE, OUT, PRESET, RUN, SET, SUITE
+from kitbench.cli.output import make_console, one_run, show_tables
+from kitbench.errors import InputError, RunError
+
+
+@click.command()
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@RUN
+@METHOD_FILE
+@DEVICE
+@click.option("--tile", type=click.IntRange(0), help="Side of the tiles; 0 for the whole picture. Chosen by size.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the results; beside the pictures without it.")
+@click.option("--overwrite", is_flag=True, help="Replace results that are there already.")
+def restore(
+    images: tuple[Path, ...],
+    folder: Path,
+    method_file: Path | None,
+    device: str,
+    tile: int | None,
+    out: Path | None,
+    overwrite: bool,
+) -> None:
+    """Apply a trained run to your own pictures: PNG, JPEG, TIFF, 8 or 16 bits, with alpha, of any size."""
+    from kitbench.apply import restore as job
+    from kitbench.store.files import writable
+    from kitbench.store.folder import find
+    from kitbench.system.environment import choose_device
+
+    if tile and tile < 32:
+        raise InputError(f"--tile {tile} is too small; give 0 for the whole picture, or at least 32.")
+    for place in {out} if out is not None else {path.parent for path in images}:
+        writable(place)
+    [run_folder] = one_run(find([folder]))
+    for path in job.run(list(images), run_folder, method_file, choose_device(device), tile, out, overwrite):
+        click.echo(f"wrote {path}")
+
+
+@click.command()
+@click.argument("name", metavar="SET")
+@RUN
+@METHOD_FILE
+@DATA
+@DEVICE
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="SIDD-benchmark: a .csv; DND: a .zip.")
+def submit(name: str, folder: Path, method_file: Path | None, data: Path | None, device: str, out: Path) -> None:
+    """Restore a set whose server keeps the targets (SIDD-benchmark, DND), and write the file that the server takes."""
+    from rich.progress import Progress
+
+    from kitbench.apply import submit as job
+    from kitbench.apply.trained import load
+    from kitbench.data.cards import card
+    from kitbench.data.locate import locate
+    from kitbench.store.files import writable
+    from kitbench.store.folder import find
+    from kitbench.system.environment import choose_device
+
+    chosen = card(name)
+    place = locate(chosen, data)
+    if place is None:
+        raise InputError(f"Data set {name} is not in {data} (looked for {', '.join(chosen.folders)}). {chosen.ask}")
+    writable(out.parent)
+    [run_folder] = one_run(find([folder]))
+    device_ = choose_device(device)
+    model, run_ = load(run_folder, method_file, device_)
+    if run_.mode != "colour":
+        raise InputError(f"{run_folder.path} was trained on gray images, {name} is in colour; give another run.")
+    with Progress(console=make_console()) as progress:
+        bar = progress.add_task(name, total=None)
+        job.submit(
+            chosen, place, job.denoiser(model, device_), out,
+            lambda done, total: progress.update(bar, completed=done, total=total),
+        )  # fmt: skip
+    click.echo(f"wrote {out}; {chosen.ask}")
+
+
+@click.command(name="eval")
+@click.option(
+    "--method", required=True, metavar="NAME|FILE", help="A network (class Network), or a training-free method."
+)
+@click.option(
+    "--weights", type=click.Path(path_type=Path), help="The network's weights: .safetensors, or of torch.save."
+)
+@click.option("--key", help="Which state dict in that file, where it holds several.")
+@SUITE
+@PRESET
+@SET
+@DATA
+@OUT
+@DEVICE
+@LPIPS
+def eval_(
+    method: str,
+    weights: Path | None,
+    key: str | None,
+    suite: str,
+    preset: str | None,
+    overrides: tuple[str, ...],
+    data: Path | None,
+    out: Path,
+    device: str,
+    lpips_weights: str | None,
+) -> None:
+    """Score a network with given weights on a suite's test sets, under its protocol, into rows like all others."""
+    from kitbench.runs import given_weights
+    from kitbench.runs.prepare import Options
+    from kitbench.system.environment import how_to_go_on
+
+    given = None if weights is None else given_weights.Weights(weights, key)
+    options = Options(out, data, device, 0, lpips_weights)
+    console = make_console()
+    try:
+        resolved, complete = given_weights.run(suite, preset, overrides, method, given, options, console)
+    except RunError as error:
+        raise RunError(f"{error}. {how_to_go_on()}") from error
+    show_tables(complete, resolved.stamps, out, console)
+
+
+@click.command()
+@click.argument("image", type=click.Path(path_type=Path))
+@RUN
+@METHOD_FILE
+@DEVICE
+@click.option("--at", required=True, metavar="X,Y", help="Pixel whose patch is explained: column, row, from 0.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("explain.png"), show_default=True)
+def explain(image: Path, folder: Path, method_file: Path | None, device: str, at: str, out: Path) -> None:
+    """Draw on IMAGE which patches the patch at a pixel attends, for every k-NN attention of a trained run."""
+    import re
+
+    from kitbench.apply import explain as job
+    from kitbench.store.files import writable
+    from kitbench.store.folder import find
+    from kitbench.system.environment import choose_device
+
+    place = re.fullmatch(r"(\d+),(\d+)", at)
+    if not place:
+        raise InputError(f"--at takes X,Y in pixels, for example 120,80; found {at!r}.")
+    writable(out.parent)
+    [run_folder] = one_run(find([folder]))
+    found = job.explain(image, run_folder, method_file, int(place[1]), int(place[2]), choose_device(device), out)
+    for choice in found:
+        click.echo(f"{choice.name}: {', '.join(f'{left},{top}' for left, top, _ in choice.squares)}")
+    click.echo(f"wrote {out}")

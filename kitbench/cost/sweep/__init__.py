@@ -1,0 +1,1 @@
+"""The resolution sweep: what it covers, the points of each size, the process of each point."""

@@ -1,0 +1,187 @@
+"""The points of one size: counted, predicted, and measured where they can be.
+
+FLOPs are counted and memory is predicted for all points, on fake tensors; what is predicted to fit, and not to take
+too long, runs, each point in a child process of its own (worker.py); the children of a size take turns while their
+time is taken. What does not fit, hangs or dies is a row like any other, and larger sizes are predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from kitbench.cost.flops import count_module, reconcile
+from kitbench.cost.memory import predict_peak_bytes
+from kitbench.cost.sweep.options import Options
+from kitbench.cost.sweep.worker import Child, Failed, Memory, Spec, build, closed_form, step
+from kitbench.cost.timing import Sample, compare
+from kitbench.errors import InputError
+from kitbench.store.sweeps import Point, Sweep
+from kitbench.text import duration, gib
+
+MARGIN = 1.1  # over the prediction, for a point to be tried
+INSIDE_UP_TO = 512  # side up to which predictions follow the loops inside own operators
+RESIDENT_SECONDS = 1.0  # longest call whose resident set is cross-checked
+WARM_UP_SECONDS = 20.0  # on top of what a call should take, before a child is called hung
+
+
+def measure(specs: Mapping[str, Spec], sweep: Sweep, options: Options) -> list[Point]:
+    """The points of one size and one of infer and train, by label: counted, predicted, and run where they can be."""
+    points = {label: _predicted(label, spec, sweep) for label, spec in specs.items()}
+    device = torch.device(sweep.device)
+    with ExitStack() as running:
+        children: dict[str, Child] = {}
+        waits: dict[str, float] = {}
+
+        def fail(label: str, failure: Failed) -> None:
+            """Mark the row, drop the child; the others go on."""
+            point = points[label]
+            reason = failure.reason
+            if failure.outcome == "oom":
+                reason = f"{reason}; would need {gib(point.predicted_bytes)}"
+            points[label] = point.model_copy(update={"status": failure.outcome, "reason": reason})
+            children.pop(label, None)
+
+        for label, spec in specs.items():
+            point, guess = points[label], guess_seconds(points[label], sweep)
+            update = _not_to_be_run(point, guess, sweep, options)
+            if update is not None:
+                points[label] = point.model_copy(update=update)
+                continue
+            child = running.enter_context(Child(spec, device, sweep.threads, sweep.memory_limit))
+            waits[label] = WARM_UP_SECONDS + 20 * (guess or options.patience)
+            try:
+                memory = child.measure(waits[label])
+                points[label] = point.model_copy(
+                    update={"status": "measured", "peak_bytes": memory.allocated, "reserved_bytes": memory.reserved}
+                )
+                children[label] = child
+                child.prepare(waits[label])
+                if memory.seconds < RESIDENT_SECONDS and device.type == "cpu":
+                    resident = _resident(spec, sweep, memory, waits[label])
+                    points[label] = points[label].model_copy(update={"resident_bytes": resident})
+            except Failed as failure:
+                fail(label, failure)
+        _time(children, waits, points, options, fail)
+    return list(points.values())
+
+
+def _time(
+    children: dict[str, Child],
+    waits: Mapping[str, float],
+    points: dict[str, Point],
+    options: Options,
+    fail: Callable[[str, Failed], None],
+) -> None:
+    """Interleaved rounds over the children; where one fails, the others start their rounds again."""
+    while children:
+        asked: list[str] = []
+        samplers = {label: _taker(label, children[label], waits[label], asked) for label in children}
+        try:
+            timings = compare(samplers, options.rounds, options.seconds)
+        except Failed as failure:
+            fail(asked[-1], failure)
+            continue
+        for label, timing in timings.items():
+            points[label] = points[label].model_copy(
+                update={
+                    "seconds": timing.median,
+                    "quartiles": timing.quartiles,
+                    "rounds": len(timing.samples),
+                    "dropped": timing.dropped,
+                    "noisy": timing.noisy,
+                }
+            )
+        return
+
+
+def _taker(label: str, child: Child, wait: float, asked: list[str]) -> Callable[[], Sample]:
+    def take() -> Sample:
+        asked.append(label)
+        return child.sample(wait)
+
+    return take
+
+
+def _resident(spec: Spec, sweep: Sweep, memory: Memory, wait: float) -> int | None:
+    with Child(spec, torch.device(sweep.device), sweep.threads, 2 * sweep.memory_limit) as fresh:
+        return fresh.resident(wait)
+
+
+def _predicted(label: str, spec: Spec, sweep: Sweep) -> Point:
+    """The point before anything has run: counts, and the predicted memory."""
+    module = build(spec)
+    train = spec.what == "train"
+    closed = closed_form(module, spec)
+    try:
+        counted = count_module(module, spec.shape, train)
+        forward = count_module(module.eval(), spec.shape) if train else counted
+        raw = _raw_bytes(module.train(train), spec)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        raise InputError(
+            f"Method {label!r} cannot run on fake tensors, by which the sweep counts and predicts "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}); its forward must not depend on tensors' values."
+        ) from error
+    return Point(
+        method=label,
+        what=spec.what,
+        size=spec.size,
+        status="predicted",
+        macs=counted.macs,
+        macs_closed=closed,
+        macs_note=None if closed is None else reconcile(closed, forward.macs, forward.uncounted),
+        comparisons=counted.comparisons,
+        exponentials=counted.exponentials,
+        gathered_bytes=counted.gathered_bytes,
+        raw_bytes=raw,
+        predicted_bytes=round(raw * _correction(label, spec, sweep)),
+    )
+
+
+def _raw_bytes(module: torch.nn.Module, spec: Spec) -> int:
+    """Following the loops of own operators, or at large sizes adding what they held at a size where that is quick.
+
+    An operator's chunks have a fixed size, so what it holds inside does not grow with the map.
+    """
+    if spec.size <= INSIDE_UP_TO:
+        return predict_peak_bytes(step, module, spec.shape)
+    smaller = Spec(**{**spec.__dict__, "size": INSIDE_UP_TO}).shape
+    held = predict_peak_bytes(step, module, smaller) - predict_peak_bytes(step, module, smaller, inside=False)
+    return predict_peak_bytes(step, module, spec.shape, inside=False) + held
+
+
+def _correction(label: str, spec: Spec, sweep: Sweep) -> float:
+    """What the two largest smaller sizes both measured over their own prediction; 1 where there are no two.
+
+    Temporaries inside torch's kernels are not predicted. Those that grow with the map show at both sizes; scratch of a
+    fixed size shows at the smaller one only, and is left out.
+    """
+    measured = [p for p in sweep.curve(label, spec.what) if p.size < spec.size and p.peak_bytes]
+    ratios = [p.bytes / p.raw_bytes for p in measured[-2:]]
+    return max(1.0, min(ratios)) if len(ratios) == 2 else 1.0
+
+
+def guess_seconds(point: Point, sweep: Sweep) -> float | None:
+    """What one call should take, from the largest smaller size that was timed; infinite beyond one that hung."""
+    below = [p for p in sweep.curve(point.method, point.what) if p.size < point.size]
+    if any(p.status in ("timeout", "killed") for p in below):
+        return float("inf")
+    timed = [p for p in below if p.seconds is not None]
+    if not timed:
+        return None
+    last = timed[-1]
+    assert last.seconds is not None
+    return last.seconds * max(point.macs / max(1, last.macs), (point.size / last.size) ** 2)
+
+
+def _not_to_be_run(point: Point, guess: float | None, sweep: Sweep, options: Options) -> dict[str, Any] | None:
+    """The row of a point that would not fit or take too long; None for one that is to be run."""
+    if point.predicted_bytes * MARGIN > sweep.memory_limit:
+        return {"status": "oom", "reason": f"would need {gib(point.predicted_bytes)}, not tried"}
+    if guess is not None and guess > options.patience:
+        told = "a smaller size did not end" if guess == float("inf") else f"one call would take about {duration(guess)}"
+        return {"status": "predicted", "reason": told}
+    return None

@@ -1,0 +1,119 @@
+"""`kitbench scale`: FLOPs, memory and time of every method against resolution, on this machine, as far as it goes.
+
+The points of one size after another, from small to large (points.py). Points are stored as they come, and the same
+command on the same machine does not repeat them. What they say, and their pictures: kitbench/verdict/scaling.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from rich.console import Console
+
+from kitbench.cost.memory import free_bytes
+from kitbench.cost.sweep.options import Options, parse_bytes, parse_method, parse_sizes
+from kitbench.cost.sweep.points import measure
+from kitbench.cost.sweep.worker import Spec, build
+from kitbench.errors import InputError
+from kitbench.model import methods
+from kitbench.spec.fields import digest
+from kitbench.spec.loading import load
+from kitbench.store.files import writable, write_atomic
+from kitbench.store.sweeps import Sweep
+from kitbench.system.environment import choose_device, environment
+from kitbench.system.progress import progress
+from kitbench.text import gib
+
+SHARE = 0.8  # of the free memory that a child may take
+
+
+def run_scale(options: Options, console: Console) -> Sweep:
+    """Sweep, and store the points in `options.out` as scale.json. Returns those that the options ask for.
+
+    Raises InputError for a method, size, scope or amount of memory that makes no sense, and where `out` cannot be
+    written.
+    """
+    sizes = parse_sizes(options.sizes)
+    sweep = _start(options)
+    backbone = _backbone(options)
+    specs = {
+        (label, what, size): Spec(name, settings, options.scope, what, size, options.dim, options.heads, backbone)
+        for size in sizes
+        for what in options.what
+        for label, (name, settings) in sweep.methods.items()
+    }
+    for spec in specs.values():
+        if spec.size == sizes[0]:
+            build(spec)  # refuses what makes no sense before anything runs
+    writable(options.out)
+    path = options.out / "scale.json"
+    sweep = _resumed(sweep, path)
+    console.print(
+        f"{len(sweep.methods)} methods, {options.scope} of {options.dim} channels, sides {sizes[0]} to {sizes[-1]} px, "
+        f"on {sweep.device} with {sweep.threads} threads; a point may take {gib(sweep.memory_limit)} and "
+        f"{options.patience:g} s a call, larger ones are predicted",
+        highlight=False,
+    )
+    total = len(specs)
+    with progress(console, "scale", total) as update:
+        for size in sizes:
+            for what in options.what:
+                wanted = {label: specs[label, what, size] for label in sweep.methods}
+                have = {p.method for p in sweep.points if (p.what, p.size) == (what, size)}
+                missing = {label: spec for label, spec in wanted.items() if label not in have}
+                done = len([p for p in sweep.points if (p.method, p.what, p.size) in specs])
+                update(done, f"{size} px, {what}")
+                if missing:
+                    found = measure(missing, sweep, options)
+                    sweep = sweep.model_copy(update={"points": (*sweep.points, *found)})
+                    write_atomic(path, sweep.model_dump_json(indent=1).encode())
+        update(total, "done")
+    return sweep.model_copy(update={"points": tuple(p for p in sweep.points if (p.method, p.what, p.size) in specs)})
+
+
+def _start(options: Options) -> Sweep:
+    device = choose_device(options.device)
+    if options.dim < 1 or options.heads < 1 or options.rounds < 1 or options.patience <= 0:
+        raise InputError("dim, heads and rounds must be at least 1, and patience positive; give larger values.")
+    if not options.what or set(options.what) - {"infer", "train"}:
+        raise InputError(f"--what {','.join(options.what)!r} is not understood; give infer, train or infer,train.")
+    labels = {text: parse_method(text) for text in options.methods}
+    if len(labels) < len(options.methods):
+        raise InputError("A method is listed twice; list each once, with different settings.")
+    sources = {name: methods.load(name).source_sha256 for name, _ in labels.values()}
+    limit = parse_bytes(options.memory) if options.memory else round(SHARE * free_bytes(device))
+    told = environment(device)
+    decides = [
+        labels, sources, options.scope, options.dim, options.heads, options.device, options.patience, told.host,
+        told.device, told.threads, told.commit, told.versions["torch"], options.memory,
+    ]  # fmt: skip
+    return Sweep(
+        key=digest(decides),
+        scope=options.scope,
+        dim=options.dim,
+        heads=options.heads,
+        device=str(device),
+        threads=torch.get_num_threads(),
+        memory_limit=limit,
+        budget=parse_bytes(options.budget),
+        methods=labels,
+        environment=told,
+    )
+
+
+def _resumed(sweep: Sweep, path: Path) -> Sweep:
+    """The stored sweep, if it is of the same key; otherwise the new one."""
+    if not path.is_file():
+        return sweep
+    try:
+        stored = Sweep.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise InputError(f"{path} is no sweep of this version of kitbench; move it away or change --out.") from error
+    return stored.model_copy(update={"budget": sweep.budget}) if stored.key == sweep.key else sweep
+
+
+def _backbone(options: Options) -> Any:
+    return load("denoise").backbone if options.scope == "model" else None

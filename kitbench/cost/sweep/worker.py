@@ -1,0 +1,237 @@
+"""One point of the sweep in a process of its own, which may run out of memory, hang or be killed.
+
+The parent starts a `Child` for a `Spec`, asks it to measure its memory, to take samples of its time whenever its turn
+comes (the children of one size take turns), and to stop. Whatever ends a child early becomes a `Failed` that says how.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kitbench.cost.memory import RSS_ENVIRONMENT, peak, resident_peak_bytes
+from kitbench.cost.timing import Sample, sampler
+from kitbench.errors import InputError
+from kitbench.model import methods
+from kitbench.spec.suite import Backbone
+from kitbench.store.sweeps import Outcome, Scope, What
+
+_SMALL_RSS = 16 << 20  # below it the resident set says nothing
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a point runs. `size` is the side of the square map (attention, block) or image (model); batch 1, float32."""
+
+    method: str
+    settings: Mapping[str, Any]
+    scope: Scope
+    what: What
+    size: int
+    dim: int
+    heads: int
+    backbone: Backbone | None = None
+    """Of the model; None for the other scopes."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the input: [1, H, W, C] for an attention, [1, C, H, W] for a block or a model."""
+        if self.scope == "attention":
+            return (1, self.size, self.size, self.dim)
+        return (1, self.dim if self.scope == "block" else 3, self.size, self.size)
+
+
+def build(spec: Spec) -> nn.Module:
+    """The module of a point, on the CPU. Raises InputError."""
+    from kitbench.model.backbone import Block, UNet
+
+    loaded = methods.load(spec.method)
+    if loaded.attention is None:
+        raise InputError(f"Method {spec.method!r} is training-free: the sweep measures attentions.")
+    settings = loaded.resolve(spec.settings)
+    torch.manual_seed(0)
+    if spec.scope == "model":
+        assert spec.backbone is not None
+        module: nn.Module = UNet(3, spec.backbone, loaded, settings, seed=0)
+    else:
+        module = loaded.build(spec.dim, spec.heads, False, **settings)
+        if spec.scope == "block":
+            module = Block(spec.dim, module, ratio=4)
+    return module.train(spec.what == "train")
+
+
+def closed_form(module: nn.Module, spec: Spec) -> int | None:
+    """Multiply-adds of one forward pass as the operator's author states them; None where he states none."""
+    parts = [module.attention, module.ffn] if spec.scope == "block" else [module]
+    if not all(hasattr(part, "macs") for part in parts):
+        return None
+    forms = [part.macs(spec.size, spec.size) for part in parts]  # type: ignore[operator,union-attr]
+    return None if None in forms else sum(forms)
+
+
+def step(module: nn.Module, x: Tensor) -> Tensor | None:
+    """One call: a forward pass, or in training mode forward and backward, with the gradient of the input."""
+    if not module.training:
+        with torch.no_grad():
+            return module(x)
+    x = x.detach().requires_grad_()
+    module(x).square().mean().backward()
+    module.zero_grad(set_to_none=True)
+    return None
+
+
+class Failed(Exception):
+    """A child ended early: how, and in which words."""
+
+    def __init__(self, outcome: Outcome, reason: str) -> None:
+        super().__init__(outcome, reason)
+        self.outcome: Outcome = outcome
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak bytes above what the module and its input take."""
+
+    allocated: int
+    reserved: int | None
+    seconds: float
+    """Of the first call, warm-up included: a guess at what further calls cost."""
+
+
+class Child:
+    """A process that holds the module of one point. Use as a context manager: leaving it ends the process."""
+
+    def __init__(self, spec: Spec, device: torch.device, threads: int, limit: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["kitbench.cost.sweep.worker"])
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, spec, str(device), threads, limit), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def measure(self, timeout: float) -> Memory:
+        """Peak memory of a call after a warm-up call. Raises Failed."""
+        return self._ask("measure", timeout)
+
+    def prepare(self, timeout: float) -> None:
+        """Find out how many calls a sample takes. Raises Failed."""
+        self._ask("prepare", timeout)
+
+    def sample(self, timeout: float) -> Sample:
+        """One sample of its time. Raises Failed."""
+        return self._ask("sample", timeout)
+
+    def resident(self, timeout: float) -> int | None:
+        """Peak resident set of a call; None where it is too small to say anything or the system does not tell."""
+        return self._ask("resident", timeout)
+
+    def _ask(self, request: str, timeout: float) -> Any:
+        try:
+            self._connection.send(request)
+            if not self._connection.poll(timeout):
+                raise Failed("timeout", f"no answer within {timeout:.0f} s")
+            reply = self._connection.recv()
+        except (EOFError, OSError) as error:
+            self._process.join(5)
+            code = self._process.exitcode or 0
+            how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+            hint = ", perhaps for want of memory" if code == -9 else ""
+            raise Failed("killed", f"the process ended {how}{hint}") from error
+        if isinstance(reply, Failed):
+            raise reply
+        return reply
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+
+
+def serve(connection: Connection, spec: Spec, device_name: str, threads: int, limit: int) -> None:
+    """Answer requests until the parent ends this process. Runs in the child."""
+    device = torch.device(device_name)
+    torch.set_num_threads(threads)
+    take: Callable[[], Sample] | None = None
+    module: nn.Module | None = None
+    x = torch.empty(0)
+    while True:
+        try:
+            request = connection.recv()
+        except EOFError:  # the parent is gone
+            return
+        try:
+            if module is None:
+                module = build(spec).to(device)
+                _limit(device, limit)
+                x = torch.randn(spec.shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+            def call(module: nn.Module = module, x: Tensor = x) -> Tensor | None:
+                return step(module, x)
+
+            reply: Any = None
+            if request == "measure":
+                start = time.perf_counter()
+                call()
+                seconds = time.perf_counter() - start
+                found = peak(call, device)
+                reply = Memory(found.allocated, found.reserved, seconds)
+            elif request == "prepare":
+                take = sampler(call, device)
+            elif request == "sample":
+                assert take is not None
+                reply = take()
+            elif request == "resident":
+                reply = _resident(call) if device.type == "cpu" and sys.platform == "linux" else None
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is this point's result
+            reply = _failure(error)
+        connection.send(reply)
+
+
+def _limit(device: torch.device, limit: int) -> None:
+    """Let allocations fail beyond `limit` bytes, before the machine suffers."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+    elif sys.platform == "linux":
+        import resource
+
+        with open("/proc/self/statm") as file:  # noqa: PTH123
+            mapped = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + limit, hard))
+
+
+def _resident(call: Callable[[], object]) -> int | None:
+    """Peak resident set of a second call, with a malloc that gives memory back at once. Ask a fresh child."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return None
+    for option, name in ((-3, "MALLOC_MMAP_THRESHOLD_"), (-1, "MALLOC_TRIM_THRESHOLD_")):
+        libc.mallopt(option, int(RSS_ENVIRONMENT[name]))
+    call()
+    libc.malloc_trim(0)
+    found = resident_peak_bytes(call)
+    return found if found >= _SMALL_RSS else None
+
+
+def _failure(error: Exception) -> Failed:
+    words = str(error).strip().split("\n")[0]
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in words:
+        asked = re.search(r"allocate (\d+) bytes", words)
+        return Failed("oom", f"an allocation of {int(asked[1]) / 2**30:.1f} GiB failed" if asked else "out of memory")
+    return Failed("failed", f"{type(error).__name__}: {words}")

@@ -1,0 +1,85 @@
+"""Where a set lies, and whether what lies there is the set that its card describes."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from kitbench.data.cards import Card, cards
+from kitbench.data.layout import Entry, listed, matches, unnumbered
+from kitbench.data.pixels import load, size_of
+from kitbench.errors import InputError
+
+
+def check_root(root: Path | None) -> None:
+    """Raises InputError where a data folder is named that does not exist."""
+    if root is not None and not root.is_dir():
+        raise InputError(
+            f"Data folder {root} does not exist; give a folder that holds data sets (kitbench list names them)."
+        )
+
+
+def locate(card: Card, root: Path | None) -> Path | None:
+    """The folder of a set: inside an installed package, or below `root`; None where no folder holds a file of it.
+
+    An empty folder of the set's name counts: somebody began to put it there.
+    """
+    if card.package:
+        spec = find_spec(card.package)
+        return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
+    if root is None:
+        return None
+    there = [root / folder for folder in card.folders if (root / folder).is_dir()]
+    holding = (folder for folder in there if any(matches(folder, patterns) for patterns in card.trees))
+    empty = (folder for folder in there if next(folder.iterdir(), None) is None)
+    return next(holding, next(empty, None))
+
+
+def present(card: Card, root: Path | None) -> Path | None:
+    """The folder of a set, unless what lies there is another version of it."""
+    folder = locate(card, root)
+    return folder if folder is not None and described(card, folder).name == card.name else None
+
+
+def entries(card: Card, folder: Path) -> list[Entry]:
+    """The images of a set, sorted by path.
+
+    Raises InputError for a folder without images, an input without its target, a target without its input, and a
+    wrong count, naming the set that lies there instead where a card describes it.
+    """
+    found = listed(card, folder)
+    if len(found) != card.count:
+        missing = unnumbered(card, found)
+        which = f" ({', '.join(missing[:3])}{' and more' if len(missing) > 3 else ''} missing)" if missing else ""
+        raise InputError(
+            f"Data set {card.name}: {len(found)} {'pairs' if card.pairs else 'images'} in {folder}, "
+            f"expected {card.count}{which}; {instead(card, folder)}."
+        )
+    return found
+
+
+def described(card: Card, folder: Path) -> Card:
+    """The card that describes what lies in a folder: the given one, or that of another version of the set."""
+    if fits(card, folder):
+        return card
+    others = (other for other in cards().values() if set(other.folders) & set(card.folders))
+    return next((other for other in others if other.name != card.name and fits(other, folder)), card)
+
+
+def fits(card: Card, folder: Path) -> bool:
+    """Whether a folder has as many images as the card says, the first of them of the right size."""
+    try:
+        found = listed(card, folder)
+        if len(found) != card.count or card.size is None or found[0].block:
+            return len(found) == card.count
+        return size_of(load(card, found[0])) == card.size
+    except InputError:
+        return False
+
+
+def instead(card: Card, folder: Path) -> str:
+    """What to do about a set that is not the card's."""
+    other = described(card, folder)
+    if other.name == card.name:
+        return f"restore the set as its authors publish it ({card.home})"
+    return f"what lies there is {other.name} ({other.title}): name that set, or get the other one ({card.home})"

@@ -1,0 +1,60 @@
+"""The pixels of a set's images as its files have them, and the checksums of pixels and files."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from kitbench.data.cards import Card
+from kitbench.data.images import blocks, decode
+from kitbench.data.layout import Entry
+from kitbench.errors import InputError
+
+Images = tuple[np.ndarray, np.ndarray | None]
+
+
+def load(card: Card, entry: Entry) -> Images:
+    """The pixels of an entry, as its files have them: target, and input of a pair."""
+    assert entry.target is not None
+    target = pixels_of(card, entry.target, entry.block)
+    return target, None if entry.input is None else pixels_of(card, entry.input, entry.block)
+
+
+def pixels_of(card: Card, path: Path, block: tuple[int, ...]) -> np.ndarray:
+    """One image of the right number of channels: a file, or a block of a .mat file. Raises InputError."""
+    try:
+        if block:
+            array = blocks(path)
+            if any(i >= n for i, n in zip(block, array.shape[:-3], strict=True)):
+                raise InputError(f"{path} holds {len(array)} images, fewer than its other half; restore the file.")
+            pixels = array[block]
+        else:
+            pixels = decode(path)
+    except InputError as error:
+        raise InputError(f"Data set {card.name}: {error}") from error
+    kind = {True: "colour", False: "gray"}
+    if (pixels.shape[2] == 3) != card.colour:
+        raise InputError(
+            f"Data set {card.name}: {path} is {kind[pixels.shape[2] == 3]}, expected {kind[card.colour]}; "
+            f"replace the file."
+        )
+    return pixels
+
+
+def size_of(images: Images) -> tuple[int, int]:
+    """Width and height of an image as if it lay on its longer side."""
+    height, width = images[0].shape[:2]
+    return max(height, width), min(height, width)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def pixel_sha256(pixels: np.ndarray) -> str:
+    """SHA-256 of an image's shape and pixels: the same for every lossless file of it."""
+    header = f"{'x'.join(map(str, pixels.shape))}:{pixels.dtype}:".encode()
+    return hashlib.sha256(header + np.ascontiguousarray(pixels).tobytes()).hexdigest()

@@ -1,0 +1,1 @@
+"""Many runs: planned, on this machine or a cluster, and what they are at."""

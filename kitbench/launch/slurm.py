@@ -1,0 +1,124 @@
+"""Many runs on a cluster: the cells of a suite as one Slurm job array, by submitit."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from kitbench.errors import InputError, RunError
+from kitbench.launch.plan import Planned, Spread, command, show, write_plan
+from kitbench.launch.status import survey
+from kitbench.runs.prepare import Job, Options
+from kitbench.spec.suite import Suite
+
+GRACE_SECONDS = 120
+"""How long before its time limit Slurm tells a job to save its state."""
+TIMEOUTS = 1000
+"""How often a Slurm job may reach its time limit and go on from its checkpoint."""
+
+
+class SlurmWorker:
+    """What submitit pickles and runs as a Slurm job: a worker, told to save its state when the job is to end.
+
+    Slurm ends a job in three ways: at its time limit (submitit's signal comes GRACE_SECONDS before, and it calls
+    `checkpoint`), on preemption (SIGTERM first), and with its node (the job is requeued, and goes on from the last
+    checkpoint). In each the same command goes on where the run stands.
+    """
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str]) -> None:
+        self.command, self.environment = list(command), environment
+
+    def __call__(self) -> None:
+        self.process = subprocess.Popen(self.command, env=os.environ | self.environment)
+        told = False
+
+        def tell(number: int, frame: FrameType | None) -> None:
+            nonlocal told
+            told = True
+            self.process.terminate()
+
+        signal.signal(signal.SIGTERM, tell)
+        # Not wait(): a signal handler that waits too would find its lock taken.
+        while (code := self.process.poll()) is None:
+            time.sleep(0.2)
+        if code and told:
+            import submitit
+
+            # Refused where Slurm has requeued the job already; where it has not, a job that leaves within the grace
+            # of a preemption would count as ended.
+            subprocess.run(["scontrol", "requeue", submitit.JobEnvironment().job_id], check=False)
+            sys.exit(code)
+        if code:
+            raise RunError(f"exit code {code} of {shlex.join(self.command)}")
+
+    def checkpoint(self) -> Any:
+        """Called by submitit before it requeues the job."""
+        from submitit.helpers import DelayedSubmission
+
+        self.process.terminate()
+        with suppress(ChildProcessError):  # reaped already by the loop above
+            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+        return DelayedSubmission(SlurmWorker(self.command, self.environment))
+
+
+def slurm(suite: Suite, options: Options, spread: Spread, arguments: Sequence[str], console: Console) -> list[str]:
+    """Submit the cells that are not stored yet as a job array, and return the jobs' numbers.
+
+    Cells are known by the names of their axes: this machine need not have the devices that the nodes have. Raises
+    InputError, before anything is written, where Slurm or submitit is missing or what is asked for is refused.
+    """
+    count = 0 if spread.gpus is None else int(spread.gpus) if re.fullmatch(r"\d+", spread.gpus) else None
+    if count is None:
+        raise InputError(f"--gpus takes how many GPUs a run gets with --launcher slurm; found {spread.gpus!r}.")
+    if count > suite.recipe.batch:
+        raise InputError(f"--gpus {count}: a batch of {suite.recipe.batch} cannot be shared by so many; give fewer.")
+    job = Job(suite, options)
+    runs = [path.parent for path in options.out.glob("*/run.json")]
+    stored = {line.work for line in survey(runs) if line.state == "done"} if runs else set()
+    todo = [cell for cell in job.cells if Planned.of(cell).work not in stored]
+    cpus, minutes = spread.cpus or 4, spread.minutes or 24 * 60
+    where = {
+        "name": f"kitbench-{suite.name}",
+        "timeout_min": minutes,
+        "cpus_per_task": cpus,
+        **({"gpus_per_node": count} if count else {}),
+        **({"slurm_partition": spread.partition} if spread.partition else {}),
+        "slurm_array_parallelism": spread.jobs or 256,
+        "slurm_signal_delay_s": GRACE_SECONDS,
+        "slurm_additional_parameters": {"requeue": True},
+    }
+    console.print(
+        f"{len(todo)} of {len(job.cells)} cells go to Slurm as one job array: "
+        + ", ".join(f"{key} {value}" for key, value in where.items()),
+        highlight=False,
+        soft_wrap=True,
+    )
+    if spread.dry_run or not todo:
+        show(todo, arguments, console, count)
+        return []
+    try:
+        import submitit
+    except ImportError as error:
+        raise InputError(f"--launcher slurm needs submitit ({error}); pip install 'kitbench[slurm]'.") from error
+    environment = {"OMP_NUM_THREADS": str(cpus)}
+    plan = write_plan(suite, options.out, "slurm", todo)
+    try:
+        executor = submitit.AutoExecutor(options.out / ".launch" / "slurm", "slurm", slurm_max_num_timeout=TIMEOUTS)
+        executor.update_parameters(**where)
+        with executor.batch():
+            jobs = [executor.submit(SlurmWorker(command(arguments, cell, count), environment)) for cell in todo]
+    except (RuntimeError, ValueError, OSError) as error:
+        plan.unlink()
+        raise InputError(f"Slurm took no jobs: {' '.join(str(error).split())}.") from error
+    return [str(job.job_id) for job in jobs]

@@ -1,0 +1,102 @@
+"""What is queued, running, done and failed, from the run folders and the plans beside them alone.
+
+A run under way keeps `progress.json` in its folder, renewed every few seconds; a launcher keeps what it is about to run
+in `OUT/.launch/` (delete that of a Slurm array that was cancelled). Neither decides a number. Works wherever the folder
+can be read: a run of another machine of a cluster counts as running while its progress is fresh.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from kitbench.errors import InputError
+from kitbench.launch.plan import Plan, work_of
+from kitbench.store.folder import RunFolder, find
+from kitbench.store.records import Run, read_record
+from kitbench.text import duration
+
+State = Literal["running", "queued", "stopped", "failed", "done"]
+STATES: tuple[State, ...] = ("running", "queued", "stopped", "failed", "done")
+FRESH_SECONDS = 300.0
+"""A run whose progress is older than this is not running any more, where its lock cannot tell."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One run, or one that is planned."""
+
+    name: str
+    state: State
+    work: str
+    done: int | None
+    total: int | None
+    """Steps while training, images while scoring."""
+    left: float | None
+    """Seconds, as the run itself expects."""
+    note: str
+
+
+def survey(paths: Sequence[Path], now: Callable[[], float] = time.time) -> list[Line]:
+    """Every run at the paths (folders of runs, or folders that hold them), then what is planned but not begun."""
+    lines = []
+    plans = [plan for path in paths for plan in sorted(path.glob(".launch/plan-*.json"))]
+    try:
+        folders = find(paths)
+    except InputError:
+        if not plans:
+            raise
+        folders = []
+    for folder in folders:
+        lines.append(_line(folder, folder.run, now()))
+    begun = {line.work for line in lines}
+    for path in plans:
+        plan = read_record(Plan, path)
+        state: State = "stopped" if plan.abandoned else "queued"
+        for cell in plan.cells:
+            if cell.work not in begun:
+                begun.add(cell.work)
+                note = "its launcher is gone" if plan.abandoned else ""
+                lines.append(Line(cell.name, state, cell.work, None, None, None, note))
+    return sorted(lines, key=lambda line: STATES.index(line.state))
+
+
+def _line(folder: RunFolder, run: Run, now: float) -> Line:
+    progress, work = folder.progress, work_of(run.identity)
+    steps = run.recipe.steps if run.recipe else None
+    failure = folder.failure
+    if progress is not None:
+        fresh = now - progress.updated < FRESH_SECONDS
+        running = folder.held() if progress.host == os.uname().nodename else fresh
+        what = f"{progress.phase}; {duration(now - progress.updated)} ago" if not running else progress.phase
+        state: State = "running" if running else "failed" if failure else "stopped"
+        note = failure if state == "failed" and failure else what
+        left = progress.seconds_left if running else None
+        return Line(folder.path.name, state, work, progress.done, progress.total, left, note)
+    if failure:
+        return Line(folder.path.name, "failed", work, None, steps, None, failure)
+    if folder.held():
+        return Line(folder.path.name, "running", work, None, steps, None, "preparing")
+    if not any((folder.path / "eval").glob("*.json")):
+        return Line(folder.path.name, "stopped", work, steps if folder.trained else None, steps, None, "not scored")
+    return Line(folder.path.name, "done", work, steps, steps, None, "")
+
+
+def render(lines: Sequence[Line]) -> Iterator[list[str]]:
+    """The cells of the table that `status` prints, a list a line."""
+    for line in lines:
+        share = "" if line.total is None else f"{line.done or 0}/{line.total}"
+        left = "" if line.left is None else duration(line.left)
+        yield [line.state, line.name, share, left, line.note]
+
+
+def summary(lines: Sequence[Line]) -> str:
+    """`3 running, 20 queued, 1 done; the longest has about 5 min left`."""
+    counts = {state: sum(line.state == state for line in lines) for state in STATES}
+    text = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    left = [line.left for line in lines if line.left is not None]
+    return f"{text}; the longest that is running has about {duration(max(left))} left" if left else text

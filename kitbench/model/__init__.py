@@ -1,0 +1,1 @@
+"""The network that takes any attention; methods by name or file; weights read safely."""

@@ -1,0 +1,1 @@
+"""A suite's cells, prepared, queued, trained and stored."""

@@ -1,0 +1,99 @@
+"""A cell: one training run, one training-free reference, or one network with given weights, and the key that tells it
+from every other.
+
+The key is a hash of all that decides the run's numbers (task, training images by content, backbone, recipe, the
+attention with all its settings, seed, device, version of the numerics) and of nothing else: not of the suite's name,
+the test sets, or how often a checkpoint is written. Test sets and protocols only add evaluations to a cell.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from kitbench import NUMERICS
+from kitbench.spec.fields import Mode, digest
+from kitbench.spec.suite import Recipe, Suite
+from kitbench.spec.tasks import Denoise
+
+_DECIDES_NO_NUMBER = {"name", "card", "checkpoint_every"}
+_ADDED_LATER = {"ema", "tf32", "channels_last", "compile", "fused"}
+"""Keys of a recipe that count only where they are not at their default, so that older runs keep their keys."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """`seed` and everything trained are None or empty where nothing is trained."""
+
+    suite: Suite
+    mode: Mode
+    method: str
+    attention: str
+    source_sha256: str | None
+    settings: dict[str, Any]
+    seed: int | None
+    device: str
+    """What trains: `cpu`, or the CUDA device's name."""
+    train_sha256: str | None
+    """Digest of the checksums of all training images, in order."""
+    weights_sha256: str | None = None
+    """Of the file of a network that is scored with given weights; its `settings` count too."""
+    weights_key: str | None = None
+    """The state dict in that file, where it holds several."""
+
+    @property
+    def trained(self) -> bool:
+        return self.seed is not None
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides the numbers of the run, as JSON values."""
+        identity: dict[str, Any] = {
+            "numerics": NUMERICS,
+            # Noise levels are conditions of an evaluation; the other degradations decide what a reference restores.
+            "task": {"kind": self.suite.task.kind} if isinstance(self.suite.task, Denoise) else self._task(),
+            "mode": self.mode,
+            "attention": self.source_sha256 or self.attention,
+        }
+        if self.trained:
+            identity |= {
+                "task": self._task(),
+                "settings": self.settings,
+                "backbone": self.suite.backbone.model_dump(mode="json"),
+                "recipe": decisive(self.suite.recipe),
+                "train_sha256": self.train_sha256,
+                "device": self.device,
+                "seed": self.seed,
+            }
+        if self.weights_sha256 is not None:
+            identity |= {"settings": self.settings, "weights_sha256": self.weights_sha256}
+            if self.weights_key is not None:
+                identity["weights_key"] = self.weights_key
+        return identity
+
+    def _task(self) -> dict[str, Any]:
+        return self.suite.task.model_dump(mode="json", exclude={"sigma_test"})
+
+    @cached_property
+    def key(self) -> str:
+        return digest(self.identity())
+
+    @property
+    def comparison(self) -> str:
+        """What all cells that may be compared share: everything but the method and the seed. Empty for a reference."""
+        if not self.trained:
+            return ""
+        left_out = ("attention", "settings", "seed")
+        return digest({key: value for key, value in self.identity().items() if key not in left_out})
+
+    @property
+    def folder(self) -> str:
+        """Name of the run's folder: readable first, unique by the key behind it."""
+        seed = f"-s{self.seed}" if self.trained else ""
+        return f"{self.suite.task.kind}-{self.mode}-{self.method}{seed}-{self.key[:10]}"
+
+
+def decisive(recipe: Recipe) -> dict[str, Any]:
+    """The keys of a recipe that decide numbers."""
+    found = recipe.model_dump(mode="json", exclude=_DECIDES_NO_NUMBER)
+    return {k: v for k, v in found.items() if k not in _ADDED_LATER or v != Recipe.model_fields[k].default}

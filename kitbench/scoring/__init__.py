@@ -1,0 +1,1 @@
+"""A protocol in, scores out: tiles, metrics, LPIPS, crops."""

@@ -1,0 +1,1 @@
+"""What people write, as validated frozen objects, and the messages where they erred."""

@@ -1,0 +1,180 @@
+"""From TOML files to validated objects: suites with their presets and overrides, recipes and protocols.
+
+Presets inside the suite change some of its keys; `--set key=value` changes single ones. Unknown keys are refused
+everywhere, with the nearest known one. This room knows nothing of torch: reading a suite is instant.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel
+
+from kitbench.errors import InputError, nearest
+from kitbench.spec.fields import Mode
+from kitbench.spec.messages import model_of, parse
+from kitbench.spec.shipped import builtin
+from kitbench.spec.suite import Protocol, Recipe, Suite
+
+
+def recipes() -> list[Recipe]:
+    """The shipped recipes."""
+    return [parse(Recipe, tomllib.loads(text), f"recipe {name}") for name, text in builtin("recipes").items()]
+
+
+def protocols() -> list[Protocol]:
+    """The shipped protocols."""
+    return [parse(Protocol, tomllib.loads(text), f"protocol {name}") for name, text in builtin("protocols").items()]
+
+
+def read_toml(name: str, kind: Literal["suites", "recipes", "protocols"], base: Path) -> dict[str, Any]:
+    """A shipped file by its name, or the user's own by its path (relative to `base`). Raises InputError."""
+    what = kind.removesuffix("s")
+    if name.endswith(".toml"):
+        path = base / name
+        try:
+            text = path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{what} file {path} cannot be read ({error}); give a readable TOML file.") from error
+    elif name in builtin(kind):
+        path, text = Path(f"{name}.toml"), builtin(kind)[name]
+    else:
+        raise InputError(f"Unknown {what} {name!r}; {nearest(name, builtin(kind))} A file's name must end in .toml.")
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{what} file {path} is not valid TOML: {error}.") from error
+
+
+def load(
+    name: str,
+    preset: str | None = None,
+    overrides: Sequence[str] = (),
+    methods: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+) -> Suite:
+    """A suite by name or path, with its preset, `key=value` overrides, and `--method`, `--seeds` choices applied.
+
+    Raises InputError for anything unknown or out of range, in one sentence.
+    """
+    base = Path(name).parent if name.endswith(".toml") else Path()
+    raw = read_toml(name, "suites", base)
+    label = raw.get("name", name)
+    presets = raw.pop("presets", {})
+    default = raw.pop("default_preset", None)
+    preset = preset or default
+    if not isinstance(presets, dict) or not isinstance(preset, str) or preset not in presets:
+        raise InputError(f"Suite {label!r} has no preset {preset!r}; {nearest(str(preset), presets)}")
+    if not isinstance(presets[preset], dict):
+        raise InputError(
+            f"In suite {label}: preset {preset} must be a table of changed keys, found {presets[preset]!r}."
+        )
+    raw = _merge(raw, presets[preset])
+    raw["preset"] = preset
+    for kind in ("recipe", "protocol"):
+        raw[kind] = _resolve(raw.get(kind), kind, base)
+    _resolve_protocols(raw, base)
+    raw["methods"] = {
+        key: value | {"attention": _beside(value.get("attention", key), base)}
+        for key, value in _tables(raw.get("methods", {}), label).items()
+    }
+    if methods:
+        raw["methods"] = dict(_chosen(method, raw["methods"], label) for method in methods)
+    for override in overrides:
+        _set(raw, override, base)
+    # In TOML a method's settings stand beside its `attention`; here they are a table of their own.
+    raw["methods"] = {
+        key: {"attention": value["attention"], "settings": {k: v for k, v in value.items() if k != "attention"}}
+        for key, value in raw["methods"].items()
+    }
+    if seeds:
+        raw["seeds"] = list(seeds)
+    _resolve_protocols(raw, base)
+    return parse(Suite, raw, f"suite {label}")
+
+
+def _merge(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `change` laid over it, table by table; lists and values are replaced."""
+    merged = dict(base)
+    for key, value in change.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _resolve(value: object, kind: Literal["recipe", "protocol"], base: Path) -> object:
+    """A recipe or protocol named by a string is read; `{from = NAME, key = value}` changes some of its keys."""
+    plural: Literal["recipes", "protocols"] = "recipes" if kind == "recipe" else "protocols"
+    if isinstance(value, str):
+        return read_toml(value, plural, base)
+    if isinstance(value, dict) and isinstance(value.get("from"), str):
+        changes = {key: change for key, change in value.items() if key != "from"}
+        return _merge(read_toml(value["from"], plural, base), changes)
+    return value
+
+
+def _resolve_protocols(raw: dict[str, Any], base: Path) -> None:
+    """Read the protocols that single modes of the data name, in place."""
+    sources = raw.get("data")
+    for source in sources.values() if isinstance(sources, dict) else ():
+        for mode in get_args(Mode):
+            sets = source.get(mode) if isinstance(source, dict) else None
+            if isinstance(sets, dict) and "protocol" in sets:
+                sets["protocol"] = _resolve(sets["protocol"], "protocol", base)
+
+
+def _tables(value: object, label: str) -> dict[str, dict[str, Any]]:
+    if not isinstance(value, dict) or not all(isinstance(table, dict) for table in value.values()):
+        raise InputError(f"In suite {label}: methods must be tables like [methods.kit], found {value!r}.")
+    return value
+
+
+def _beside(attention: object, base: Path) -> object:
+    """A method file named in a suite file is looked for beside that file."""
+    return str(base / attention) if isinstance(attention, str) and attention.endswith(".py") else attention
+
+
+def _chosen(method: str, known: Mapping[str, dict[str, Any]], label: str) -> tuple[str, dict[str, Any]]:
+    if method.endswith(".py"):
+        return Path(method).stem.rstrip("_").replace("_", "-"), {"attention": method}
+    if method not in known:
+        raise InputError(
+            f"Suite {label!r} has no method {method!r}; {nearest(method, known)} Or give a path to a .py file."
+        )
+    return method, known[method]
+
+
+def _set(raw: dict[str, Any], override: str, base: Path) -> None:
+    """Apply one `key.of.table=value` in place; the value is read as TOML, else taken as a string."""
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise InputError(f"--set takes KEY=VALUE, for example recipe.steps=2000; found {override!r}.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    if parts[0] == "methods":
+        if len(parts) != 3 or parts[1] not in raw["methods"]:
+            raise InputError(
+                f"--set {key}: a method's setting is methods.NAME.SETTING; "
+                f"{nearest('.'.join(parts[1:2]), raw['methods'])}"
+            )
+        raw["methods"][parts[1]][parts[2]] = value
+        return
+    model: type[BaseModel] | None = Suite
+    table: Any = raw
+    for depth, part in enumerate(parts):
+        if model is None or part not in model.model_fields:
+            known = [".".join([*parts[:depth], field]) for field in (model.model_fields if model else ())]
+            raise InputError(f"--set {key}: unknown key; {nearest(key.strip(), known)}")
+        inside = table.get(part) if isinstance(table, dict) else None
+        model = model_of(model.model_fields[part].annotation, inside.get("kind") if isinstance(inside, dict) else None)
+        if depth + 1 < len(parts):
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise InputError(f"--set {key}: {'.'.join(parts[: depth + 1])} is {table!r}, not a table of keys.")
+    table[parts[-1]] = _resolve(value, key, base) if key in ("recipe", "protocol") else value  # type: ignore[arg-type]

@@ -1,0 +1,80 @@
+"""Validation, and what went wrong in it as one sentence: where, what was found, what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from kitbench.errors import InputError, nearest
+from kitbench.spec.tasks import Kind
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def parse(model: type[M], raw: object, where: str) -> M:
+    """Validate `raw`, turning pydantic's report into one sentence. Raises InputError."""
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        raise InputError(_sentence(model, error, where)) from error
+
+
+def _sentence(model: type[BaseModel], error: ValidationError, where: str) -> str:
+    """The first fault of a validation report, with its place, what was found and what was expected."""
+    # An unknown key is told before the key that is missing for it.
+    faults = sorted(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
+    fault = faults[0]
+    owner, parts = _walk(model, [str(part) for part in fault["loc"]])
+    place = ".".join(parts)
+    if fault["type"] == "extra_forbidden":
+        return f"In {where}: unknown key {place!r}; {nearest(parts[-1], owner.model_fields if owner else ())}"
+    if fault["type"] == "missing":
+        return f"In {where}: the key {place!r} is missing; add it."
+    if fault["type"].startswith("union_tag"):
+        kinds = ", ".join(get_args(Kind))
+        return f"In {where}: {place}.kind is {fault['input'].get('kind')!r}; give one of {kinds}."
+    message = fault["msg"].removeprefix("Value error, ")
+    at = (
+        f"{place} is {fault['input']!r}: "
+        if place and not isinstance(fault["input"], dict)
+        else f"{place}: "
+        if place
+        else ""
+    )
+    return f"In {where}: {at}{message[0].lower()}{message[1:]}."
+
+
+def _walk(model: type[BaseModel] | None, path: Sequence[str]) -> tuple[type[BaseModel] | None, list[str]]:
+    """The model that describes the table holding the last key of a report's path, and the path as people write it.
+
+    None where keys are free (methods' settings). A report names the chosen member of a union behind the union's key.
+    """
+    owner, parts, rest = model, [], list(path)
+    while rest:
+        part = rest.pop(0)
+        parts.append(part)
+        owner = model
+        if model is None or part not in model.model_fields:
+            model = None
+            continue
+        model = model_of(model.model_fields[part].annotation, rest[0] if rest else None)
+        if rest and model is not None and _tag(model) == rest[0]:
+            rest.pop(0)
+    return owner, parts
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    """The `kind` that chooses this member of a union; None for other models."""
+    field = model.model_fields.get("kind")
+    return get_args(field.annotation)[0] if field and get_origin(field.annotation) is Literal else None
+
+
+def model_of(annotation: Any, tag: object = None) -> type[BaseModel] | None:
+    """The model in an annotation; of several, the one with this tag, or the first."""
+    if get_origin(annotation) in (UnionType, Union):
+        found = [m for m in map(model_of, get_args(annotation)) if m]
+        return next((m for m in found if _tag(m) == tag), found[0] if found else None)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None

@@ -1,0 +1,211 @@
+"""A suite: what is compared, resolved. Protocol, data, backbone and recipe are parts of it.
+
+A suite (`kitbench/suites/*.toml`, or a file of the user's own) says what is compared: task, data, backbone, methods,
+seeds. It names a recipe (how every method is trained) and a protocol (how every result is scored), which are files of
+their own; loading.py reads them. All objects are validated and frozen.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from kitbench.spec.fields import Frozen, Mode, Setting, digest
+from kitbench.spec.shipped import builtin
+from kitbench.spec.tasks import Task
+
+
+class Protocol(Frozen):
+    """How a result is scored. Rows of different protocols are never merged, averaged or compared."""
+
+    id: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+    version: Annotated[int, Field(ge=1)]
+    summary: str
+    noise_seed: Literal["hash", "numpy0"]
+    """hash: drawn from (data set, image, sigma). numpy0: NumPy's legacy generator, seed 0 before every image."""
+    rounding: Literal["8bit", "none"] = "8bit"
+    """8bit: prediction clipped to [0, 1] and rounded to the nearest of 256 levels; none: clipped only."""
+    border: Annotated[int, Field(ge=0, le=64)] = 0
+    """Pixels cut from each side before scoring."""
+    space: Literal["native", "y"] = "native"
+    """native: all channels (RGB or gray) together; y: luma of MATLAB's rgb2ycbcr."""
+    ssim: Literal["gaussian11", "matlab-rgb"] = "gaussian11"
+    """gaussian11: 11 x 11 Gaussian window, sigma 1.5, valid region, each channel alone, then averaged. matlab-rgb:
+    MATLAB's ssim of the RGB array as a volume, borders replicated."""
+    shift: Annotated[int, Field(ge=0, le=16)] = 0
+    """Compared at the integer shift of the prediction, up to so many pixels each way, that gives the best PSNR."""
+    lpips: Literal["none", "alex", "squeeze", "vgg"] = "none"
+    """LPIPS version 0.1 with this backbone; n/a, with the reason, where its weights are missing."""
+    tile: Annotated[int, Field(ge=0)] = 0
+    """0: whole images. Else square tiles of this side, alike for every method."""
+    overlap: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _tiles(self) -> Self:
+        if self.tile and not (self.tile >= 32 and self.overlap <= self.tile // 2):
+            raise ValueError(
+                f"tile {self.tile} with overlap {self.overlap}: tile must be at least 32 and overlap at most half"
+            )
+        return self
+
+    @property
+    def stamp(self) -> str:
+        """`id.vN`, with a hash behind it where a key differs from the shipped protocol of that id."""
+        stamp = f"{self.id}.v{self.version}"
+        shipped = builtin("protocols").get(self.id)
+        if shipped is not None and Protocol.model_validate(tomllib.loads(shipped)) == self:
+            return stamp
+        return f"{stamp}+{digest(self.model_dump(exclude={'id', 'version', 'summary'}))[:6]}"
+
+
+class Sets(Frozen):
+    """Names of data cards: those trained on (together) and those reported (one by one)."""
+
+    train: Annotated[tuple[str, ...], Field(min_length=1)]
+    test: Annotated[tuple[str, ...], Field(min_length=1)]
+    protocol: Protocol | None = None
+    """How these are scored, where the suite's own protocol does not fit them."""
+
+
+class Source(Frozen):
+    """The sets of a source of images, a choice per colour mode; `modes` are those that a run uses."""
+
+    modes: Annotated[tuple[Mode, ...], Field(min_length=1)]
+    colour: Sets | None = None
+    gray: Sets | None = None
+
+    @model_validator(mode="after")
+    def _described(self) -> Self:
+        for mode in self.modes:
+            if getattr(self, mode) is None:
+                raise ValueError(f"modes names {mode!r}, but there is no table {mode!r} that lists its sets")
+        return self
+
+
+class Data(Frozen):
+    """`embedded` needs no download; `folder` is used instead when `--data DIR` or KITBENCH_DATA names one."""
+
+    embedded: Source
+    folder: Source
+
+
+class Backbone(Frozen):
+    """The U-shaped network that every method shares; only the attention inside it differs."""
+
+    width: Annotated[int, Field(ge=4, le=512)]
+    """Channels of level 1; doubled at every further level."""
+    blocks: Annotated[tuple[Annotated[int, Field(ge=1, le=32)], ...], Field(min_length=1, max_length=6)]
+    """Blocks at each level; the last level is the lowest, the others stand in the encoder and in the decoder."""
+    head_dim: Annotated[int, Field(ge=4, le=256)] = 32
+    """Channels of a head; the lowest level of width C has C / head_dim heads."""
+    attention_levels: tuple[Annotated[int, Field(ge=1, le=6)], ...]
+    """Levels (1 = full resolution) whose blocks hold the attention; the blocks of others are feed-forward only."""
+    ffn_ratio: Annotated[int, Field(ge=1, le=8)] = 4
+
+    @model_validator(mode="after")
+    def _levels_exist(self) -> Self:
+        beyond = [level for level in self.attention_levels if level > len(self.blocks)]
+        if beyond:
+            raise ValueError(
+                f"attention_levels names level {beyond[0]}, but blocks describes {len(self.blocks)} levels"
+            )
+        for level in range(len(self.blocks)):
+            width = self.width << level
+            if width % max(1, width // self.head_dim):
+                raise ValueError(f"level {level + 1} has {width} channels, not a multiple of head_dim {self.head_dim}")
+        return self
+
+
+class RecipeCard(Frozen):
+    """What somebody should know before starting the recipe."""
+
+    summary: str
+    hardware: str
+    time: str
+    score: str
+
+
+class Recipe(Frozen):
+    """How every method is trained, without exception."""
+
+    name: str
+    card: RecipeCard
+    steps: Annotated[int, Field(ge=1, le=10_000_000)]
+    batch: Annotated[int, Field(ge=1, le=4096)]
+    """Crops a step, over all devices."""
+    crop: Annotated[int, Field(ge=16, le=4096)]
+    """Side of the square training crop, pixels."""
+    optimiser: Literal["adamw"] = "adamw"
+    lr: Annotated[float, Field(gt=0, le=1)]
+    lr_min: Annotated[float, Field(ge=0, le=1)] = 1e-6
+    warmup: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up before the cosine from lr to lr_min."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest gradient norm; 0 clips nothing."""
+    loss: Literal["charbonnier", "l1", "l2"] = "charbonnier"
+    charbonnier_epsilon: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    augment: bool = True
+    """Each crop is flipped and turned by a multiple of 90 degrees at random (8 orientations)."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay per step of a moving average of the weights, which is then what is kept and scored; 0: none."""
+    precision: Literal["float32", "bf16", "float64"] = "float32"
+    """bf16: autocast. float64: trained in double precision, kept and scored in float32."""
+    tf32: bool = False
+    """CUDA may round the factors of float32 products and convolutions to 10 bits of mantissa."""
+    channels_last: bool = True
+    """Memory format of feature maps and kernels."""
+    compile: bool = False
+    """Train through torch.compile."""
+    fused: bool = True
+    """One kernel for the optimiser's step."""
+    deterministic: bool = True
+    checkpoint_every: Annotated[int, Field(ge=1)] = 500
+    """Steps between checkpoints; decides no number."""
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Self:
+        if self.warmup >= self.steps:
+            raise ValueError(f"warmup ({self.warmup}) must be shorter than steps ({self.steps})")
+        return self
+
+
+class Method(Frozen):
+    """An attention and its settings: what a method of the suite puts into the shared backbone."""
+
+    attention: str
+    """A shipped name, or a path to a Python file with a class `Attention`."""
+    settings: Mapping[str, Setting] = Field(default_factory=dict)
+
+
+class Suite(Frozen):
+    """A comparison, resolved: preset and overrides applied, recipe and protocol read."""
+
+    name: str
+    title: str
+    preset: str
+    task: Task
+    data: Data
+    backbone: Backbone
+    methods: Annotated[dict[str, Method], Field(min_length=1)]
+    references: tuple[str, ...]
+    recipe: Recipe
+    protocol: Protocol
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1)]
+
+    @property
+    def stamps(self) -> list[str]:
+        """Of all protocols that the suite may score by, its own first."""
+        sources = (self.data.embedded, self.data.folder)
+        own = [sets.protocol for source in sources for sets in (source.colour, source.gray) if sets and sets.protocol]
+        return list(dict.fromkeys(protocol.stamp for protocol in (self.protocol, *own)))
+
+    @model_validator(mode="after")
+    def _seeds_differ(self) -> Self:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds must differ from one another, found {list(self.seeds)}")
+        return self

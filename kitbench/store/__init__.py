@@ -1,0 +1,1 @@
+"""Run folders: records with schemas, written atomically, read validated, locked."""

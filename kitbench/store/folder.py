@@ -1,0 +1,189 @@
+"""Run folders: written atomically, read validated; the only thing that tables, plots and checks ever read.
+
+    results/denoise-colour-kit-s0-0123456789/
+        run.json              what decides the run's numbers, and the environment that made it; written first
+        log.csv               training log, a line every so many steps
+        checkpoint.safetensors  weights, optimiser state and step, with their checksum, until the training is done
+        checkpoint-previous.safetensors  the one before it
+        weights.safetensors   the trained weights
+        training.json         what the training cost; its presence says that the training is done
+        eval/SET-sigma-PROTOCOL.json   scores of every image of one test set, one sigma (if there is one), one protocol
+        failed.json           why the run is not complete, where it failed
+        crops/SET-sigma-PROTOCOL-NUMBER.png   pictures of the first images of the set: whole, input, restored, clean
+
+A file is written under another name, synced and renamed: a reader finds the old file or the new one, never a half.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import platform
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from kitbench.errors import InputError, RunError
+from kitbench.spec.fields import Frozen, digest
+from kitbench.store.files import write_atomic
+from kitbench.store.records import Evaluation, Failure, Owner, Progress, Run, Training, now, read_record
+
+
+class Held(RunError):
+    """Another process works on the run."""
+
+
+class RunFolder:
+    """One run on disk. Reading raises InputError for a file that is no such record."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def run(self) -> Run:
+        return read_record(Run, self.path / "run.json")
+
+    @property
+    def trained(self) -> bool:
+        return (self.path / "training.json").is_file()
+
+    @property
+    def training(self) -> Training | None:
+        return read_record(Training, self.path / "training.json") if self.trained else None
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "weights.safetensors"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint.safetensors"
+
+    @property
+    def previous_checkpoint(self) -> Path:
+        return self.path / "checkpoint-previous.safetensors"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.csv"
+
+    def evaluations(self) -> list[Evaluation]:
+        return [read_record(Evaluation, path) for path in sorted((self.path / "eval").glob("*.json"))]
+
+    def evaluation_path(self, data_set: str, sigma: float | None, stamp: str) -> Path:
+        level = "" if sigma is None else f"{sigma:g}-"
+        return self.path / "eval" / f"{re.sub(r'[^A-Za-z0-9.-]', '_', data_set)}-{level}{stamp}.json"
+
+    def crop_path(self, data_set: str, sigma: float | None, stamp: str, number: int) -> Path:
+        """The picture of the set's image of that number (from 0)."""
+        return self.path / "crops" / f"{self.evaluation_path(data_set, sigma, stamp).stem}-{number}.png"
+
+    def evaluation(self, data_set: str, data_sha256: str, sigma: float | None, stamp: str) -> Evaluation | None:
+        """The stored evaluation of exactly these images under exactly this protocol, if there is one."""
+        path = self.evaluation_path(data_set, sigma, stamp)
+        found = read_record(Evaluation, path) if path.is_file() else None
+        return found if found is not None and found.data_sha256 == data_sha256 else None
+
+    def logged(self) -> list[dict[str, float]]:
+        """The lines of the training log, by column; none without a log. Raises InputError where it is damaged."""
+        if not self.log.is_file():
+            return []
+        try:
+            data, training = self.log.read_bytes(), self.training
+            if training and training.log_sha256 not in (None, hashlib.sha256(data).hexdigest()):
+                raise ValueError("it has not the checksum that training.json states")
+            lines = csv.DictReader(io.StringIO(data.decode(), newline=""))
+            if not {"step", "loss", "psnr_db"} <= set(lines.fieldnames or ()):
+                raise ValueError("columns are missing")
+            return [{name: float(value) for name, value in line.items()} for line in lines]
+        except (OSError, TypeError, ValueError, csv.Error) as error:
+            raise InputError(f"{self.log} is no training log ({error}); restore it or delete it.") from error
+
+    def write(self, name: str, record: Frozen) -> None:
+        """Write a record, with the checksum of its content behind it."""
+        text = record.model_dump_json(indent=1).removesuffix("\n}")
+        text = f'{text},\n "sha256": "{digest(json.loads(text + "}"))}"\n}}\n'
+        write_atomic(self.path / name, text.encode())
+
+    @property
+    def progress(self) -> Progress | None:
+        path = self.path / "progress.json"
+        return read_record(Progress, path) if path.is_file() else None
+
+    @property
+    def failed(self) -> Failure | None:
+        path = self.path / "failed.json"
+        return read_record(Failure, path) if path.is_file() else None
+
+    @property
+    def failure(self) -> str | None:
+        """Why the run failed; None where it did not, or goes on well since."""
+        return self.failed.message if self.failed else None
+
+    def fail(self, key: str, message: str) -> None:
+        """Note why the run failed."""
+        self.write("failed.json", Failure(key=key, message=message, when=now()))
+
+    @contextmanager
+    def lock(self) -> Iterator[Owner | None]:
+        """Only one process works on a run. Raises Held, naming the owner, where another does.
+
+        The system drops the lock with the process that holds it, so a lock is never stale. Yields the owner before,
+        where it was killed; what it left half-written is removed.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".lock", timeout=0.2)  # `held` takes it for a moment
+        try:
+            lock.acquire()
+        except Timeout as error:
+            owner = _owner(self.path) or "another process"
+            raise Held(f"{self.path} is being worked on by {owner}; wait for it, or stop it") from error
+        try:
+            before = _owner(self.path)
+            for left in self.path.rglob(".*.tmp"):
+                left.unlink()
+            self.write(".owner", Owner(pid=os.getpid(), host=platform.node(), started=now()))
+            try:
+                yield before
+            finally:
+                (self.path / ".owner").unlink(missing_ok=True)
+        finally:
+            lock.release()
+
+    def held(self) -> bool:
+        """Whether a process works on the run now."""
+        if not (self.path / ".lock").is_file():
+            return False
+        try:
+            with FileLock(self.path / ".lock", timeout=0):
+                return False
+        except Timeout:
+            return True
+
+
+def _owner(folder: Path) -> Owner | None:
+    try:
+        return read_record(Owner, folder / ".owner")
+    except InputError:
+        return None  # it comes and goes with the process
+
+
+def find(paths: Sequence[Path]) -> list[RunFolder]:
+    """The runs at the given paths: each is a run's folder, or a folder that holds runs. Raises InputError."""
+    found: dict[Path, RunFolder] = {}
+    for path in paths:
+        if not path.is_dir():
+            raise InputError(f"{path} is no folder; give a run's folder, or a folder that holds runs.")
+        here = [path] if (path / "run.json").is_file() else sorted(p.parent for p in path.glob("*/run.json"))
+        if not here:
+            raise InputError(
+                f"No run in {path}: no run.json there or one folder below; give another folder, or run a suite first."
+            )
+        found |= {run.resolve(): RunFolder(run) for run in here}
+    return list(found.values())

@@ -1,0 +1,1 @@
+"""The machine: device and versions, processes, interruption, progress, tracking."""

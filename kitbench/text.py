@@ -1,0 +1,22 @@
+"""Durations and byte sizes for people."""
+
+from __future__ import annotations
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `3 min 20 s`, `2 h 5 min`."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def gib(amount: float) -> str:
+    """`350 MiB`, `71.2 GiB`, `8.0 PiB`."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+    place = 0
+    while amount >= 1024 and place < len(units) - 1:
+        amount, place = amount / 1024, place + 1
+    return f"{amount:.3g} {units[place]}" if amount < 100 else f"{amount:.0f} {units[place]}"

@@ -1,0 +1,91 @@
+"""Entries: stored evaluations with the runs they belong to, of one protocol and one version of each data set."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kitbench.errors import InputError
+from kitbench.store.folder import RunFolder
+from kitbench.store.records import Evaluation, Run, Training
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One evaluation with the run it belongs to."""
+
+    run: Run
+    training: Training | None
+    evaluation: Evaluation
+
+
+def entries(runs: Sequence[RunFolder], protocol: str | None) -> list[Entry]:
+    """All stored evaluations, of one protocol. Raises InputError where there are two and none was chosen."""
+    found = [
+        Entry(record, folder.training, evaluation)
+        for folder in runs
+        for record in [folder.run]
+        for evaluation in folder.evaluations()
+    ]
+    stamps = sorted({entry.evaluation.stamp for entry in found})
+    if protocol is not None:
+        chosen = [entry for entry in found if under(entry.evaluation, protocol)]
+        if not chosen:
+            raise InputError(f"No row was scored under protocol {protocol!r}; found: {', '.join(stamps) or 'none'}.")
+        found = chosen
+        stamps = sorted({entry.evaluation.stamp for entry in found})
+    if len(stamps) > 1:
+        raise InputError(
+            f"Rows of different protocols cannot stand in one table: found {' and '.join(stamps)}; "
+            f"choose one with --protocol."
+        )
+    if not found:
+        raise InputError("These runs hold no evaluation yet; let `kitbench run` finish first.")
+    contents: dict[str, str] = {}
+    for entry in found:
+        name, content = f"{entry.evaluation.data_set} ({entry.run.mode})", entry.evaluation.data_sha256
+        if contents.setdefault(name, content) != content:
+            raise InputError(
+                f"Two versions of data set {name} ({contents[name][:8]}, {content[:8]}) cannot stand in one table."
+            )
+    return found
+
+
+def under(evaluation: Evaluation, protocol: str) -> bool:
+    """Whether a result was scored under a protocol, named by its id or its stamp."""
+    return protocol in (evaluation.stamp, evaluation.protocol.id)
+
+
+def mean_psnr(entry: Entry) -> float:
+    """Mean over images; infinite where an image was restored exactly."""
+    return math.fsum(math.inf if s.psnr is None else s.psnr for s in entry.evaluation.scores) / len(
+        entry.evaluation.scores
+    )
+
+
+def mean_ssim(entry: Entry) -> float:
+    return math.fsum(score.ssim for score in entry.evaluation.scores) / len(entry.evaluation.scores)
+
+
+def labels(found: Sequence[Entry]) -> dict[tuple[str, str], str]:
+    """What each run is called: its method, with the settings behind it where two runs differ by these only."""
+    by_name: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for entry in found:
+        run = entry.run
+        variants = by_name.setdefault((run.comparison, run.method), {})
+        variants[json.dumps([run.attention, run.settings], sort_keys=True)] = {
+            "attention": run.attention[:8],
+            **run.settings,
+        }
+    named = {}
+    for entry in found:
+        run = entry.run
+        variants = by_name[run.comparison, run.method]
+        own = {"attention": run.attention[:8], **run.settings}
+        differing = [key for key in own if len({str(variant.get(key)) for variant in variants.values()}) > 1]
+        behind = ", ".join(f"{key} {own[key]}" for key in differing)
+        named[run.key, run.method] = f"{run.method} ({behind})" if behind else run.method
+    return named

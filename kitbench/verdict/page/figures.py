@@ -1,0 +1,157 @@
+"""The figures of the page: costs, curves, differences, sweeps and crops, embedded."""
+
+from __future__ import annotations
+
+import base64
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from kitbench.store.folder import RunFolder
+from kitbench.store.sweeps import Sweep
+from kitbench.verdict.claims import Block
+from kitbench.verdict.compare import Compared, heading
+from kitbench.verdict.entries import Entry, labels
+from kitbench.verdict.page import pictures
+
+CROP_BYTES = 5_000_000
+"""Pictures of crops that a report holds at most; what is left out is told."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, embedded."""
+
+    title: str
+    source: str
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One method's crop of an image."""
+
+    method: str
+    psnr: str
+    run: str
+    image: str
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The crops of one image under one condition."""
+
+    title: str
+    whole: str
+    place: tuple[float, float, float, float]
+    panels: list[Panel]
+
+
+def pictures_of(
+    block: pd.DataFrame, trained: Block | None, compared: list[tuple[Compared, Any]], folders: dict[str, RunFolder]
+) -> list[Picture]:
+    if trained is None:
+        return []
+    methods = list(trained.methods)
+    records = block.to_dict("records")
+    columns = {(row["data_set"], row["condition"]): _from_25(row["sigma"]) for row in records}
+    column = min(columns, key=columns.__getitem__)
+    here = {row["method"]: row for row in records if (row["data_set"], row["condition"]) == column}
+    name = heading(column)
+    shown = []
+    for field_name, scale, label in (
+        ("gmacs", 1.0, "GMACs of one image"),
+        ("train_peak_bytes", 2.0**20, "peak memory of a training step, MiB"),
+    ):
+        points = {
+            m: (float(here[m][field_name]) / scale, float(here[m]["psnr_db"]))
+            for m in methods
+            if m in here and pd.notna(here[m][field_name]) and math.isfinite(here[m]["psnr_db"])
+        }
+        if points:
+            svg = pictures.pareto(points, label, name)
+            shown.append(Picture(f"PSNR on {name} against {label}", _svg(svg)))
+    logs = {m: _folders(trained, m, folders) for m in methods}
+    drawn = pictures.curves(logs)
+    if drawn is not None:
+        shown.append(
+            Picture("Training curves: mean over seeds, smoothed over 5 % of the steps", _svg(drawn), wide=True)
+        )
+    if compared:
+        title = "Differences to the best, image by image; bar: 95 % interval over seeds and images"
+        shown.append(Picture(title, _svg(pictures.differences(compared)), wide=True))
+    return shown
+
+
+def _from_25(sigma: float | None) -> float:
+    """How far a noise level is from the one that is shown first; 0 where a task has none."""
+    return 0.0 if sigma is None or math.isnan(sigma) else abs(sigma - 25)
+
+
+def _folders(block: Block, method: str, folders: dict[str, RunFolder]) -> list[RunFolder]:
+    keys = dict.fromkeys(e.run.key for group in block.methods[method].values() for e in group)
+    return [folders[key] for key in keys]
+
+
+def _svg(data: bytes) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(data).decode()
+
+
+def _png(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def galleries_of(found: Sequence[Entry], folders: dict[str, RunFolder]) -> tuple[list[Gallery], int]:
+    """Crops of the images that the runs kept, by the lowest seed of each method, as far as the page has room."""
+    names = labels(found)
+    groups: dict[tuple[Any, ...], dict[str, tuple[Path, Entry, int]]] = {}
+    for entry in sorted(found, key=lambda e: (bool(e.run.comparison), names[e.run.key, e.run.method], e.run.seed or 0)):
+        evaluation = entry.evaluation
+        for place in range(len(evaluation.scores)):
+            path = folders[entry.run.key].crop_path(evaluation.data_set, evaluation.sigma, evaluation.stamp, place)
+            if not path.is_file():
+                break
+            key = (_from_25(evaluation.sigma), entry.run.mode, evaluation.data_set, place)
+            name = f"{names[entry.run.key, entry.run.method]}"
+            groups.setdefault(key, {}).setdefault(name, (path, entry, place))
+    galleries, size, left_out = [], 0, 0
+    for _, methods in sorted(groups.items(), key=lambda item: item[0]):
+        if size > CROP_BYTES:
+            left_out += 1
+            continue
+        gallery = _gallery(methods)
+        size += sum(len(p.image) + len(p.error or "") for p in gallery.panels)
+        galleries.append(gallery)
+    return galleries, left_out
+
+
+def _gallery(methods: dict[str, tuple[Path, Entry, int]]) -> Gallery:
+    cut = {name: pictures.crop(path) for name, (path, _, _) in methods.items()}
+    first = next(iter(cut.values()))
+    _, entry, place = next(iter(methods.values()))
+    panels = [Panel("input", "", "", _png(first.degraded), None)] if "input" not in methods else []
+    for name, (_, own, _) in sorted(methods.items(), key=lambda item: item[0] != "input"):
+        psnr = own.evaluation.scores[place].psnr
+        told_psnr = "exact" if psnr is None else f"{psnr:.2f} dB"
+        panels.append(Panel(name, told_psnr, own.run.key[:10], _png(cut[name].restored), _png(cut[name].error)))
+    panels.append(Panel("ground truth", "", "", _png(first.clean), None))
+    evaluation = entry.evaluation
+    image = f"{evaluation.scores[place].image} {evaluation.condition}".strip()
+    title = f"{evaluation.data_set}: {image} ({entry.run.mode})"
+    return Gallery(title, _png(first.whole), first.place, panels)
+
+
+def scaling(sweep: Sweep) -> Picture:
+    from kitbench.verdict.scaling.plot import draw
+
+    with tempfile.TemporaryDirectory() as folder:
+        draw(sweep, Path(folder))
+        svg = (Path(folder) / "scale.svg").read_bytes()
+    title = f"Cost against resolution: {sweep.scope}, {sweep.dim} channels, on {sweep.device} (sweep {sweep.key[:10]})"
+    return Picture(title, _svg(svg), wide=True)

@@ -1,0 +1,158 @@
+"""Pictures of stored runs, as SVG and PNG bytes: the same runs give the same bytes.
+
+A method keeps its colour in all pictures of a report (Okabe and Ito's palette, safe for the colour-blind) and is named
+beside its point or line, so that gray prints do as well.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
+
+from kitbench.errors import InputError
+from kitbench.store.folder import RunFolder
+from kitbench.verdict.compare import Compared
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt  # after the backend was chosen: no display is needed
+
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+MARKERS = "osD^vPX*"
+ERROR_FULL = 48
+"""Grey levels of error that are drawn in the brightest colour of an error map."""
+
+
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[tuple[Any, Any, io.BytesIO]]:
+    """A figure of one panel; what stands in the buffer afterwards is its SVG."""
+    buffer = io.BytesIO()
+    with plt.rc_context({"font.size": 10, "svg.hashsalt": "kitbench", "svg.fonttype": "none"}):
+        figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+        axes.grid(visible=True, color="0.9", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        yield figure, axes, buffer
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        plt.close(figure)
+
+
+def styles(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of every method, in a fixed order."""
+    return {m: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, m in enumerate(methods)}
+
+
+def pareto(points: Mapping[str, tuple[float, float]], label: str, column: str) -> bytes:
+    """PSNR against a cost, {method: (cost, dB)}; methods that no other beats in both are joined by a line."""
+    with _figure(5.2, 3.6) as (_, axes, buffer):
+        front, best = [], -np.inf
+        for cost, psnr in sorted(points.values(), key=lambda p: (p[0], -p[1])):
+            if psnr > best:
+                front.append((cost, psnr))
+                best = psnr
+        axes.plot(*zip(*front, strict=True), color="0.6", linewidth=1, drawstyle="steps-post", zorder=1)
+        low, high = min(p[1] for p in points.values()), max(p[1] for p in points.values())
+        for place, (method, (cost, psnr)) in enumerate(sorted(points.items(), key=lambda item: item[1][1])):
+            colour, marker = styles(list(points))[method]
+            axes.plot([cost], [psnr], marker=marker, color=colour, markersize=8, linestyle="none")
+            # Names stand in a column of their own, evenly spaced: points may lie on one another.
+            at = low + (high - low) * (place + 0.5) / len(points) if high > low else psnr
+            axes.annotate(
+                method, (cost, psnr), (1.04, at), textcoords=axes.get_yaxis_transform(), color="0.15", va="center",
+                annotation_clip=False, arrowprops={"arrowstyle": "-", "color": "0.8", "linewidth": 0.7},
+            )  # fmt: skip
+        costs = [cost for cost, _ in points.values()]
+        if min(costs) > 0 and max(costs) > 5 * min(costs):
+            axes.set_xscale("log")
+        axes.set(xlabel=label, ylabel=f"PSNR, dB: {column}")
+    return buffer.getvalue()
+
+
+def curves(logs: Mapping[str, Sequence[RunFolder]]) -> bytes | None:
+    """Training PSNR against steps, the mean over seeds of each method; None where no run has a log."""
+    lines = {method: found for method, folders in logs.items() if (found := _curve(folders)) is not None}
+    if not lines:
+        return None
+    with _figure(7.4, 3.8) as (_, axes, buffer):
+        for number, (method, (steps, psnr)) in enumerate(lines.items()):
+            colour, _ = styles(list(logs))[method]
+            line = ("-", "--", "-.")[number % 3]
+            axes.plot(steps, psnr, color=colour, linewidth=1.2, linestyle=line, label=method)
+        axes.legend(frameon=False, ncols=2, fontsize=9)
+        axes.set(xlabel="step", ylabel="PSNR of training crops, dB")
+    return buffer.getvalue()
+
+
+def _curve(folders: Sequence[RunFolder]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Steps and smoothed PSNR, the mean over runs of the same length."""
+    lines = [folder.logged() for folder in folders]
+    logs = [np.array([(line["step"], line["psnr_db"]) for line in own]) for own in lines if own]
+    logs = [log for log in logs if len(log) == len(logs[0]) > 0]
+    if not logs:
+        return None
+    mean = np.mean([log[:, 1] for log in logs], axis=0)
+    window = max(1, len(mean) // 20)
+    smooth = np.convolve(mean, np.full(window, 1 / window), "valid")
+    return logs[0][window - 1 :, 0], smooth
+
+
+def differences(compared: Sequence[tuple[Compared, np.ndarray]]) -> bytes:
+    """Differences of each method to the best, dB: a dot an image (mean over seeds), a bar for the 95 % interval."""
+    with _figure(7.4, 0.9 + 0.42 * len(compared)) as (_, axes, buffer):
+        for place, (one, d) in enumerate(compared):
+            axes.plot(d.mean(0), np.full(d.shape[1], place + 0.2), "o", color="#56B4E9", alpha=0.6, markersize=5)
+            if one.found.interval is not None:
+                axes.plot([one.found.interval.low, one.found.interval.high], [place] * 2, color="#000000", linewidth=2)
+            axes.plot([one.found.mean], [place], "|", color="#000000", markersize=12)
+        axes.axvline(0, color="0.4", linewidth=0.8)
+        axes.set_yticks(range(len(compared)), [f"{one.a} - {one.b}" for one, _ in compared])
+        axes.set(xlabel="difference in PSNR, dB", ylim=(len(compared) - 0.5, -0.5))
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A stored strip, cut into its squares (PNG bytes). `place` is left, top, width and height in % of `whole`."""
+
+    whole: bytes
+    degraded: bytes
+    restored: bytes
+    clean: bytes
+    error: bytes
+    place: tuple[float, float, float, float]
+
+
+def crop(path: Path) -> Crop:
+    """Read a strip that evaluation stored. Raises InputError."""
+    try:
+        with Image.open(path) as file:
+            assert isinstance(file, PngImageFile)
+            top, left, side, height, width = json.loads(file.text["place"])
+            strip = np.asarray(file.convert("RGB"))
+    except (Image.DecompressionBombError, OSError, KeyError, ValueError, AssertionError) as error:
+        raise InputError(f"{path} is no stored crop ({error}); delete it, or run its evaluation again.") from error
+    small, degraded, restored, clean = (strip[:, i * side : (i + 1) * side] for i in range(4))
+    scale = side / max(height, width)
+    small = small[: max(1, round(height * scale)), : max(1, round(width * scale))]
+    error_map = np.abs(restored.astype(np.float32) - clean).mean(2) / ERROR_FULL
+    coloured = (mpl.colormaps["magma"](np.clip(error_map, 0, 1))[..., :3] * 255).astype(np.uint8)
+    place = (100 * left / width, 100 * top / height, 100 * side / width, 100 * side / height)
+    palette = Image.fromarray(coloured).quantize(64)
+    squares = [png(Image.fromarray(square)) for square in (small, degraded, restored, clean)]
+    return Crop(squares[0], squares[1], squares[2], squares[3], png(palette), place)
+
+
+def png(image: Image.Image) -> bytes:
+    """An image as PNG."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()

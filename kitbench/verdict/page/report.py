@@ -1,0 +1,171 @@
+"""`kitbench report`: one self-contained HTML file of stored runs, which works from disk, offline, and prints.
+
+Verdict first, then tables, pictures, settings, environment, and how to reproduce each number. The page itself is
+report.html (a Jinja template); everything in it is embedded.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+import pandas as pd
+
+from kitbench.store.folder import RunFolder
+from kitbench.store.records import Run
+from kitbench.store.sweeps import Sweep
+from kitbench.verdict import published
+from kitbench.verdict.claims import Block, blocks, claims, compare_methods
+from kitbench.verdict.compare import Compared, adjusted, pooled
+from kitbench.verdict.entries import Entry, entries, labels
+from kitbench.verdict.page import pictures
+from kitbench.verdict.page.figures import galleries_of, pictures_of, scaling
+from kitbench.verdict.page.tables import Grid, ablation, cell, differences_of, table_of
+from kitbench.verdict.render import caption_of, split
+from kitbench.verdict.rows import rows
+
+
+def report(runs: Sequence[RunFolder], sweeps: Sequence[Sweep], protocol: str | None = None) -> str:
+    """The whole page. Raises InputError where the runs cannot stand in one table."""
+    found = entries(runs, protocol)
+    table = rows(runs, protocol)
+    folders = {folder.run.key: folder for folder in runs}
+    sections = [_section(block, run, table, found, folders) for block, run in split(table, found)]
+    judged = claims(runs, sweeps, protocol)
+    galleries, left_out = galleries_of(found, folders)
+    template = jinja2.Environment(
+        loader=jinja2.PackageLoader("kitbench", "verdict/page"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    ).get_template("report.html")
+    return template.render(
+        title=", ".join(dict.fromkeys(entry.run.suite for entry in found)),
+        protocol=found[0].evaluation.protocol,
+        stamp=found[0].evaluation.stamp,
+        sections=sections,
+        claims=judged,
+        galleries=galleries,
+        left_out=left_out,
+        error_full=pictures.ERROR_FULL,
+        scaling=[scaling(sweep) for sweep in sweeps],
+        published=Grid(
+            published.HEADING, published.HEADER, [[cell(c) for c in line] for line in published.lines()],
+            [published.CAUTION],
+        ),
+        settings=_settings(found),
+        reproduce=_reproduce(found, folders),
+        environments=_environments(found),
+    ) + "\n"  # fmt: skip
+
+
+def _section(
+    block: pd.DataFrame, run: Run, table: pd.DataFrame, found: Sequence[Entry], folders: dict[str, RunFolder]
+) -> dict[str, Any]:
+    """Tables and figures of what may be compared."""
+    mine = [e for e in found if e.run.comparison == run.comparison and e.run.mode == run.mode]
+    trained = next(iter(blocks(mine)), None)
+    compared = _against_best(trained) if trained else []
+    return {
+        "title": caption_of(run),
+        "verdict": _verdict(block, trained, compared),
+        "table": table_of(block, caption_of(run)),
+        "differences": differences_of([c for c, _ in compared]),
+        "ablation": ablation(trained),
+        "pictures": pictures_of(block, trained, compared, folders),
+    }
+
+
+def _against_best(block: Block) -> list[tuple[Compared, Any]]:
+    """Every method against the one with the best mean over all images, worst last, with its differences."""
+    trial = next(iter(block.methods))
+    to_trial = {m: pooled(columns, block.methods[trial]) for m, columns in block.methods.items()}
+    means = {m: float(d.mean()) for m, d in to_trial.items() if d is not None}
+    if not means:
+        return []
+    best = max(means, key=means.__getitem__)
+    pairs = [
+        (compare_methods(block, m, best), pooled(block.methods[m], block.methods[best])) for m in means if m != best
+    ]
+    known = [(c, d) for c, d in pairs if c is not None and d is not None]
+    fixed = adjusted([c for c, _ in known])
+    return sorted(zip(fixed, [d for _, d in known], strict=True), key=lambda pair: -pair[0].found.mean)
+
+
+def _verdict(block: pd.DataFrame, trained: Block | None, compared: Sequence[tuple[Compared, Any]]) -> list[str]:
+    """What may be concluded about quality, in sentences."""
+    if trained is None or not compared:
+        return ["One trained method at most: there is nothing to compare."]
+    best = compared[0][0].b
+    worse = [c.a for c, _ in compared if c.decided]
+    level = [c.a for c, _ in compared if not c.decided and c.p_holm is not None]
+    untold = [c for c, _ in compared if c.p_holm is None]
+    told_all = [f"Over all test images, {best} has the highest mean PSNR of the trained methods."]
+    means = block.groupby("method")["psnr_db"].mean()
+    above = [m for m in means.index if m not in trained.methods and means[m] > means[best]]
+    if above:
+        told_all.append(f"{', '.join(above)}, without any training, is above it: these runs were trained too little.")
+    if worse:
+        told_all.append(f"It is better than {', '.join(worse)}, by more than noise.")
+    if level:
+        told_all.append(f"Its difference to {', '.join(level)} is within noise: these runs do not rank them.")
+    if untold:
+        told_all.append(f"Nothing is decided about {', '.join(c.a for c in untold)}: {untold[0].found.note}.")
+    smallest = [c.found.detectable for c, _ in compared if c.found.detectable is not None]
+    if smallest:
+        told_all.append(f"So many seeds and images could have shown differences of {max(smallest):.3f} dB.")
+    notes = dict.fromkeys(c.found.note for c, _ in compared if c.found.note and c.p_holm is not None)
+    return told_all + [f"{note[0].upper()}{note[1:]}." for note in notes if note]
+
+
+def _settings(found: Sequence[Entry]) -> list[dict[str, str]]:
+    """What decided the numbers of each method: shared parts once a comparison, then the method's own settings."""
+    shown: dict[str, dict[str, str]] = {}
+    for entry in found:
+        run = entry.run
+        if run.recipe is not None and run.backbone is not None and run.comparison not in shown:
+            shared = {
+                "task": run.task.model_dump(mode="json"),
+                "backbone": run.backbone.model_dump(mode="json"),
+                "recipe": run.recipe.model_dump(mode="json"),
+                "training sets": run.train_sets,
+            }
+            shown[run.comparison] = {"title": caption_of(run), "text": json.dumps(shared, indent=1, ensure_ascii=False)}
+    names = labels(found)
+    own = {names[e.run.key, e.run.method]: dict(e.run.settings) for e in found if e.run.settings}
+    methods = {"title": "Settings of the attentions", "text": json.dumps(dict(sorted(own.items())), indent=1)}
+    protocol = found[0].evaluation.protocol.model_dump(mode="json")
+    last = {
+        "title": f"Protocol {found[0].evaluation.stamp}",
+        "text": json.dumps(protocol, indent=1, ensure_ascii=False),
+    }
+    return [*(shown[key] for key in sorted(shown)), methods, last]
+
+
+def _reproduce(found: Sequence[Entry], folders: dict[str, RunFolder]) -> list[dict[str, str]]:
+    """A line a run: its key, folder, the command and commit that made it, and the checksum of its weights."""
+    lines = {}
+    for entry in sorted(found, key=lambda e: (e.run.method, e.run.seed or 0, e.run.key)):
+        environment = entry.run.environment
+        lines[entry.run.key] = {
+            "key": entry.run.key[:10],
+            "folder": folders[entry.run.key].path.name,
+            "command": "python -m " + shlex.join(environment.command),
+            "commit": environment.commit or f"kitbench {environment.kitbench}",
+            "weights": entry.training.weights_sha256[:16] if entry.training else "",
+        }
+    return list(lines.values())
+
+
+def _environments(found: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Where the runs were made: one entry for all that share a machine and versions."""
+    shown: dict[str, dict[str, Any]] = {}
+    for entry in sorted(found, key=lambda e: e.run.key):
+        e = entry.run.environment
+        facts = {
+            "host": e.host, "device": e.device, "driver": e.driver or "none", "threads": e.threads, "python": e.python,
+            **e.versions, **{key: value for key, value in e.flags.items() if value is not None},
+        }  # fmt: skip
+        one = shown.setdefault(json.dumps(facts, sort_keys=True), {"facts": facts, "runs": {}})
+        one["runs"][entry.run.key[:10]] = None
+    return [{"facts": one["facts"], "runs": list(one["runs"])} for _, one in sorted(shown.items())]

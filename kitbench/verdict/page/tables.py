@@ -1,0 +1,138 @@
+"""The tables of the page, sortable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from kitbench.verdict.claims import Block, compare_methods
+from kitbench.verdict.compare import Column, Compared, adjusted, heading
+from kitbench.verdict.render import named, notes_of, number, ranked, slowed
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table: what is shown, and what it is sorted by."""
+
+    text: str
+    key: float | str
+    rank: int = 0
+    """1 best, 2 second."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A sortable table."""
+
+    caption: str
+    header: list[str]
+    lines: list[list[Cell]]
+    notes: list[str] = field(default_factory=list)
+
+
+def cell(text: str, key: float | str | None = None, rank: int = 0) -> Cell:
+    return Cell(text, text if key is None else key, rank)
+
+
+def _amount(value: Any, digits: int) -> Cell:
+    return Cell(number(value, digits), -math.inf if value is None or pd.isna(value) else float(value))
+
+
+def table_of(block: pd.DataFrame, caption: str) -> Grid:
+    columns: list[Column] = list(dict.fromkeys(zip(block["data_set"], block["condition"], strict=True)))
+    metrics = [("psnr_db", "PSNR dB", 2, True), ("ssim", "SSIM", 4, True)]
+    metrics += [("lpips", "LPIPS", 4, False)] if block["lpips"].notna().any() else []
+    resolution = block["resolution"].dropna()
+    at = f" at {resolution.iloc[0]:.0f} px" if len(resolution) else ""
+    header = ["Method", *(f"{heading(column)} {m[1]}" for column in columns for m in metrics)]
+    header += ["Parameters", f"GMACs{at}", "Peak memory of a step, MiB", "s a step", "Seeds", "Runs"]
+    lines = []
+    for method, own in block.groupby("method", sort=False):
+        line = [cell(named(str(method), own["form"].iloc[0]))]
+        for column in columns:
+            match = own[(own["data_set"] == column[0]) & (own["condition"] == column[1])]
+            for metric, _, digits, higher in metrics:
+                line.append(_score(block, match, column, metric, digits, higher))
+        first = own.iloc[0]
+        peak = first["train_peak_bytes"]
+        macs, step = _amount(first["gmacs"], 2), _amount(None if slowed(first) else first["seconds_per_step"], 3)
+        mark = "†" if isinstance(first["gmacs_note"], str) else ""
+        line += [
+            _amount(first["parameters"], 0),
+            Cell(macs.text + mark, macs.key),
+            _amount(None if pd.isna(peak) else peak / 2**20, 1),
+            Cell(step.text + ("‡" if slowed(first) else ""), step.key),
+            cell(str(first["seeds"])),
+            cell(" ".join(dict.fromkeys(",".join(own["runs"]).split(",")))),
+        ]
+        lines.append(line)
+    return Grid(caption, header, lines, notes_of(block))
+
+
+def _score(block: pd.DataFrame, match: pd.DataFrame, column: Column, metric: str, digits: int, higher: bool) -> Cell:
+    if not len(match):
+        return _amount(None, digits)
+    row = match.iloc[0]
+    text = number(row[metric], digits)
+    best, second = ranked(block, column, metric, digits, higher)
+    spread = row.get(metric.removesuffix("_db") + "_pm_seeds")
+    behind = "" if spread is None or pd.isna(spread) else f" ± {spread:.{digits}f}"
+    star = "*" if metric == "psnr_db" and row["within_noise"] == 1 else ""
+    return Cell(
+        text + behind + star, _amount(row[metric], digits).key, 1 if text == best else 2 if text == second else 0
+    )
+
+
+def differences_of(compared: Sequence[Compared]) -> Grid | None:
+    if not compared:
+        return None
+    header = [
+        "Difference",
+        "Mean, dB",
+        "95 % interval",
+        "on these images alone",
+        "p (Holm)",
+        "Shows, dB",
+        "Seeds",
+        "Images",
+        "Runs",
+    ]
+    lines = []
+    for c in compared:
+        f = c.found
+        intervals = [
+            cell("no interval" if i is None else f"[{i.low:+.3f}, {i.high:+.3f}]")
+            for i in (f.interval, f.interval_seeds)
+        ]
+        lines.append(
+            [
+                cell(f"{c.a} - {c.b}"), Cell(f"{f.mean:+.3f}", f.mean), *intervals,
+                Cell("n/a" if c.p_holm is None else f"{c.p_holm:.3g}", math.inf if c.p_holm is None else c.p_holm),
+                Cell("n/a" if f.detectable is None else f"{f.detectable:.3f}", f.detectable or math.inf),
+                cell(str(f.seeds), f.seeds), cell(str(f.images), f.images), cell(" ".join(c.runs)),
+            ]
+        )  # fmt: skip
+    notes = [
+        "Paired by seed and image; an image's mean over its conditions. Interval: hierarchical bootstrap over seeds "
+        "and images, expanded to Student's t. p: the larger of a permutation test and the test over seeds and images.",
+        "Shows: the true difference that so many seeds and images find in 4 cases of 5.",
+        *dict.fromkeys(c.found.note + "." for c in compared if c.found.note),
+    ]
+    return Grid("Differences to the best", header, lines, notes)
+
+
+def ablation(block: Block | None) -> Grid | None:
+    """What each choice of our reading of KiT is worth: every variant of kit against kit."""
+    if block is None or "kit" not in block.methods:
+        return None
+    variants = [m for m in block.methods if m.startswith("kit-")]
+    compared = [c for c in (compare_methods(block, m, "kit") for m in variants) if c is not None]
+    if not compared:
+        return None
+    grid = differences_of(adjusted(compared))
+    assert grid is not None
+    return Grid("What each choice of our reading of KiT is worth", grid.header, grid.lines, grid.notes)

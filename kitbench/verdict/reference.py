@@ -1,0 +1,298 @@
+"""`kitbench check`: do these runs still reach what a stored reference reached? For continuous integration.
+
+A reference (JSON, written by `--update`) keeps the scores of every seed, and what each method cost. Tolerances:
+
+    PSNR, SSIM    from the spread between seeds that the reference itself measured; only worse fails
+    parameters, GMACs    none: any change fails
+    peak memory of a step    MEMORY of it more
+    time of a step    divided by a calibration run of the same minute and machine; TIME of it more
+
+Seeds that both have are compared pairwise, so that only what is left of the spread after removing what all methods
+share in a seed counts; without a shared seed the whole spread counts. One sided, at 5 % over all scores (Bonferroni).
+A reference of another protocol, data version, recipe or device is refused: it speaks of other numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from xml.etree import ElementTree
+
+import numpy as np
+from pydantic import ValidationError
+from scipy import stats
+from tabulate import tabulate
+
+import kitbench
+from kitbench.errors import InputError
+from kitbench.spec.fields import Frozen
+from kitbench.spec.tasks import condition
+from kitbench.store.folder import RunFolder
+from kitbench.verdict.entries import Entry, entries, labels, mean_psnr, mean_ssim
+
+MEMORY = 0.05
+TIME = 0.5
+FLOOR = {"PSNR": 0.01, "SSIM": 0.0005}
+"""Tolerance at least: what another processor's rounding may move."""
+ONE_SEED = {"PSNR": 0.1, "SSIM": 0.005}
+"""Tolerance where the reference has one seed, so that no spread was measured; the line says so."""
+Place = tuple[str, str, str, str, str]
+"""Comparison, mode, method, data set, condition."""
+
+
+def _name(place: Place) -> str:
+    return f"{place[2]} on {place[3]} ({place[1]}) {place[4]}".strip()
+
+
+class Row(Frozen):
+    """The scores of one method on one data set under one condition, by seed ('-' for a training-free method)."""
+
+    comparison: str
+    mode: str
+    method: str
+    data_set: str
+    data_sha256: str
+    sigma: float | None
+    psnr: dict[str, float]
+    ssim: dict[str, float]
+    runs: tuple[str, ...]
+
+    @property
+    def place(self) -> Place:
+        return self.comparison, self.mode, self.method, self.data_set, condition(self.sigma)
+
+
+class CostRow(Frozen):
+    """What one method costs. Memory and time are means over its runs; `step` is in units of the calibration run."""
+
+    comparison: str
+    method: str
+    parameters: int
+    macs: int | None
+    peak_bytes: float | None
+    step: float | None
+    runs: tuple[str, ...]
+
+
+class Reference(Frozen):
+    """A reference file."""
+
+    schema_version: Literal[1] = 1
+    kitbench: str
+    protocol: str
+    rows: tuple[Row, ...]
+    costs: tuple[CostRow, ...]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One comparison with the reference."""
+
+    name: str
+    quantity: str
+    found: float | None
+    reference: float | None
+    tolerance: str
+    failed: bool
+    runs: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {self.quantity} is {_shown(self.found)}, reference {_shown(self.reference)}, "
+            f"{self.tolerance} (runs {', '.join(self.runs) or 'none'})"
+        )
+
+
+def _shown(value: float | None) -> str:
+    return "missing" if value is None else f"{value:,.0f}" if float(value).is_integer() else f"{value:,.4f}"
+
+
+def collect(runs: Sequence[RunFolder], protocol: str | None) -> Reference:
+    """What these runs reach. Raises InputError for rows of two protocols or of two versions of a data set."""
+    found = entries(runs, protocol)
+    names = labels(found)
+    groups: dict[Place, list[Entry]] = {}
+    trained: dict[tuple[str, str], dict[str, Entry]] = {}
+    for entry in sorted(found, key=lambda e: (e.run.seed or 0, e.run.key)):
+        name = names[entry.run.key, entry.run.method]
+        if not math.isfinite(mean_psnr(entry)):
+            raise InputError(f"{name} restored an image of {entry.evaluation.data_set} exactly: no PSNR to compare.")
+        place = (entry.run.comparison, entry.run.mode, name, entry.evaluation.data_set, entry.evaluation.condition)
+        groups.setdefault(place, []).append(entry)
+        if entry.training:
+            trained.setdefault((entry.run.comparison, name), {})[entry.run.key] = entry
+    rows = [
+        Row(
+            comparison=place[0], mode=place[1], method=place[2], data_set=place[3], sigma=group[0].evaluation.sigma,
+            data_sha256=group[0].evaluation.data_sha256,
+            psnr={_seed(e): mean_psnr(e) for e in group}, ssim={_seed(e): mean_ssim(e) for e in group},
+            runs=tuple(e.run.key[:10] for e in group),
+        )
+        for place, group in sorted(groups.items())
+    ]  # fmt: skip
+    costs = [_cost(*place, list(group.values())) for place, group in sorted(trained.items())]
+    return Reference(
+        kitbench=kitbench.__version__, protocol=found[0].evaluation.stamp, rows=tuple(rows), costs=tuple(costs)
+    )
+
+
+def _seed(entry: Entry) -> str:
+    return "-" if entry.run.seed is None else str(entry.run.seed)
+
+
+def _cost(comparison: str, method: str, group: list[Entry]) -> CostRow:
+    trainings = [entry.training for entry in group if entry.training]
+    first = trainings[0].cost
+    steps = [t.seconds_per_step / t.cost.calibration_seconds for t in trainings if t.cost.calibration_seconds]
+    peaks = [t.cost.train_peak_bytes for t in trainings if t.cost.train_peak_bytes is not None]
+    return CostRow(
+        comparison=comparison, method=method, parameters=first.parameters,
+        macs=first.macs if first.macs is not None else first.macs_counted,
+        peak_bytes=float(np.mean(peaks)) if peaks else None,
+        step=float(np.median(steps)) if len(steps) == len(trainings) else None,
+        runs=tuple(entry.run.key[:10] for entry in group),
+    )  # fmt: skip
+
+
+def read(path: Path) -> Reference:
+    """A stored reference. Raises InputError."""
+    try:
+        return Reference.model_validate(json.loads(path.read_bytes()))
+    except OSError as error:
+        raise InputError(
+            f"Reference {path} cannot be read ({error.strerror}); write one with `kitbench check ... --update`."
+        ) from error
+    except (ValueError, ValidationError, RecursionError) as error:
+        raise InputError(
+            f"{path} is no reference of this version of kitbench; write it anew with `kitbench check ... --update`."
+        ) from error
+
+
+def compare(runs: Sequence[RunFolder], reference: Reference, time: float = TIME) -> list[Line]:
+    """Every comparison of the runs with the reference. Raises InputError where the two speak of other numbers."""
+    current = collect(runs, reference.protocol)
+    theirs = {row.comparison for row in current.rows}
+    for row in reference.rows:
+        if row.comparison and row.comparison not in theirs:
+            raise InputError(
+                f"The reference's {row.method} on {row.data_set} was trained under another recipe, task, data or "
+                f"device, or by another version of the numerics; make the runs as the reference's were made, or write "
+                f"a new reference with --update."
+            )
+    here = {row.place: row for row in current.rows}
+    lines = [line for row in reference.rows for line in _scores(row, here.get(row.place), reference)]
+    costs = {(row.comparison, row.method): row for row in current.costs}
+    lines += [line for row in reference.costs for line in _costs(row, costs.get((row.comparison, row.method)), time)]
+    return lines
+
+
+def _scores(row: Row, found: Row | None, reference: Reference) -> Iterable[Line]:
+    name = _name(row.place)
+    if found is None:
+        yield Line(name, "PSNR", None, float(np.mean(list(row.psnr.values()))), "not in these runs", True, ())
+        return
+    if found.data_sha256 != row.data_sha256:
+        raise InputError(
+            f"The reference's {row.data_set} holds other images ({row.data_sha256[:8]}) than these runs' "
+            f"({found.data_sha256[:8]}); restore the set, or write a new reference with --update."
+        )
+    for quantity, old, new in (("PSNR", row.psnr, found.psnr), ("SSIM", row.ssim, found.ssim)):
+        shared = sorted(old.keys() & new.keys())
+        a = [new[seed] for seed in shared or new]
+        b = [old[seed] for seed in shared or old]
+        tolerance, why = score_tolerance(row, quantity, len(a), len(b), bool(shared), reference)
+        mean, before = float(np.mean(a)), float(np.mean(b))
+        worse = not mean >= before - tolerance
+        yield Line(name, quantity, mean, before, f"tolerance {tolerance:.4f} {why}", worse, found.runs)
+
+
+def score_tolerance(
+    row: Row, quantity: str, new: int, old: int, paired: bool, reference: Reference
+) -> tuple[float, str]:
+    """How much worse a mean over `new` seeds may be than one over `old`, and where that comes from."""
+    if "-" in row.psnr:
+        return FLOOR[quantity], "(training-free)"
+    field = "psnr" if quantity == "PSNR" else "ssim"
+    peers = [r for r in reference.rows if (r.comparison, *r.place[3:]) == (row.comparison, *row.place[3:])]
+    seeds = sorted(set.intersection(*(set(getattr(peer, field)) for peer in peers)))
+    scores = np.array([[getattr(peer, field)[seed] for seed in seeds] for peer in peers])  # [methods, seeds]
+    scores = scores if np.isfinite(scores).all() else scores[:0]
+    count = 2 * len(reference.rows)
+    methods = len(scores)
+    if len(seeds) < 2 or not methods:
+        return ONE_SEED[quantity], "(by default: the reference has no spread over seeds)"
+    rest = scores - scores.mean(1, keepdims=True)
+    freedom = len(seeds) - 1  # the methods share most of what a seed does: they are no independent draws of it
+    spread = math.sqrt(float(np.square(rest).sum()) / (methods * freedom))
+    why = f"from {len(seeds)} seeds"
+    if paired and methods > 1:
+        rest = rest - rest.mean(0, keepdims=True)
+        freedom = (methods - 1) * (len(seeds) - 1)
+        spread = math.sqrt(float(np.square(rest).sum()) / freedom)
+        why = f"from {len(seeds)} seeds of {methods} methods, pairwise"
+    tolerance = float(stats.t.isf(0.05 / count, freedom)) * spread * math.sqrt(1 / new + 1 / old)
+    return (tolerance, f"({why})") if tolerance > FLOOR[quantity] else (FLOOR[quantity], f"({why}; at least this)")
+
+
+def _costs(row: CostRow, found: CostRow | None, time: float) -> Iterable[Line]:
+    if found is None:
+        return  # its scores are missing too, and were told
+    for quantity, new, old in (("parameters", found.parameters, row.parameters), ("MACs", found.macs, row.macs)):
+        yield Line(row.method, quantity, new, old, "no tolerance", new != old, found.runs)
+    for quantity, value, before, share in (
+        ("peak memory of a step (bytes)", found.peak_bytes, row.peak_bytes, MEMORY),
+        ("time of a step (calibration runs)", found.step, row.step, time),
+    ):
+        if before is not None:
+            worse = value is None or value > before * (1 + share)
+            yield Line(row.method, quantity, value, before, f"tolerance {share:.0%} more", worse, found.runs)
+
+
+def changes(old: Reference, new: Reference) -> list[str]:
+    """What a new reference changes, a line each."""
+    told = [] if old.protocol == new.protocol else [f"protocol: {old.protocol} -> {new.protocol}"]
+    before, after = ({row.place: float(np.mean(list(row.psnr.values()))) for row in r.rows} for r in (old, new))
+    for place in sorted(before.keys() | after.keys()):
+        a, b = before.get(place), after.get(place)
+        if a != b:
+            moved = "" if a is None or b is None else f" ({b - a:+.4f})"
+            told.append(f"{_name(place)}: PSNR {_shown(a)} -> {_shown(b)} dB{moved}")
+    costs = [{(row.comparison, row.method): row for row in r.costs} for r in (old, new)]
+    for key in sorted(costs[0].keys() & costs[1].keys()):
+        for field in ("parameters", "macs", "peak_bytes", "step"):
+            a, b = (getattr(c[key], field) for c in costs)
+            if a != b:
+                told.append(f"{key[1]}: {field} {_shown(a)} -> {_shown(b)}")
+    return told
+
+
+def junit(lines: Sequence[Line]) -> bytes:
+    """JUnit XML: a test case a comparison."""
+    failures = str(sum(line.failed for line in lines))
+    suite = ElementTree.Element("testsuite", name="kitbench check", tests=str(len(lines)), failures=failures)
+    for line in lines:
+        case = ElementTree.SubElement(suite, "testcase", classname=line.name, name=line.quantity)
+        if line.failed:
+            ElementTree.SubElement(case, "failure", message=str(line))
+    return ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True) + b"\n"
+
+
+def summary(lines: Sequence[Line]) -> str:
+    """Markdown for a pull request: the verdict, the failures, then everything that was compared."""
+    failed = [line for line in lines if line.failed]
+    header = ["what", "quantity", "found", "reference", "tolerance", "runs"]
+
+    def grid(some: Sequence[Line]) -> str:
+        cells = [
+            [x.name, x.quantity, _shown(x.found), _shown(x.reference), x.tolerance, ", ".join(x.runs)] for x in some
+        ]
+        return tabulate(cells, header, tablefmt="pipe", disable_numparse=True)
+
+    told = f"{len(failed)} of {len(lines)} comparisons failed" if failed else f"all {len(lines)} comparisons hold"
+    parts = [f"## kitbench check: {told}", *([grid(failed)] if failed else [])]
+    parts.append(f"<details><summary>everything compared</summary>\n\n{grid(lines)}\n\n</details>")
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,126 @@
+"""Rows: the long form of a table, from stored runs alone.
+
+A row per method, data set, noise level and protocol: the mean over seeds of the mean over images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from kitbench.store.folder import RunFolder
+from kitbench.verdict.compare import Compared, adjusted, compare
+from kitbench.verdict.entries import Entry, entries, labels, mean_psnr, mean_ssim
+from kitbench.verdict.statistics import mean_interval
+
+
+def rows(runs: Sequence[RunFolder], protocol: str | None = None) -> pd.DataFrame:
+    """The long form, sorted. PSNR in dB, memory in bytes, times in seconds, GMACs at `resolution` px."""
+    found = entries(runs, protocol)
+    names = labels(found)
+    groups: dict[tuple[Any, ...], list[Entry]] = {}
+    for entry in found:
+        key = (
+            entry.run.comparison, entry.run.mode, names[entry.run.key, entry.run.method],
+            entry.evaluation.data_set, entry.evaluation.condition,
+        )  # fmt: skip
+        groups.setdefault(key, []).append(entry)
+    to_best = {(c.a, *where): c for where, c in _to_best(groups)}
+    table = pd.DataFrame([_row(key, group, to_best.get((key[2], key[0], *key[3:]))) for key, group in groups.items()])
+    order = table["comparison"].map(_comparison_order(found))
+    trained = table["seeds"] != "-"
+    # References stand first, the weakest (the input) on top; trained methods by name.
+    weakest = table.groupby("method")["psnr_db"].transform("mean").where(~trained, 0)
+    return (
+        table.assign(_order=order, _trained=trained, _weakest=weakest)
+        .sort_values(["mode", "_order", "_trained", "_weakest", "method", "data_set", "sigma"], kind="stable")
+        .drop(columns=["_order", "_trained", "_weakest"])
+        .reset_index(drop=True)
+    )
+
+
+def _to_best(groups: dict[tuple[Any, ...], list[Entry]]) -> list[tuple[tuple[Any, ...], Compared]]:
+    """Every trained method against the best of its column, by (comparison, data set, condition), after Holm."""
+    columns: dict[tuple[Any, ...], dict[str, list[Entry]]] = {}
+    for (comparison, _, method, data_set, condition), group in groups.items():
+        if comparison:
+            columns.setdefault((comparison, data_set, condition), {})[method] = group
+    found = []
+    for where, methods in sorted(columns.items()):
+        means = {method: math.fsum(map(mean_psnr, group)) / len(group) for method, group in sorted(methods.items())}
+        best = max(means, key=means.__getitem__)
+        for method in means:
+            if method != best and (pair := compare(method, best, methods[method], methods[best])) is not None:
+                found.append((where, pair))
+    return list(zip([where for where, _ in found], adjusted([pair for _, pair in found]), strict=True))
+
+
+def _row(key: tuple[Any, ...], group: list[Entry], to_best: Compared | None) -> dict[str, Any]:
+    comparison, mode, method, data_set, condition = key
+    group = sorted(group, key=lambda entry: entry.run.seed or 0)
+    first = group[0]
+    cost = first.training.cost if first.training else first.run.cost
+    macs = None if cost is None else cost.macs if cost.macs is not None else cost.macs_counted
+    lpips = [_mean([score.lpips for score in entry.evaluation.scores]) for entry in group]
+    peaks = [entry.training.cost.train_peak_bytes for entry in group if entry.training]
+    return {
+        "comparison": comparison[:10],
+        "suite": first.run.suite,
+        "recipe": first.run.recipe.name if first.run.recipe else "",
+        "device": first.run.device,
+        "mode": mode,
+        "method": method,
+        "form": first.run.settings.get("form"),
+        "data_set": data_set,
+        "sigma": first.evaluation.sigma,
+        "condition": condition,
+        "psnr_db": _mean([mean_psnr(entry) for entry in group]),
+        "psnr_pm_seeds": _half([mean_psnr(entry) for entry in group]),
+        "ssim": _mean([mean_ssim(entry) for entry in group]),
+        "ssim_pm_seeds": _half([mean_ssim(entry) for entry in group]),
+        "lpips": _mean(lpips),
+        "images": len(first.evaluation.scores),
+        "seeds": ",".join(str(entry.run.seed) for entry in group) if first.training else "-",
+        "parameters": cost.parameters if cost else None,
+        "gmacs": macs / 1e9 if macs is not None else None,
+        "gmacs_note": cost.macs_note if cost else None,
+        "resolution": cost.resolution if cost else None,
+        "train_peak_bytes": _mean(peaks),
+        "seconds_per_step": _mean([entry.training.seconds_per_step for entry in group if entry.training]),
+        "contended": max([entry.training.contended or 0 for entry in group if entry.training], default=None),
+        "protocol": first.evaluation.stamp,
+        "best": to_best.b if to_best else None,
+        "to_best_db": to_best.found.mean if to_best else None,
+        "to_best_low": to_best.found.interval.low if to_best and to_best.found.interval else None,
+        "to_best_high": to_best.found.interval.high if to_best and to_best.found.interval else None,
+        "p_holm": to_best.p_holm if to_best else None,
+        "within_noise": not to_best.decided if to_best and to_best.p_holm is not None else None,
+        "detectable_db": to_best.found.detectable if to_best else None,
+        "statistics_note": to_best.found.note if to_best else None,
+        "runs": ",".join(entry.run.key[:10] for entry in group),
+    }
+
+
+def _half(values: Sequence[float]) -> float | None:
+    """Half the 95 % interval over seeds; None for one seed."""
+    found = mean_interval(values)
+    return None if found is None else (found.high - found.low) / 2
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Mean of all values; None where there is none, or where one of them was not measured."""
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _comparison_order(found: Sequence[Entry]) -> dict[str, str]:
+    """Blocks stand in the order of suite, recipe and key, whatever the order of the folders."""
+    return {
+        entry.run.comparison[
+            :10
+        ]: f"{entry.run.suite}/{entry.run.recipe.name if entry.run.recipe else ''}/{entry.run.comparison}"
+        for entry in found
+    }

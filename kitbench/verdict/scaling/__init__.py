@@ -1,0 +1,1 @@
+"""What a stored sweep says: exponents, crossings, the largest image; its page and pictures."""

@@ -1,0 +1,242 @@
+"""What a sweep is written down as: a CSV of its points, and a Markdown page with table, exponents and words."""
+
+from __future__ import annotations
+
+import csv as csv_format
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from tabulate import tabulate
+
+from kitbench.store.files import write_atomic
+from kitbench.store.sweeps import Point, Sweep, What
+from kitbench.text import gib
+from kitbench.verdict.scaling.fit import WORDS, Exponent, Quantity, crossings, curves, exponent, largest
+from kitbench.verdict.scaling.plot import draw
+
+QUANTITIES: dict[str, Quantity] = {
+    "FLOPs": lambda point: point.macs,
+    "memory": lambda point: point.bytes,
+    "time": lambda point: point.seconds,
+}
+TELLING_BYTES = 16 << 20
+LINEAR = 1.1  # exponents up to this are called linear
+_COLUMNS = {
+    "method": lambda p: p.method,
+    "what": lambda p: p.what,
+    "side_px": lambda p: p.size,
+    "status": lambda p: p.status,
+    "reason": lambda p: p.reason,
+    "gmacs": lambda p: p.macs / 1e9,
+    "gflops": lambda p: 2 * p.macs / 1e9,
+    "closed_form_forward_gmacs": lambda p: None if p.macs_closed is None else p.macs_closed / 1e9,
+    "flops_note": lambda p: p.macs_note,
+    "comparisons": lambda p: p.comparisons,
+    "exponentials": lambda p: p.exponentials,
+    "gathered_bytes": lambda p: p.gathered_bytes,
+    "peak_bytes": lambda p: p.peak_bytes,
+    "predicted_bytes": lambda p: p.predicted_bytes,
+    "reserved_bytes": lambda p: p.reserved_bytes,
+    "resident_bytes": lambda p: p.resident_bytes,
+    "seconds": lambda p: p.seconds,
+    "seconds_q1": lambda p: p.quartiles and p.quartiles[0],
+    "seconds_q3": lambda p: p.quartiles and p.quartiles[1],
+    "rounds": lambda p: p.rounds,
+    "dropped_rounds": lambda p: p.dropped,
+    "noisy": lambda p: p.noisy,
+}
+
+
+def csv(sweep: Sweep) -> str:
+    """One line a point, sorted by method, infer or train, and size; units stand in the header."""
+    text = io.StringIO()
+    writer = csv_format.writer(text, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for method, what in curves(sweep):
+        for point in sweep.curve(method, what):
+            writer.writerow([column(point) for column in _COLUMNS.values()])
+    return text.getvalue()
+
+
+def markdown(sweep: Sweep) -> str:
+    """The page that `scale.md` holds."""
+
+    told = sweep.environment
+    subject = {"attention": "attention alone", "block": "one block", "model": "whole model"}[sweep.scope]
+    parts = [
+        "# Cost against resolution",
+        f"{subject}, {sweep.dim} channels, {sweep.heads} head{'s' * (sweep.heads > 1)}, batch 1, float32; "
+        f"{told.device}, {told.host}, {sweep.threads} threads, torch {told.versions['torch']}, commit {told.commit}. "
+        f"A point could take {gib(sweep.memory_limit)}. Memory is the peak above the module and its input. "
+        "Exponents are in pixels (1: linear in the number of pixels), with their 95 % intervals; those of time rest on "
+        "measured points only, those of memory on measured and predicted ones.",
+    ]
+    for what in dict.fromkeys(what for _, what in curves(sweep)):
+        parts += [f"## {WORDS[what].capitalize()}", _exponents(sweep, what), _points(sweep, what)]
+    parts += ["## In words", "\n".join(f"- {sentence}" for sentence in words(sweep))]
+    return "\n\n".join(parts) + "\n"
+
+
+def write(sweep: Sweep, folder: Path) -> list[Path]:
+    """Write scale.csv, scale.md, scale.png and scale.svg into `folder`, which is there."""
+    texts = {folder / "scale.csv": csv(sweep), folder / "scale.md": markdown(sweep)}
+    for path, text in texts.items():
+        write_atomic(path, text.encode())
+    return [*texts, *draw(sweep, folder)]
+
+
+def summary(sweep: Sweep) -> str:
+    """What the terminal shows: exponents and the largest image, and the words."""
+    parts = []
+    for what in dict.fromkeys(what for _, what in curves(sweep)):
+        parts += [WORDS[what].capitalize(), _exponents(sweep, what, "simple")]
+    return "\n\n".join([*parts, "\n".join(words(sweep))]) + "\n"
+
+
+def _exponents(sweep: Sweep, what: What, form: str = "github") -> str:
+    header = ["method", *(f"exponent of {name}" for name in QUANTITIES), f"largest side within {gib(sweep.budget)}, px"]
+    rows = []
+    for method, _ in (curve for curve in curves(sweep) if curve[1] == what):
+        points = sweep.curve(method, what)
+        side = largest(points, sweep.budget)
+        fits = [_shown(exponent(points, quantity)) for quantity in QUANTITIES.values()]
+        rows.append([method, *fits, "n/a" if side is None else f"{int(side)}"])
+    return tabulate(rows, header, tablefmt=form, disable_numparse=True)
+
+
+def _shown(found: Exponent | None) -> str:
+    if found is None:
+        return "n/a"
+    if found.half_width is None:
+        return f"{found.value:.2f} (2 points)"
+    return f"{found.value:.2f} ± {found.half_width:.2f}"
+
+
+def _points(sweep: Sweep, what: What) -> str:
+    header = ["method", "side, px", "GMACs", "GFLOPs", "peak memory", "time, ms", "quartiles", "rounds", "remark"]
+    rows = []
+    for method, _ in (curve for curve in curves(sweep) if curve[1] == what):
+        for p in sweep.curve(method, what):
+            memory = gib(p.bytes) if p.peak_bytes is not None else f"({gib(p.bytes)})"
+            spread = "" if p.quartiles is None else f"{1e3 * p.quartiles[0]:.3g}-{1e3 * p.quartiles[1]:.3g}"
+            rounds = f"{p.rounds} (+{p.dropped} dropped)" if p.dropped else f"{p.rounds or ''}"
+            time = "" if p.seconds is None else f"{1e3 * p.seconds:.3g}"
+            rows.append(
+                [
+                    method,
+                    p.size,
+                    f"{p.macs / 1e9:.4g}",
+                    f"{2 * p.macs / 1e9:.4g}",
+                    memory,
+                    time,
+                    spread,
+                    rounds,
+                    _remark(p),
+                ]
+            )
+    note = "Peak memory in parentheses is predicted."
+    return f"{tabulate(rows, header, tablefmt='github', disable_numparse=True)}\n\n{note}"
+
+
+def _remark(point: Point) -> str:
+    state = {"measured": "", "predicted": "predicted", "oom": "OOM"}.get(point.status, point.status)
+    parts = [state, point.reason or "", point.macs_note or "", "noisy" if point.noisy else ""]
+    return "; ".join(part for part in parts if part)
+
+
+def words(sweep: Sweep) -> list[str]:
+    """What the points say, one sentence each; only what they do say."""
+    told: list[str] = []
+    for what in dict.fromkeys(what for _, what in curves(sweep)):
+        told += _growth(sweep, what) + _kernel_or_method(sweep, what) + _overtaking(sweep, what)
+    return told + _trust(sweep)
+
+
+def _growth(sweep: Sweep, what: What) -> list[str]:
+    told = []
+    for name, quantity in QUANTITIES.items():
+        fits = {method: exponent(sweep.curve(method, what), quantity) for method, w in curves(sweep) if w == what}
+        steep = [f"{method} ({fit.value:.2f})" for method, fit in fits.items() if fit and _steep(fit)]
+        flat = [method for method, fit in fits.items() if fit and not _steep(fit)]
+        if steep and flat:
+            slow = f"not: {_list(flat)}"
+            told.append(f"{WORDS[what]}: faster growth of {name} than linear in pixels: {_list(steep)}; {slow}.")
+        elif flat or steep:
+            told.append(f"{WORDS[what]}: faster growth of {name} than linear in pixels: {'none' if flat else 'all'}.")
+    return told
+
+
+def _steep(fit: Exponent) -> bool:
+    """Whether the whole interval lies above what is called linear."""
+    return fit.value - (fit.half_width or 0) > LINEAR
+
+
+def _kernel_or_method(sweep: Sweep, what: What) -> list[str]:
+    """Whose merit a gain over global attention is, where both of its forms were swept beside another method."""
+    forms = {
+        settings.get("form", "sdpa"): label for label, (name, settings) in sweep.methods.items() if name == "global"
+    }
+    kit = next((label for label, (name, _) in sweep.methods.items() if name == "kit"), None)
+    if set(forms) != {"materialised", "sdpa"} or kit is None:
+        return []
+    slope = {
+        (label, name): found.value
+        for label in (*forms.values(), kit)
+        for name, quantity in QUANTITIES.items()
+        if (found := exponent(sweep.curve(label, what), quantity))
+    }
+    plain, fused = forms["materialised"], forms["sdpa"]
+    told = []
+    if slope[plain, "memory"] > 1.5 and slope[fused, "memory"] <= LINEAR:
+        told.append(
+            f"{WORDS[what]}: the memory gain over global attention is owed to the kernel: computed by a fused one, "
+            f"global attention's memory grows with the power {slope[fused, 'memory']:.2f} of the pixels (materialised: "
+            f"{slope[plain, 'memory']:.2f}), kit's with {slope[kit, 'memory']:.2f}."
+        )
+    if slope.get((fused, "time"), 0) > 1.5 and slope.get((kit, "time"), 9) < 1.5:
+        told.append(
+            f"{WORDS[what]}: the time gain is owed to the method: fused or not, global attention's time grows with the "
+            f"power {slope[fused, 'time']:.2f} of the pixels, kit's with {slope[kit, 'time']:.2f}."
+        )
+    return told
+
+
+def _overtaking(sweep: Sweep, what: What) -> list[str]:
+    labels = [method for method, w in curves(sweep) if w == what]
+    told = []
+    for name, quantity in QUANTITIES.items():
+        for other in labels[1:]:
+            for crossing in crossings(sweep.curve(labels[0], what), sweep.curve(other, what), quantity):
+                side = "above" if crossing.cheaper_above else "below"
+                told.append(f"{WORDS[what]}: {labels[0]} needs less {name} than {other} {side} {crossing.size:.0f} px.")
+    return told
+
+
+def _trust(sweep: Sweep) -> list[str]:
+    """How well the instruments agreed in this very run."""
+    told = []
+    both = [p for p in sweep.points if (p.peak_bytes or 0) >= TELLING_BYTES]
+    if both:
+        errors = [100 * abs(p.predicted_bytes / p.bytes - 1) for p in both]
+        told.append(
+            f"Predicted memory is within {max(errors):.1f} % of the measured one at all {len(both)} points that have "
+            "both and take 16 MiB or more (below, scratch of a fixed size inside torch's kernels shows)."
+        )
+    checked = [p for p in sweep.points if p.resident_bytes and p.peak_bytes]
+    if checked:
+        errors = [100 * abs((p.resident_bytes or 0) / (p.peak_bytes or 1) - 1) for p in checked]
+        told.append(
+            f"The resident set of a fresh process is within {max(errors):.1f} % of the allocator's peak "
+            f"at all {len(checked)} points where it was taken."
+        )
+    marked = sorted({f"{p.method} ({p.macs_note})" for p in sweep.points if p.macs_note})
+    told += [f"FLOPs not reconciled: {mark}." for mark in marked]
+    stated = [p for p in sweep.points if p.macs_closed is not None]
+    if stated and not marked:
+        told.append(f"Counted FLOPs equal the closed form to 1 % at all {len(stated)} points.")
+    return told
+
+
+def _list(items: Sequence[str]) -> str:
+    return ", ".join(items[:-1]) + " and " + items[-1] if len(items) > 1 else items[0]

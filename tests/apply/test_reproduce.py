@@ -1,0 +1,140 @@
+"""A stored run is made again from its own record, and what differs between two runs is told in the order that explains."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.faults import RUN, Done, folder, kitbench
+from kitbench.apply.reproduce import judge
+from kitbench.store.folder import RunFolder
+from kitbench.store.records import Environment, Run
+from kitbench.verdict.differences import differences
+from tests.conftest import ROOT
+from tests.stored import store
+
+OWN = '''
+"""own: a mixing of channels."""
+from torch import nn
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads, *, shift=False):
+        super().__init__()
+        self.mix = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        return self.mix(x)
+'''
+
+
+@pytest.fixture(scope="module")
+def finished() -> Iterator[Path]:
+    """A folder with finished runs of a shipped method, of a file of the user's own, and of a reference."""
+    with folder() as place:
+        (place / "own.py").write_text(OWN)
+        done = kitbench(place, *RUN, "--method", "conv", "--method", "own.py", "--set", "task.sigma_test=[25]")
+        assert done.code == 0, done.text
+        yield place
+
+
+def again(finished: Path, name: str, *arguments: str, code: int = 0) -> Done:
+    [path] = finished.glob(f"results/denoise-colour-{name}*")
+    done = kitbench(finished, "reproduce", str(path), *arguments, "--device", "cpu")
+    assert done.code == code, done.text
+    return done
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "what"),
+    [
+        ("conv", (), "weights, losses and the scores of 2 images"),
+        ("input", (), "the scores of 2 images"),
+        ("own", ("--method", "own.py"), "weights, losses and the scores of 2 images"),
+    ],
+)
+def test_a_stored_run_made_again_is_bit_identical(
+    finished: Path, name: str, arguments: tuple[str, ...], what: str
+) -> None:
+    before = sorted(path for path in finished.rglob("*") if "__pycache__" not in path.parts)
+    assert f": bit-identical: {what}" in again(finished, name, *arguments).text.replace("\n", " ")
+    assert sorted(path for path in finished.rglob("*") if "__pycache__" not in path.parts) == before
+
+
+def test_a_committed_reference_run_is_reproduced() -> None:
+    """To the last bit on the machine that made it with as many threads, within the seed spread elsewhere."""
+    [path] = (ROOT / "results" / "reference" / "denoise-smoke-cpu").glob("denoise-colour-conv-s0-*")
+    done = kitbench(ROOT, "reproduce", str(path), "--device", "cpu")
+    assert done.code == 0, done.text
+    assert f"{path.name}: bit-identical" in done.text or f"{path.name}: within the seed spread" in done.text
+
+
+def test_other_data_is_named_before_anything_is_trained(finished: Path, tmp_path: Path) -> None:
+    [source] = finished.glob("results/denoise-colour-conv*")
+    run = RunFolder(Path(shutil.copytree(source, tmp_path / "run")))
+    run.write("run.json", run.run.model_copy(update={"train_sets": {"skimage-train": "ab" * 32}}))
+    done = kitbench(finished, "reproduce", str(run.path))
+    assert "different: other data: nothing was run" in done.text
+    assert "the first thing that differs: data: training set skimage-train: ababababab and" in done.text
+    assert "24/24" not in done.text
+    assert done.code == 1
+
+
+def test_a_users_own_file_must_be_the_one_of_the_record(finished: Path) -> None:
+    assert "name its Python file with --method" in again(finished, "own", code=2).text
+    (finished / "other.py").write_text(OWN + "# changed\n")
+    text = again(finished, "own", "--method", "other.py", code=2).text
+    assert "is not the file that the run was made with" in " ".join(text.split())
+
+
+def test_diff_of_a_run_with_itself_and_with_another(finished: Path) -> None:
+    a, b = (str(next(finished.glob(f"results/denoise-colour-{name}*"))) for name in ("conv", "own"))
+    assert "no difference: weights, losses and scores are bit-identical" in kitbench(finished, "diff", a, a).text
+    text = kitbench(finished, "diff", a, b).text
+    assert text.index("setting: attention: conv and") < text.index("numbers: loss at step 10")
+
+
+def changed(run: RunFolder, **environment: object) -> RunFolder:
+    record = run.run
+    run.write("run.json", record.model_copy(update={"environment": record.environment.model_copy(update=environment)}))
+    return run
+
+
+def test_the_seeds_beside_a_run_tell_how_far_its_numbers_may_move(tmp_path: Path) -> None:
+    """Seeds of 30, 30.2 and 30.4 dB spread by 0.2: 0.4 is allowed."""
+    runs = [store(tmp_path / "stored", "kit", psnr, seed) for seed, psnr in enumerate((30.0, 30.2, 30.4))]
+    for moved, verdict in ((0.0, "bit-identical"), (0.39, "within the seed spread"), (-0.41, "different")):
+        made = store(tmp_path / f"made{moved}", "kit", 30.0 + moved, 0)
+        outcome = judge(runs[0], changed(made, versions={"torch": "3"}), runs[1:])
+        assert outcome.verdict == verdict
+        if moved:
+            assert str(outcome.first) == "version: torch: 2 and 3"
+            assert "3 seeds spread by 0.2 and 0.4 is allowed" in outcome.why
+
+
+def test_one_seed_allows_a_tenth_of_a_decibel_and_no_training_a_hundredth(tmp_path: Path) -> None:
+    for method, seed, allowed in (("kit", 0, 0.1), ("nlm", None, 0.01)):
+        stored = store(tmp_path / "stored", method, 30.0, seed)
+        for moved, verdict in ((0.9 * allowed, "within the seed spread"), (1.1 * allowed, "different")):
+            made = store(tmp_path / f"{method}{moved}", method, 30.0 + moved, seed)
+            assert judge(stored, made, []).verdict == verdict
+
+
+def test_what_explains_comes_first(tmp_path: Path) -> None:
+    a, b = (store(tmp_path / name, "kit", 30.0 + number, sha256=name) for number, name in enumerate("ab"))
+    changed(
+        b, commit="c" * 40, device="NVIDIA H100", versions={"torch": "3"}, flags={"tf32": True}, threads=9, host="i"
+    )
+    kinds = [difference.kind for difference in differences(a, b)]
+    assert kinds == ["data", "code", "device", "version", "flag", "threads", "host", "numbers", "numbers"]
+    assert "commit: nothing and cccccccccc" in str(differences(a, b)[1])
+
+
+def test_every_field_of_the_environment_is_compared_or_no_cause_of_a_difference() -> None:
+    """A new field must be given its kind in differences.py, or stand here."""
+    compared = {"kitbench", "commit", "device", "driver", "python", "threads", "host", "versions", "flags"}
+    assert set(Environment.model_fields) == compared | {"command", "started"}
+    assert "environment" in Run.model_fields

@@ -1,0 +1,110 @@
+"""Submissions to the servers of SIDD and DND: what the servers read is what the network made of every region."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import zipfile
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from scipy.io import loadmat, savemat
+
+from kitbench.apply.submit import submit
+from kitbench.data.cards import Card, card
+from kitbench.errors import InputError
+from tests.conftest import run_kitbench
+
+BOXES = [[(1, 3, 12, 18), (9, 5, 20, 24)], [(4, 1, 15, 20), (2, 2, 9, 9)]]
+"""As MATLAB has them: top, left, bottom, right from 1, the ends included."""
+
+
+def brighter(image: np.ndarray) -> np.ndarray:
+    assert image.dtype == np.float32
+    assert 0 <= image.min() <= image.max() <= 1
+    return image + np.float32(0.25)
+
+
+def send(chosen: Card, folder: Path, out: Path) -> None:
+    submit(chosen, folder, brighter, out, lambda done, total: None)
+
+
+def sidd(folder: Path, shape: tuple[int, ...] = (2, 3, 16, 16, 3)) -> np.ndarray:
+    folder.mkdir(parents=True)
+    noisy = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    savemat(folder / "BenchmarkNoisyBlocksSrgb.mat", {"BenchmarkNoisyBlocksSrgb": noisy})
+    return noisy
+
+
+def dnd(folder: Path) -> list[np.ndarray]:
+    (folder / "images_srgb").mkdir(parents=True)
+    photos = [np.random.default_rng(n).random((20, 24, 3), dtype=np.float32) for n in range(2)]
+    for number, photo in enumerate(photos):
+        with h5py.File(folder / "images_srgb" / f"{number + 1:04d}.mat", "w", userblock_size=512) as file:
+            file["InoisySRGB"] = photo.T
+    with h5py.File(folder / "info.mat", "w", userblock_size=512) as file:
+        cells = file.create_dataset("info/boundingboxes", (1, 2), dtype=h5py.ref_dtype)
+        for number, boxes in enumerate(BOXES):
+            cell = file.create_dataset(f"#refs#/{number}", data=np.array(boxes, float).T)
+            cells[0, number] = cell.ref
+    return photos
+
+
+def test_sidd_gets_every_block_in_order(tmp_path: Path) -> None:
+    noisy = sidd(tmp_path / "SIDD")
+    send(card("SIDD-benchmark"), tmp_path / "SIDD", tmp_path / "SubmitSrgb.csv")
+    csv.field_size_limit(1 << 20)
+    with (tmp_path / "SubmitSrgb.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["ID"] for row in rows] == [str(n) for n in range(6)]
+    for row, block in zip(rows, noisy.reshape(6, 16, 16, 3), strict=True):
+        sent = np.frombuffer(base64.b64decode(row["BLOCK"]), np.uint8).reshape(16, 16, 3)
+        assert np.array_equal(sent, np.rint(np.clip(block.astype(np.float32) / 255 + np.float32(0.25), 0, 1) * 255))
+
+
+def test_dnd_gets_every_region_of_every_photograph(tmp_path: Path) -> None:
+    photos = dnd(tmp_path / "DND")
+    small = card("DND").model_copy(update={"count": 2})
+    send(small, tmp_path / "DND", tmp_path / "dnd.zip")
+    with zipfile.ZipFile(tmp_path / "dnd.zip") as archive:
+        assert archive.namelist() == ["0001.mat", "0002.mat"]
+        for name, photo, boxes in zip(archive.namelist(), photos, BOXES, strict=True):
+            found = loadmat(io.BytesIO(archive.read(name)))
+            assert (found["israw"].item(), found["eval_version"].item()) == (0, "1.0")
+            regions = found["Idenoised"].ravel()
+            for region, (top, left, bottom, right) in zip(regions, boxes, strict=True):
+                assert region.dtype == np.float32
+                assert np.array_equal(
+                    region, np.clip(photo[top - 1 : bottom, left - 1 : right] + np.float32(0.25), 0, 1)
+                )
+    first = (tmp_path / "dnd.zip").read_bytes()
+    send(small, tmp_path / "DND", tmp_path / "again.zip")
+    assert len((tmp_path / "again.zip").read_bytes()) == len(first)
+
+
+def test_what_cannot_be_submitted_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="Rain100L is scored here.*sets to submit: SIDD-benchmark, DND"):
+        send(card("Rain100L"), tmp_path, tmp_path / "out.csv")
+    with pytest.raises(InputError, match=r"takes a \.csv file; give --out FILE\.csv"):
+        send(card("SIDD-benchmark"), tmp_path, tmp_path / "out.mat")
+    dnd(tmp_path / "DND")
+    small = card("DND").model_copy(update={"count": 2})
+    (tmp_path / "DND" / "info.mat").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="does not hold the regions of DND"):
+        send(small, tmp_path / "DND", tmp_path / "out.zip")
+    assert not (tmp_path / "out.zip").exists()
+
+
+def test_a_trained_run_is_submitted_from_the_command_line(tmp_path: Path, tiny_runs: Path) -> None:
+    sidd(tmp_path / "SIDD", (1, 2, 32, 32, 3))
+    run = next(tiny_runs.glob("*colour*-kit-s0-*"), None) or next(tiny_runs.glob("*-kit-s0-*"))
+    arguments = ["submit", "SIDD-benchmark", "--run", str(run), "--data", str(tmp_path), "--device", "cpu"]
+    done = run_kitbench(tmp_path, *arguments, "--out", "SubmitSrgb.csv")
+    assert "wrote SubmitSrgb.csv" in done.stdout
+    assert len((tmp_path / "SubmitSrgb.csv").read_text().splitlines()) == 3
+    assert "takes a .csv" in run_kitbench(tmp_path, *arguments, "--out", "other.zip", code=2).stderr
+    arguments[1] = "DND"
+    assert "is not in" in run_kitbench(tmp_path, *arguments, "--out", "dnd.zip", code=2).stderr

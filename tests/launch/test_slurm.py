@@ -1,0 +1,101 @@
+"""`run --launcher slurm` on a real Slurm of two nodes on this machine's loopback, with a node lost and a job preempted."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cli.test_cli import numbers, runs
+from tests.conftest import TINY, run_kitbench
+from tests.launch.cluster import CannotStart, Cluster
+
+SUITE = TINY.replace('references = ["input"]', "references = []").replace(
+    "steps = 12, batch = 2, crop = 32, checkpoint_every = 4", "steps = 500, batch = 2, crop = 32, checkpoint_every = 10"
+)
+SECONDS = 150
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    if importlib.util.find_spec("submitit") is None:
+        pytest.skip("submitit is not installed; pip install 'kitbench[slurm]'")
+    try:
+        with Cluster() as running:
+            yield running
+    except CannotStart as reason:
+        pytest.skip(str(reason))
+
+
+def until(what: str, ready: Callable[[], object], cluster: Cluster, folder: Path) -> None:
+    end = time.monotonic() + SECONDS
+    while not ready():
+        if time.monotonic() > end:
+            logs = [path.read_text(errors="replace")[-2000:] for path in sorted(folder.rglob("*_log.*"))]
+            pytest.fail(
+                f"{what}: not within {SECONDS} s\n{cluster.command('scontrol', 'show', 'job')}\n" + "\n".join(logs)
+            )
+        time.sleep(0.2)
+
+
+def jobs(cluster: Cluster, what: str) -> dict[str, str]:
+    """One field of every job of the array, by its number in the array."""
+    text = cluster.command("scontrol", "-o", "show", "job")
+    found = [
+        (re.search(r"ArrayTaskId=(\d+) ", line), re.search(rf"\b{what}=(\S*)", line)) for line in text.splitlines()
+    ]
+    return {task[1]: value[1] for task, value in found if task and value}
+
+
+def test_cells_survive_a_lost_node_and_a_preemption_bit_for_bit(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(SUITE)
+    arguments = (
+        "run",
+        "--suite",
+        "tiny.toml",
+        "--launcher",
+        "slurm",
+        "--partition",
+        "low",
+        "--cpus",
+        "1",
+        "--time",
+        "20",
+    )
+    dry = run_kitbench(tmp_path, *arguments, "--dry-run").stdout
+    assert "2 of 2 cells go to Slurm" in dry
+    assert "--only colour/kit/0" in dry
+    assert not (tmp_path / "results").exists()
+
+    done = run_kitbench(tmp_path, *arguments, **cluster.environment)
+    assert "submitted 2 jobs" in done.stdout
+    assert "2 queued" in run_kitbench(tmp_path, "status", "results").stdout
+
+    # Both nodes are at work and have saved something; then one loses its power, and the other's job is preempted.
+    results = tmp_path / "results"
+    until("two checkpoints", lambda: len(list(results.glob("*/checkpoint.safetensors"))) == 2, cluster, tmp_path)
+    nodes = {node: task for task, node in jobs(cluster, "NodeList").items() if node in ("n1", "n2")}
+    assert set(nodes) == {"n1", "n2"}
+    cluster.down("n1")
+    cluster.command("sbatch", "-p", "high", "-w", "n2", "-o", "/dev/null", "--wrap", "sleep 1")
+    until("both requeued", lambda: all(jobs(cluster, "Restarts")[t] != "0" for t in nodes.values()), cluster, tmp_path)
+    cluster.up("n1")
+    at_work = ("idle", "allocated", "mixed")  # ReturnToService=2: a node that registers is taken back
+    until("n1 back", lambda: cluster.states().get("n1") in at_work, cluster, tmp_path)
+
+    until("all done", lambda: set(jobs(cluster, "JobState").values()) == {"COMPLETED"}, cluster, tmp_path)
+    assert "2 done" in run_kitbench(tmp_path, "status", "results").stdout
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "tiny.toml").write_text(SUITE)
+    run_kitbench(plain, "run", "--suite", "tiny.toml")
+    expected = runs(plain / "results")
+    assert {name: numbers(run) for name, run in runs(results).items()} == {
+        name: numbers(run) for name, run in expected.items()
+    }
+    again = run_kitbench(tmp_path, *arguments, **cluster.environment)
+    assert "0 of 2 cells" in again.stdout

@@ -1,0 +1,152 @@
+"""The shared backbone: only the attention differs, for every size, with a closed form of its cost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kitbench.cost.flops import count_module, reconcile
+from kitbench.errors import InputError
+from kitbench.model import methods
+from kitbench.model.backbone import UNet, pad
+from kitbench.spec import loading
+
+QUICK = loading.load("denoise")
+SMALL = loading.load("denoise", overrides=["backbone.width=8", "backbone.head_dim=8"]).backbone
+NAMES = list(QUICK.methods)
+
+
+def build(name: str, seed: int = 0, channels: int = 3) -> UNet:
+    method = methods.load(name)
+    return UNet(channels, SMALL, method, method.resolve(QUICK.methods[name].settings), seed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_methods_start_from_the_same_shared_weights(name: str) -> None:
+    other = dict(build("conv").named_parameters())
+    shared = {key: value for key, value in build(name).named_parameters() if ".attention." not in key}
+    assert shared.keys() == {key for key in other if ".attention." not in key}
+    assert all(torch.equal(value, other[key]) for key, value in shared.items())
+    assert not torch.equal(build(name, seed=1).head.weight, build(name).head.weight)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_building_a_network_is_repeatable_and_leaves_the_generator_alone(name: str) -> None:
+    before = torch.get_rng_state()
+    first, second = build(name).state_dict(), build(name).state_dict()
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (37, 50), (3, 70)])
+def test_any_size_gives_its_own_size_and_the_untrained_network_its_input(name: str, height: int, width: int) -> None:
+    x = torch.rand(1, 3, height, width)
+    with torch.no_grad():
+        torch.testing.assert_close(build(name).eval()(x), x, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_closed_form_of_the_whole_network_is_what_runs(name: str) -> None:
+    model = build(name).eval()
+    for side in (64, 128):
+        counted = count_module(model, (1, 3, side, side))
+        closed = model.macs(side, side)
+        assert closed is not None
+        assert reconcile(closed, counted.macs, counted.uncounted) is None
+
+
+def test_gray_and_colour_differ_in_the_first_and_last_convolution_only() -> None:
+    gray, colour = dict(build("window", channels=1).named_parameters()), dict(build("window").named_parameters())
+    assert {key for key in colour if colour[key].shape != gray[key].shape} == {
+        "head.weight",
+        "tail.weight",
+        "tail.bias",
+    }
+
+
+def test_padding_reflects_and_repeats_the_edge_where_there_is_too_little_to_reflect() -> None:
+    x = torch.arange(6.0).view(1, 1, 2, 3)
+    assert pad(x, 3)[0, 0, 2].tolist() == [0, 1, 2]
+    assert pad(x[..., :1, :], 4)[0, 0, :, 0].tolist() == [0, 0, 0, 0]
+    assert pad(x, 1) is x
+
+
+GOOD = """
+from torch import nn
+class Attention(nn.Module):
+    def __init__(self, dim, heads, *, shift=False, scale: float = 1.0):
+        super().__init__()
+        self.scale, self.mix = scale, nn.Linear(dim, dim)
+    def forward(self, x):
+        return self.scale * self.mix(x)
+"""
+
+
+def load_text(tmp_path, text: str) -> methods.Loaded:
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    return methods.load(str(path), "mine")
+
+
+def test_a_file_of_the_users_own_is_a_method_like_any_other(tmp_path) -> None:
+    loaded = load_text(tmp_path, GOOD)
+    assert loaded.resolve({"scale": 2}) == {"scale": 2.0}
+    methods.check(loaded, {1: (8, 1, 16)}, {"scale": 2.0})
+    model = UNet(3, SMALL, loaded, {"scale": 2.0}, 0)
+    assert model.macs(64, 64) is None
+    assert model(torch.rand(1, 3, 16, 16)).shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("from torch", "from torhc", "cannot be imported: ModuleNotFoundError"),
+        ("class Attention(", "class Attention[", "cannot be imported: SyntaxError"),
+        ("class Attention", "class Attn", "defines no method; define one of `class Attention`"),
+        ("*, shift=False", "*, shft=False", "must take \\(dim, heads, \\*, shift=False"),
+        ("return self.scale * self.mix(x)", "return x.mean(-1)", "returned \\(2, 16, 17\\)"),
+        ("return self.scale * self.mix(x)", "return x.double()", "torch.float64"),
+        ("return self.scale * self.mix(x)", "return x / 0", "not finite"),
+        ("return self.scale * self.mix(x)", "return x @ x", "failed: RuntimeError"),
+        ("self.mix = scale,", "self.idle, self.mix = scale, nn.Linear(2, 2),", "reaches idle.weight, idle.bias; leave"),
+        ("super().__init__()", "super().__init__(); raise ValueError('scale must be even')", "scale must be even"),
+    ],
+)
+def test_a_faulty_method_file_is_refused_before_training(tmp_path, old: str, new: str, expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        methods.check(load_text(tmp_path, GOOD.replace(old, new)), {1: (8, 1, 16)}, {})
+
+
+def test_an_unknown_or_wrong_setting_is_refused(tmp_path) -> None:
+    with pytest.raises(InputError, match="did you mean 'retrieval'"):
+        methods.load("kit").resolve({"retreival": "exact"})
+    with pytest.raises(InputError, match="k is 'four'"):
+        methods.load("kit").resolve({"k": "four"})
+    with pytest.raises(InputError, match="did you mean 'window'"):
+        methods.load("windw")
+    with pytest.raises(InputError, match="does not exist"):
+        methods.load(str(tmp_path / "none.py"))
+
+
+@pytest.mark.parametrize("name", QUICK.references)
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("sigma", [25.0, None])
+def test_training_free_methods_keep_the_shape_of_gray_and_of_colour(
+    name: str, channels: int, sigma: float | None
+) -> None:
+    methods.check_restore(methods.load(name), channels, sigma)
+
+
+def test_a_training_free_method_that_changes_the_shape_is_refused(tmp_path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("def restore(image, sigma):\n    return image[..., 0]\n")
+    with pytest.raises(InputError, match=r"returned \(32, 33\), expected"):
+        methods.check_restore(methods.load(str(path), "mine"), 1, 25.0)
+
+
+def test_every_shipped_method_opens_with_a_card() -> None:
+    for name, (_, text) in methods.cards().items():
+        assert "Operator:" in text, name
+        assert "Cost:" in text, name
+        assert "Departures:" in text, name

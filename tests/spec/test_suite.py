@@ -1,0 +1,157 @@
+"""Suites, recipes and protocols: strict, named by their nearest key, resolved the same way for everybody."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kitbench.errors import InputError
+from kitbench.spec import loading, shipped
+from tests.conftest import TINY
+
+
+@pytest.mark.parametrize("preset", ["smoke", "quick", "full"])
+def test_every_preset_of_the_shipped_suite_is_valid(preset: str) -> None:
+    resolved = loading.load("denoise", preset)
+    assert resolved.preset == preset
+    assert resolved.recipe.name == preset
+    assert list(resolved.methods) == ["kit", "global", "window", "local", "kit-random", "conv"]
+
+
+def test_quick_is_the_default_and_gives_equal_keys_a_query() -> None:
+    resolved = loading.load("denoise")
+    assert resolved.preset == "quick"
+    assert resolved.methods["kit"].settings == {"patch": 4} == resolved.methods["kit-random"].settings
+
+
+def test_an_override_changes_one_setting_and_nothing_else() -> None:
+    plain, changed = (
+        loading.load("denoise"),
+        loading.load("denoise", overrides=["recipe.steps=2000", "methods.kit.k=8"]),
+    )
+    assert changed.recipe.steps == 2000
+    assert changed.methods["kit"].settings == {"patch": 4, "k": 8}
+    restored = changed.model_copy(
+        update={"recipe": changed.recipe.model_copy(update={"steps": plain.recipe.steps}), "methods": plain.methods}
+    )
+    assert restored == plain
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("recipe.step=3", "did you mean 'recipe.steps'?"),
+        ("recpe.steps=3", "did you mean 'recipe'?"),
+        ("recipe.steps=0", "recipe.steps is 0"),
+        ("recipe.steps=many", "recipe.steps is 'many'"),
+        ("recipe.lr=nan", "recipe.lr"),
+        ("recipe.warmup=1000000", "warmup"),
+        ("methods.kitt.k=3", "did you mean 'kit'?"),
+        ("methods.kit=3", "methods.NAME.SETTING"),
+        ("protocol.tile=8", "tile must be at least 32"),
+        ("protocol=awgn9", "did you mean 'awgn8'?"),
+        ("recipe=quik", "did you mean 'quick'?"),
+        ("backbone.attention_levels=[4]", "describes 3 levels"),
+        ("backbone.head_dim=12", "not a multiple of head_dim"),
+        ("task.sigma_train=[50, 10]", "must be [low, high]"),
+        ("task.sigma_test=[]", "task.sigma_test"),
+        ("data.embedded.modes=['color']", "'color'"),
+        ("seeds=[1, 1]", "seeds must differ"),
+        ("recipe.steps", "KEY=VALUE"),
+        ("=3", "KEY=VALUE"),
+    ],
+)
+def test_a_bad_override_is_refused_in_one_sentence(override: str, expected: str) -> None:
+    with pytest.raises(InputError) as refused:
+        loading.load("denoise", overrides=[override])
+    assert expected in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"name": "denois"}, "did you mean 'denoise'?"),
+        ({"name": "denoise", "preset": "quik"}, "did you mean 'quick'?"),
+        ({"name": "denoise", "methods": ["windw"]}, "did you mean 'window'?"),
+        ({"name": "missing.toml"}, "cannot be read"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_nearest_known_one(arguments: dict, expected: str) -> None:
+    with pytest.raises(InputError, match=expected.replace("?", r"\?")):
+        loading.load(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("width = 8", "widht = 8", "did you mean 'width'?"),
+        ("[task]", "[taks]", "task"),
+        ("[presets.only]", "[presets]\nonly = 3\n[other]", "must be a table"),
+        ("[methods.kit]\npatch = 4", "[methods]\nkit = 3", "must be tables"),
+        ('kind = "denoise"', 'kind = "denoize"', "denoise"),
+        ("seeds = [0]", "seeds = [0", "not valid TOML"),
+        ('default_preset = "only"', 'default_preset = "onli"', "did you mean 'only'?"),
+    ],
+)
+def test_a_faulty_suite_file_is_refused(tmp_path: Path, old: str, new: str, expected: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(TINY.replace(old, new))
+    with pytest.raises(InputError) as refused:
+        loading.load(str(path))
+    assert expected in str(refused.value)
+
+
+def test_a_suite_file_of_the_users_own_takes_part_of_a_shipped_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(TINY)
+    resolved = loading.load(str(path), methods=["conv", "path/to/my_attention.py"], seeds=[3, 4])
+    assert (resolved.recipe.steps, resolved.recipe.lr) == (12, 2e-3)
+    assert list(resolved.methods) == ["conv", "my-attention"]
+    assert resolved.methods["my-attention"].attention == "path/to/my_attention.py"
+    assert resolved.seeds == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "expected"),
+    [
+        ("derain", "task.densty=[0, 1]", "did you mean 'task.density'?"),
+        ("derain", "task.density=[0.5, 0.1]", "density must be [low, high], found [0.5, 0.1]"),
+        ("deblur", "task.length=[1, 99]", "task.length.1 is 99"),
+        ("deblur", "task.kind=deblurr", "task.kind is 'deblurr'; give one of denoise, deblur, derain, denoise-real"),
+        ("deblur", "task.kind=derain", "unknown key 'task.sigma'"),
+        ("denoise-real", "data.folder.colour.protocol=rain", "Unknown protocol 'rain'"),
+        ("deblur", "data.folder.gray.protocol.shfit=3", "did you mean 'data.folder.gray.protocol.shift'?"),
+    ],
+)
+def test_a_fault_in_any_task_is_told_by_the_name_that_people_write(name: str, override: str, expected: str) -> None:
+    with pytest.raises(InputError) as refused:
+        loading.load(name, overrides=[override])
+    assert expected in str(refused.value)
+
+
+def test_a_mode_may_have_a_protocol_of_its_own() -> None:
+    resolved = loading.load("deblur", overrides=["data.folder.gray.protocol.shift=3"])
+    gray = resolved.data.folder.gray
+    assert gray is not None
+    assert gray.protocol is not None
+    assert (gray.protocol.id, gray.protocol.shift) == ("levin-gray8-shift5", 3)
+    assert gray.protocol.stamp.startswith("levin-gray8-shift5.v1+")
+    assert resolved.protocol.id == "blur-rgb8-ssim3d-tile"
+
+
+@pytest.mark.parametrize("name", shipped.suite_names())
+def test_every_shipped_suite_trains_all_methods_alike_in_every_preset(name: str) -> None:
+    for preset in loading.read_toml(name, "suites", Path())["presets"]:
+        resolved = loading.load(name, preset)
+        assert resolved.name == name
+        assert "kit" in resolved.methods
+
+
+def test_a_changed_protocol_never_carries_the_stamp_of_the_shipped_one() -> None:
+    shipped = loading.load("denoise", overrides=["protocol=awgn8"]).protocol
+    changed = loading.load("denoise", overrides=["protocol=awgn8", "protocol.border=8"]).protocol
+    assert shipped.stamp == "awgn8.v1"
+    assert changed.stamp.startswith("awgn8.v1+")
+    assert changed.stamp != loading.load("denoise", overrides=["protocol=awgn8", "protocol.border=4"]).protocol.stamp

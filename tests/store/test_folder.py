@@ -1,0 +1,132 @@
+"""Run folders: written whole or not at all, read validated, locked."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kitbench.errors import InputError
+from kitbench.store.files import writable, write_atomic
+from kitbench.store.folder import Held, RunFolder, find
+from kitbench.store.records import Evaluation, Owner
+from kitbench.verdict.rows import rows
+from tests.stored import store
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is no folder"):
+        find([tmp_path / "missing"])
+    with pytest.raises(InputError, match="No run in"):
+        find([tmp_path])
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"schema_version": 99}', '{"schema_version": 1}', "[" * 100_000]
+)
+def test_a_record_that_is_none_is_refused_in_one_sentence(tmp_path: Path, text: str) -> None:
+    folder = store(tmp_path, "kit", 30.0)
+    (folder.path / "run.json").write_text(text)
+    with pytest.raises(InputError) as refused:
+        rows([folder])
+    assert "run.json" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "deep" / "file.json"
+    write_atomic(path, b"old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(path.parent) == ["file.json"]
+
+
+def test_only_one_process_works_on_a_run_and_the_others_are_told_which(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    assert not folder.held()
+    with folder.lock() as killed:
+        assert killed is None
+        assert folder.held()
+        with pytest.raises(Held, match=rf"worked on by process {os.getpid()} on .*; wait for it"), folder.lock():
+            pass
+    assert not folder.held()
+    with folder.lock() as killed:
+        assert killed is None
+
+
+def test_what_a_killed_process_left_is_recognised_and_removed(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    (folder.path / "eval").mkdir(parents=True)
+    for half in (folder.path / ".run.json.123.tmp", folder.path / "eval" / ".a.json.123.tmp"):
+        half.write_text('{"ha')
+    folder.write(".owner", Owner(pid=123, host="there", started="2026-01-01T00:00:00+00:00"))
+    with folder.lock() as killed:
+        assert str(killed) == "process 123 on there (since 2026-01-01T00:00:00+00:00)"
+        assert not list(folder.path.rglob("*.tmp"))
+    assert not (folder.path / ".owner").exists()
+
+
+def test_a_record_of_another_schema_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    folder = store(tmp_path, "kit", 30.25)
+    path = folder.path / "training.json"
+    text = path.read_text()
+    for version, advice in (("2", "update kitbench"), ("0", "restore it"), ("null", "restore it")):
+        path.write_text(text.replace('"schema_version": 1', f'"schema_version": {version}'))
+        with pytest.raises(InputError, match=advice):
+            _ = folder.training
+
+
+@pytest.mark.parametrize("stamp", ["../../../x", "a/b.v1", "a.v1+12345", "/etc.v1", ""])
+def test_a_strangers_record_leads_to_no_file_outside_its_folder(stamp: str, tmp_path: Path) -> None:
+    folder = store(tmp_path, "kit", 30.25)
+    [path] = (folder.path / "eval").iterdir()
+    record = json.loads(path.read_text())
+    del record["sha256"]
+    path.write_text(json.dumps(record | {"stamp": stamp}))
+    with pytest.raises(InputError, match="stamp"):
+        folder.evaluations()
+    [evaluation] = [Evaluation.model_validate(record | {"data_set": "../../secret/.."})]
+    crop = folder.crop_path(evaluation.data_set, evaluation.sigma, evaluation.stamp, 0)
+    assert crop.resolve().parent == folder.path.resolve() / "crops"
+
+
+def test_a_number_changed_by_hand_is_noticed(tmp_path: Path) -> None:
+    folder = store(tmp_path, "kit", 30.25)
+    [path] = (folder.path / "eval").iterdir()
+    path.write_text(path.read_text().replace("31.25", "32.25"))
+    with pytest.raises(InputError, match="damaged, or was changed by hand"):
+        folder.evaluations()
+
+
+def test_a_pipe_in_the_place_of_a_record_is_not_waited_for(tmp_path: Path) -> None:
+    folder = store(tmp_path, "kit", 30.25)
+    (folder.path / "run.json").unlink()
+    os.mkfifo(folder.path / "run.json")
+    with pytest.raises(InputError, match="is no file"):
+        _ = folder.run
+
+
+def test_a_folder_that_cannot_be_written_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    writable(tmp_path / "a" / "b")
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        writable(tmp_path / "file" / "results")
+
+
+def test_records_survive_the_disk(tmp_path: Path) -> None:
+    folder = store(tmp_path, "kit", 30.25)
+    [evaluation] = folder.evaluations()
+    assert [score.psnr for score in evaluation.scores] == [29.25, 31.25]
+    assert np.mean([score.ssim for score in evaluation.scores]) == 0.5
+    assert folder.training is not None
+    assert folder.run.identity["seed"] == 0

@@ -1,0 +1,140 @@
+"""The report: one file that holds everything, traced to runs, and that a browser shows without an error."""
+
+from __future__ import annotations
+
+import html
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kitbench.errors import InputError
+from kitbench.store.folder import find
+from kitbench.verdict.page import pictures
+from kitbench.verdict.page.report import report
+from tests.conftest import run_kitbench
+from tests.stored import store
+from tests.verdict.test_claims import sweep
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here: install the package chromium")
+
+
+@pytest.fixture(scope="module")
+def page(tiny_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    sweep(folder / "scale", {"kit": 1.0, "window": 1.0, "global": 2.0})
+    run_kitbench(folder, "report", str(tiny_runs), "scale", "--out", "r.html")
+    return folder / "r.html"
+
+
+def test_the_page_is_small_and_needs_nothing_from_elsewhere(page: Path) -> None:
+    text = page.read_text()
+    assert len(text) < 10_000_000
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)[^"']+""", text)
+    assert "url(" not in text
+    assert "@import" not in text
+
+
+def test_the_page_has_every_part_and_names_every_run(page: Path, tiny_runs: Path) -> None:
+    text = page.read_text()
+    ids = ("verdict", "claims", "tables", "crops", "figures", "published", "settings", "environment", "reproduce")
+    places = [text.index(f'<section id="{name}"') for name in ids]
+    assert places == sorted(places)
+    runs = find([tiny_runs])
+    for folder in runs:
+        assert folder.run.key[:10] in text
+        assert folder.path.name in text
+    assert text.count('class="gallery"') == 2  # two test images, one sigma
+    assert text.count('<figure data-name="') == 2 * 4  # input, conv, kit, ground truth
+    assert text.count('<figure class="picture') == 5  # two fronts, curves, differences, the sweep
+    assert "python -m kitbench run --suite tiny.toml --seeds 0,1" in html.unescape(text)
+
+
+def test_the_same_runs_give_the_same_page(page: Path, tiny_runs: Path) -> None:
+    runs = find([tiny_runs])
+    assert report(runs, []) == report(runs[::-1], [])
+
+
+def test_names_from_outside_are_escaped(tmp_path: Path) -> None:
+    store(tmp_path, "conv", 30.0, note="<script>alert(1)</script>")
+    text = report(find([tmp_path]), [])
+    assert "<script>alert" not in text
+    assert "&lt;script&gt;alert" in text
+    assert "These runs keep no crops" in text
+
+
+def test_one_seed_decides_nothing_in_words(tmp_path: Path) -> None:
+    for number, method in enumerate(("kit", "window")):
+        store(tmp_path, method, 30.0 + number)
+    text = report(find([tmp_path]), [])
+    assert "Nothing is decided about kit: one seed: no interval." in text
+    assert "better than" not in text[: text.index('id="claims"')]
+    assert "trained too little" not in text
+    store(tmp_path, "nlm", 35.0, seed=None)
+    assert "nlm, without any training, is above it" in report(find([tmp_path]), [])
+
+
+def test_differences_beyond_noise_are_told_in_words(tmp_path: Path) -> None:
+    for number, (method, gain) in enumerate({"kit": 0.5, "window": 0.5, "conv": 0.0}.items()):
+        for seed in range(4):
+            noise = 0.02 * np.random.default_rng((seed, number)).standard_normal(12)
+            store(tmp_path, method, 30 + np.linspace(-3, 3, 12) + gain + noise, seed)
+    text = report(find([tmp_path]), [])
+    assert re.search(r"It is better than conv, by more than noise", text)
+    assert re.search(r"Its difference to (kit|window) is within noise", text)
+
+
+def test_a_crop_is_cut_into_its_squares_and_a_damaged_one_is_refused(tiny_runs: Path, tmp_path: Path) -> None:
+    path = next(tiny_runs.glob("*-conv-s0-*/crops/*-0.png"))
+    crop = pictures.crop(path)
+    assert all(
+        data.startswith(b"\x89PNG") for data in (crop.whole, crop.degraded, crop.restored, crop.clean, crop.error)
+    )
+    left, top, width, height = crop.place
+    assert 0 <= left <= 100 - width
+    assert 0 <= top <= 100 - height
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(InputError, match="is no stored crop"):
+        pictures.crop(bad)
+
+
+def browse(page: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    assert BROWSER is not None
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=2000"]
+    command = [BROWSER, *options, f"--user-data-dir={page.parent / 'profile'}", *arguments, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+
+@needs_browser
+def test_chromium_shows_the_page_without_a_console_error(page: Path, tmp_path: Path) -> None:
+    assert "CONSOLE" not in browse(page, "--dump-dom").stderr
+    broken = tmp_path / "broken.html"
+    broken.write_text(page.read_text().replace("</body>", "<script>missing()</script></body>"))
+    assert "CONSOLE" in browse(broken, "--dump-dom").stderr  # the check can fail
+
+
+@needs_browser
+def test_tables_sort_sliders_compare_and_every_image_loads(page: Path, tmp_path: Path) -> None:
+    script = """<script>addEventListener("load", () => {
+      const table = document.querySelector("#table-1"), sort = table.querySelectorAll("th button")[1];
+      const first = () => table.tBodies[0].rows[0].cells[1].dataset.key;
+      sort.click(); const high = first(); sort.click(); const low = first();
+      const box = document.querySelector(".compare"), range = box.querySelector("input");
+      range.value = 20; range.dispatchEvent(new Event("input"));
+      const images = [...document.images];
+      document.body.dataset.seen = [Number(high) > Number(low), box.querySelector(".top").style.clipPath,
+        box.hidden, images.length, images.every(i => i.complete && i.naturalWidth > 0),
+        document.documentElement.scrollWidth <= innerWidth].join("|");
+    });</script></body>"""
+    tried = tmp_path / "tried.html"
+    tried.write_text(page.read_text().replace("</body>", script))
+    for size in ("1280,900", "390,800"):
+        [seen] = re.findall(r'data-seen="([^"]*)"', browse(tried, "--dump-dom", f"--window-size={size}").stdout)
+        sorts, clip, hidden, images, loaded, fits = seen.split("|")
+        assert (sorts, clip, hidden, loaded, fits) == ("true", "inset(0px 80% 0px 0px)", "false", "true", "true")
+        assert int(images) > 20

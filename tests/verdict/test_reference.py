@@ -1,0 +1,138 @@
+"""The regression check: what must fail does, and what is noise does not; through the real command line too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from kitbench.errors import InputError
+from kitbench.spec import loading
+from kitbench.store.folder import find
+from kitbench.verdict import reference
+from tests.conftest import ROOT, Kitbench
+from tests.stored import store
+
+METHODS = {"kit": 30.2, "window": 30.1, "conv": 29.9}
+
+
+def runs(out: Path, seeds=(0, 1, 2), drop: float = 0.0, method: str = "kit", draw: int = 0, **changed) -> Path:
+    """Three methods whose seeds spread by 0.1 dB together and 0.03 dB each, over 8 images; one may be worse."""
+    for seed in seeds:
+        shared = 0.1 * np.random.default_rng(seed).standard_normal()
+        for number, (name, mean) in enumerate(METHODS.items()):
+            own = 0.03 * np.random.default_rng((seed, number, draw)).standard_normal()
+            images = mean + shared + own + np.linspace(-2, 2, 8)
+            worse = name == method
+            store(out, name, images - (drop if worse else 0), seed, **(changed if worse else {}))
+    store(out, "nlm", np.linspace(26, 29, 8), seed=None)
+    return out
+
+
+def failures(found: Path, reference: Path, **options) -> list[reference.Line]:
+    lines = reference.compare(find([found]), reference.collect(find([reference]), None), **options)
+    return [line for line in lines if line.failed]
+
+
+def test_the_same_runs_hold(tmp_path: Path) -> None:
+    assert failures(runs(tmp_path), tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("injected", "quantity"),
+    [
+        ({"drop": 0.3}, "PSNR"),
+        ({"ssim": 0.48}, "SSIM"),
+        ({"macs": 2_525_000_000}, "MACs"),
+        ({"macs": 2_499_999_999}, "MACs"),
+        ({"peak": round(1.2 * 3 * 2**20)}, "peak memory of a step (bytes)"),
+        ({"seconds_per_step": 0.4}, "time of a step (calibration runs)"),
+    ],
+)
+def test_a_single_injected_regression_fails_and_nothing_else_does(tmp_path: Path, injected, quantity) -> None:
+    [line] = failures(runs(tmp_path / "new", **injected), runs(tmp_path / "old"))
+    assert line.quantity == quantity
+    assert str(line).startswith("kit")
+    assert len(line.runs) == 3
+
+
+def test_a_slower_machine_is_no_regression(tmp_path: Path) -> None:
+    new = runs(tmp_path / "new", seconds_per_step=2.5, calibration=1.0)
+    assert failures(new, runs(tmp_path / "old")) == []
+
+
+def test_noise_between_seeds_is_no_regression_and_a_drop_in_it_is_still_found(tmp_path: Path) -> None:
+    """Twelve times: the same seeds with other rounding noise, and other seeds altogether."""
+    old = runs(tmp_path / "old")
+    false, found = 0, 0
+    for draw in range(1, 7):
+        false += bool(failures(runs(tmp_path / f"same{draw}", draw=draw), old))
+        false += bool(failures(runs(tmp_path / f"other{draw}", seeds=(draw * 3, draw * 3 + 1, draw * 3 + 2)), old))
+        found += bool(failures(runs(tmp_path / f"bad{draw}", draw=draw, drop=0.3), old))
+    assert false <= 2  # 5 % of 12, and what chance leaves open
+    assert found >= 5
+
+
+def test_one_seed_has_no_spread_and_says_so(tmp_path: Path) -> None:
+    lines = reference.compare(find([runs(tmp_path / "a", (0,))]), reference.collect(find([tmp_path / "a"]), None))
+    [kit] = [line for line in lines if line.name.startswith("kit on") and line.quantity == "PSNR"]
+    assert "by default: the reference has no spread over seeds" in kit.tolerance
+
+
+def test_the_shipped_reference_is_one_of_every_method_of_the_smoke_suite() -> None:
+    smoke = loading.load("denoise", "smoke")
+    stored = reference.read(ROOT / "results" / "reference" / "smoke.json")
+    assert stored.protocol == smoke.protocol.stamp
+    assert {row.method for row in reference.rows} == {*smoke.methods, *smoke.references}
+    assert all(len(row.psnr) == 3 for row in reference.rows if row.comparison)
+    assert all(cost.step is not None for cost in reference.costs)
+
+
+def test_a_method_that_is_gone_fails(tmp_path: Path) -> None:
+    runs(tmp_path / "old")
+    runs(tmp_path / "new")
+    for folder in (tmp_path / "new").glob("*-kit-*"):
+        (folder / "run.json").unlink()
+    [line] = failures(tmp_path / "new", tmp_path / "old")
+    assert (line.name.split()[0], line.found) == ("kit", None)
+
+
+@pytest.mark.parametrize(
+    ("other", "sentence"),
+    [
+        ({"protocol": "awgn8-seed0"}, r"No row was scored under protocol 'awgn8\.v1'"),
+        ({"sha256": "bb"}, "holds other images"),
+        ({"lr": 1e-4}, "another recipe"),
+    ],
+)
+def test_a_reference_of_other_numbers_is_refused(tmp_path: Path, other, sentence) -> None:
+    store(tmp_path / "old", "kit", 30.0)
+    store(tmp_path / "new", "kit", 30.0, **other)
+    with pytest.raises(InputError, match=sentence):
+        failures(tmp_path / "new", tmp_path / "old")
+
+
+def test_the_command_exits_1_on_a_single_failure_and_writes_what_ci_reads(kitbench: Kitbench, tmp_path: Path) -> None:
+    runs(tmp_path / "old")
+    runs(tmp_path / "bad", drop=0.3)
+    assert "write one with" in kitbench("check", "old", "--against", "ref.json", code=2).stderr
+    assert "wrote ref.json" in kitbench("check", "old", "--against", "ref.json", "--update").stdout
+    kitbench("check", "old", "--against", "ref.json")
+    done = kitbench("check", "bad", "--against", "ref.json", "--junit", "j.xml", "--summary", "s.md", code=1)
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    assert "PSNR is 29.8" in line or "PSNR is 29.9" in line
+    assert "tolerance 0." in line
+    suite = ElementTree.parse(tmp_path / "j.xml").getroot()
+    assert suite.get("failures") == "1"
+    assert len(suite.findall("testcase/failure")) == 1
+    assert (tmp_path / "s.md").read_text().startswith("## kitbench check: 1 of ")
+    done = kitbench("check", "bad", "--against", "ref.json", "--update")
+    assert "(-0.3000)" in done.stdout
+    assert json.loads((tmp_path / "ref.json").read_text())["protocol"] == "awgn8.v1"
+    (tmp_path / "ref.json").write_text("{}")
+    assert "is no reference" in kitbench("check", "bad", "--against", "ref.json", code=2).stderr
+    assert "could not be compared" in kitbench("check", "bad", "--against", "ref.json", "--update").stdout
+    kitbench("check", "bad", "--against", "ref.json")

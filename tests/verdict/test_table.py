@@ -1,0 +1,154 @@
+"""Tables: built from stored runs alone, the same bytes every time, protocols and contents never mixed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from kitbench.errors import InputError
+from kitbench.store.folder import find
+from kitbench.verdict.render import render
+from kitbench.verdict.rows import rows
+from tests.stored import store
+
+
+def test_rows_are_means_over_images_and_seeds(tmp_path: Path) -> None:
+    for seed, psnr in ((0, 30.0), (1, 31.0), (2, 35.0)):
+        store(tmp_path, "kit", psnr, seed)
+    [row] = rows(find([tmp_path])).to_dict("records")
+    assert row["psnr_db"] == pytest.approx(32.0)
+    assert (row["seeds"], row["images"], row["gmacs"], row["sigma"]) == ("0,1,2", 2, 2.5, 25)
+    assert len(row["runs"].split(",")) == 3
+
+
+def test_the_form_of_a_computation_is_always_told(tmp_path: Path) -> None:
+    """Memory is the form's, not the method's: a lone materialised `global` must not pass for the method."""
+    store(tmp_path, "global", 30.0, settings={"form": "materialised"})
+    store(tmp_path, "kit", 31.0)
+    for form in ("markdown", "latex", "terminal"):
+        assert "global (materialised)" in render(find([tmp_path]), form)
+    assert [row["form"] for row in json.loads(render(find([tmp_path]), "json"))] == ["materialised", None]
+    store(tmp_path, "global", 30.5, settings={"form": "sdpa"})
+    text = render(find([tmp_path]), "markdown")
+    assert "| global (form materialised) |" in text
+    assert "| global (form sdpa) " in text
+
+
+def test_best_is_bold_and_second_underlined_as_printed(tmp_path: Path) -> None:
+    for method, psnr, ssim in (("kit", 30.0, 0.9), ("window", 31.0, 0.8), ("local", 31.001, 0.7)):
+        store(tmp_path, method, psnr, ssim=ssim)
+    store(tmp_path, "input", 20.0, seed=None)
+    text = render(find([tmp_path]), "markdown")
+    lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
+    assert list(lines) == ["Method", "input", "kit", "local", "window"]
+    assert "<u>30.00</u> / **0.9000**" in lines["kit"]
+    assert "**31.00** / <u>0.8000</u>" in lines["window"]
+    assert "**31.00** / 0.7000" in lines["local"]  # equal as printed: both are best
+    assert "1,234" in lines["kit"]
+    assert "awgn8.v1" in lines["kit"]
+    assert "| n/a" in lines["input"].replace("|    ", "| ").replace("  ", "")
+
+
+@pytest.mark.parametrize("form", ["markdown", "latex", "csv", "json", "terminal"])
+def test_the_same_runs_give_the_same_bytes_in_any_order(tmp_path: Path, form) -> None:
+    store(tmp_path, "kit", 30.0, seed=1)
+    store(tmp_path, "kit", 31.0, seed=0)
+    store(tmp_path, "conv", 29.0)
+    store(tmp_path, "nlm", 28.0, seed=None)
+    runs = find([tmp_path])
+    assert render(runs, form) == render(runs[::-1], form)
+
+
+def test_every_row_of_csv_and_json_names_its_runs_and_protocol(tmp_path: Path) -> None:
+    folder = store(tmp_path, "kit", 30.0)
+    from_csv = list(csv.DictReader(io.StringIO(render([folder], "csv"))))
+    from_json = json.loads(render([folder], "json"))
+    for row in (*from_csv, *from_json):
+        assert row["runs"] == folder.run.key[:10]
+        assert row["protocol"] == "awgn8.v1"
+        assert float(row["psnr_db"]) == pytest.approx(30.0)
+    assert from_json[0]["lpips"] is None
+
+
+def test_rows_of_two_protocols_are_refused_until_one_is_chosen(tmp_path: Path) -> None:
+    store(tmp_path, "kit", 30.0)
+    store(tmp_path, "kit", 31.0, protocol="awgn8-seed0")
+    with pytest.raises(InputError, match=r"awgn8-seed0\.v1 and awgn8\.v1"):
+        rows(find([tmp_path]))
+    assert rows(find([tmp_path]), "awgn8-seed0").iloc[0]["psnr_db"] == pytest.approx(31.0)
+    with pytest.raises(InputError, match="found: awgn8-seed0"):
+        rows(find([tmp_path]), "awgn9")
+
+
+def test_two_versions_of_a_data_set_are_refused(tmp_path: Path) -> None:
+    store(tmp_path, "kit", 30.0)
+    store(tmp_path, "conv", 30.0, sha256="bb")
+    with pytest.raises(InputError, match="Two versions of data set Set_A"):
+        rows(find([tmp_path]))
+
+
+def test_runs_of_different_recipes_never_stand_in_one_block(tmp_path: Path) -> None:
+    store(tmp_path, "kit", 30.0)
+    store(tmp_path, "window", 35.0, lr=1e-4)
+    text = render(find([tmp_path]), "markdown")
+    assert text.count("| Method") == 2
+    assert text.count("**30.00**") == text.count("**35.00**") == 1
+
+
+def test_runs_of_one_method_with_different_settings_are_told_apart(tmp_path: Path) -> None:
+    store(tmp_path, "kit", 30.0, settings={"k": 4, "patch": 8})
+    store(tmp_path, "kit", 31.0, settings={"k": 8, "patch": 8})
+    assert list(rows(find([tmp_path]))["method"]) == ["kit (k 4)", "kit (k 8)"]
+
+
+def test_an_uncounted_cost_is_marked_with_its_reason(tmp_path: Path) -> None:
+    folder = store(tmp_path, "mine", 30.0, note="nobody counted aten::mystery")
+    assert "2.50† " in render([folder], "markdown")
+    assert "† mine: nobody counted aten::mystery." in render([folder], "markdown")
+    assert r"$\dagger$ mine: nobody counted aten::mystery." in render([folder], "latex")
+
+
+def test_latex_is_escaped_and_balanced(tmp_path: Path) -> None:
+    store(tmp_path, "my_method", 30.0)
+    text = render(find([tmp_path]), "latex")
+    assert r"my\_method" in text
+    assert r"Set\_A $\sigma$=25" in text
+    assert not re.search(r"(?<!\\)_", text)
+    assert text.count("{") == text.count("}")
+    columns = (
+        text.count("r", text.index(r"\begin{tabular}{"), text.index("}", text.index(r"\begin{tabular}{") + 16)) - 1
+    )
+    body = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert {line.count(" & ") for line in body} == {columns}
+
+
+def test_seconds_a_step_that_other_work_slowed_are_not_shown_but_told(tmp_path: Path) -> None:
+    folder = store(tmp_path, "kit", 30.0)
+    path = folder.path / "training.json"
+    record = json.loads(path.read_bytes())
+    record.pop("sha256", None)
+    path.write_text(json.dumps(record | {"contended": 0.4}))
+    text = render([folder], "markdown")
+    assert "n/a‡" in text
+    assert "up to 40% of the time" in text
+    path.write_text(json.dumps(record | {"contended": 0.01}))
+    assert "‡" not in render([folder], "markdown")
+
+
+def test_a_task_with_one_condition_has_columns_without_a_noise_level(tmp_path: Path) -> None:
+    folders = [store(tmp_path, name, psnr, sigma=None) for name, psnr in (("kit", 30.0), ("window", 29.0))]
+    store(tmp_path, "kit", 28.0, sigma=None, data_set="Set_B")
+    text = render(folders, "markdown")
+    assert "Set_A: PSNR dB / SSIM" in text
+    assert "Set_B: PSNR dB / SSIM" in text
+    assert "σ" not in text
+    assert "**30.00**" in text
+    table = rows(folders)
+    assert list(table["condition"].unique()) == [""]
+    assert table["sigma"].isna().all()
+    assert "nan" not in render(folders, "csv").lower()
