@@ -34,13 +34,14 @@ from tabulate import tabulate
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from kitbench import methods, suite
 from kitbench.attention import operator, triton_kernels
+from kitbench.model import methods
+from kitbench.spec import loading, shipped
 
 HERE = Path(__file__).parent
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}  # bytes a program may have: CUDA C++ programming guide, table of limits
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-PATCHES = 64  # of the tables that variants are compiled for; no kernel depends on it
+PATCHES = 16  # of the tables that variants are compiled for; no kernel depends on it
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -59,11 +60,12 @@ class Shape:
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel as it is compiled: for `shape` of tables of `kind` (float32, tf32 or bfloat16) on `sm`."""
+    """`kernels` as they are compiled for `shape` of tables of `kind` (float32, tf32 or bfloat16) on `sm`."""
 
     shape: Shape
     kind: str
     sm: int
+    kernels: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -126,9 +128,9 @@ def record(call: Callable[[], object]) -> list[Shape]:
 def shapes_of_suites() -> tuple[Shape, ...]:
     """What the methods of all shipped suites launch in all presets, on maps that need no padding and on maps that do."""
     found: dict[Shape, None] = {}
-    for name in suite.suite_names():
-        for preset in suite.read_toml(name, "suites", Path())["presets"]:
-            chosen = suite.load(name, preset)
+    for name in shipped.suite_names():
+        for preset in loading.read_toml(name, "suites", Path())["presets"]:
+            chosen = loading.load(name, preset)
             width = chosen.backbone.head_dim
             for label, method in chosen.methods.items():
                 loaded = methods.load(method.attention, label)
@@ -137,7 +139,7 @@ def shapes_of_suites() -> tuple[Shape, ...]:
                 settings = loaded.resolve(method.settings)
                 for shift in (False, True):
                     attention = loaded.build(width, 1, shift, **settings)
-                    for side in (128, 121):
+                    for side in (40, 33):
                         for shape in record(lambda a=attention, s=side: a(torch.randn(1, s, s, width))):  # type: ignore[misc]
                             found[shape] = None
     return tuple(found)
@@ -156,13 +158,19 @@ def shapes_of_benchmarks() -> list[Shape]:
 
 
 def variants(sms: tuple[int, ...] = (80, 90)) -> list[Variant]:
-    """Everything that can be launched, each variant once."""
-    found: dict[tuple[object, ...], Variant] = {}
-    for shape in [*shapes_of_suites(), *shapes_of_benchmarks()]:
-        for kind in DTYPES:
-            for sm in sms:
-                found.setdefault((constants_of(shape, kind), sm), Variant(shape, kind, sm))
-    return list(found.values())
+    """Everything that can be launched, each kernel with the same constants once.
+
+    Suites with heads of fewer than 32 numbers are for CPUs and exact; they launch kernels in float32 only.
+    """
+    seen: set[tuple[object, ...]] = set()
+    found = []
+    for shape, suites in [*((s, True) for s in shapes_of_suites()), *((s, False) for s in shapes_of_benchmarks())]:
+        for kind in DTYPES if shape.width >= 32 or not suites else ("float32",):
+            new = {name: constants for name, constants in constants_of(shape, kind).items()}
+            kernels = tuple(name for name, constants in new.items() if (kind, name, constants) not in seen)
+            seen.update((kind, name, new[name]) for name in kernels)
+            found += [Variant(shape, kind, sm, kernels) for sm in sms if kernels]
+    return found
 
 
 @contextmanager
@@ -187,17 +195,16 @@ def call(shape: Shape, kind: str) -> None:
         triton_kernels.backward(q, q, k, k, out, lse, neighbours, bias, labels[0], labels[1], order)
 
 
-def constants_of(shape: Shape, kind: str) -> tuple[object, ...]:
-    """What tells the compiled kernels of two shapes apart."""
-    found: list[object] = [kind]
+def constants_of(shape: Shape, kind: str) -> dict[str, tuple[tuple[str, object], ...]]:
+    """By kernel, what it is compiled for."""
+    found: dict[str, tuple[tuple[str, object], ...]] = {}
 
-    def note(kernel: Any, _: object, *arguments: object, **constants: object) -> None:
-        divisible = [value == 1 or value % 16 == 0 for value in arguments if isinstance(value, int)]
-        found.append((kernel.__name__, tuple(sorted(constants.items())), tuple(divisible)))
+    def note(kernel: Any, *_: object, **constants: object) -> None:
+        found[kernel.__name__] = tuple(sorted(constants.items()))
 
     with mock.patch.object(triton_kernels, "launch", note):
         call(shape, kind)
-    return tuple(found)
+    return found
 
 
 def compiled(variant: Variant) -> list[Compiled]:
@@ -206,6 +213,8 @@ def compiled(variant: Variant) -> list[Compiled]:
     found: list[Compiled] = []
 
     def build(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        if kernel.__name__ not in variant.kernels:
+            return
         binary = kernel.warmup(*arguments, grid=grid, **constants)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(binary.asm["cubin"])
@@ -258,11 +267,10 @@ def main() -> None:
     with ProcessPoolExecutor(options.processes) as pool:
         for done, found in enumerate(pool.map(compiled, todo), 1):
             rows += [asdict(row) for row in found]
-            print(f"{done} of {len(todo)} variants: {found[0].shape}, {found[0].kind}, sm_{found[0].sm}", flush=True)
-    unique = [json.loads(text) for text in dict.fromkeys(json.dumps(row) for row in rows)]
-    stored = {"triton": triton.__version__, "torch": torch.__version__, "rows": unique}
+            print(f"{done} of {len(todo)}: {todo[done - 1]}", flush=True)
+    stored = {"triton": triton.__version__, "torch": torch.__version__, "rows": rows}
     options.json.write_text(json.dumps(stored, indent=1) + "\n")
-    print(markdown(unique))
+    print(markdown(rows))
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def _listener(name: str, found: dict[str, Choice], x: int, y: int, padded: int) 
         roll, patch = module.roll, module.patch
         rolled = tokens.roll((-roll, -roll), (1, 2)) if roll else tokens
         real = layout.real_positions(rows, columns, patch, 0, tokens.device)
-        chosen, _weights = module.neighbours(layout.cut(rolled, patch), real)
+        chosen = module.neighbours(layout.cut(rolled, patch), real).neighbours
         across = layout.grid(rows, columns, patch)[1]
         row, column = (y // stride - roll) % rows // patch, (x // stride - roll) % columns // patch
         squares = []

@@ -15,13 +15,24 @@ Departures: only the abstract of the paper could be read.  Every choice below th
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from kitbench.attention import layout, retrieval
 from kitbench.attention.operator import patch_attention
+
+
+class Found(NamedTuple):
+    """What the retrieval found for B images of N patches."""
+
+    neighbours: Tensor
+    """int64 [B, N, k], each patch itself first."""
+    weights: Tensor | None
+    """[B * N, k]; None for aggregate 'similarity'."""
+    order: Tensor | None
+    """int64 [B, N]: on CUDA, the patches by their hash code, so that those with common neighbours run side by side."""
 
 
 class Attention(nn.Module):
@@ -87,9 +98,10 @@ class Attention(nn.Module):
         patches = layout.cut(x, self.patch)
         count = patches.shape[1]
         real = layout.real_positions(height, width, self.patch, 0, x.device)
-        neighbours, weights = self.neighbours(patches, real)
+        neighbours, weights, order = self.neighbours(patches, real)
         first = torch.arange(batch, device=x.device)[:, None, None] * count
         neighbours = (neighbours + first).view(batch * count, -1)
+        order = None if order is None else (order + first[..., 0]).flatten()
 
         q, k, v = layout.project(self.qkv, x if self.support == "aligned" else patches)
         if self.support == "aligned":
@@ -97,7 +109,7 @@ class Attention(nn.Module):
             k, v = layout.cut_halo(k, self.patch, self.margin), layout.cut_halo(v, self.patch, self.margin)
         q, k, v = (table.flatten(0, 1).unflatten(-1, (self.heads, -1)) for table in (q, k, v))  # [B * N, ., h, d]
         query_label, key_label = layout.padding_labels(batch, height, width, self.patch, self.margin, x.device)
-        out = patch_attention(q, k, v, neighbours, self.bias(), query_label, key_label, weights)
+        out = patch_attention(q, k, v, neighbours, self.bias(), query_label, key_label, weights, order)
         y = self.proj(layout.join(out.reshape(batch, count, -1, channels), self.patch, height, width))
         return y.roll((self.roll, self.roll), (1, 2)) if self.roll else y
 
@@ -106,8 +118,8 @@ class Attention(nn.Module):
         if self.reuse:
             self.leader = (previous,)  # a tuple, so that it does not become a submodule
 
-    def neighbours(self, patches: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Neighbours int64 [B, N, k] of patches [B, N, T, C], and their weights [B * N, k], None for 'similarity'.
+    def neighbours(self, patches: Tensor, real: Tensor | None) -> Found:
+        """Neighbours of patches [B, N, T, C].
 
         real: bool [N, T], the positions that are not padding, or None where all are real.
         """
@@ -118,13 +130,16 @@ class Attention(nn.Module):
                 raise RuntimeError("this block reuses the neighbours of the block before it, which has not run yet")
             if self.reuse:
                 self.found = found
+            order = None
+            if patches.is_cuda and self.retrieval in ("lsh", "chunk-only"):
+                order = retrieval.hash_order(descriptors, self.rotations[0], self.chunk)
             if self.aggregate == "similarity":
-                return found, None
+                return Found(found, None, order)
             if self.aggregate == "mean":
-                return found, descriptors.new_full(found.shape, 1 / found.shape[-1]).flatten(0, 1)
+                return Found(found, descriptors.new_full(found.shape, 1 / found.shape[-1]).flatten(0, 1), order)
             batch = torch.arange(len(found), device=found.device)[:, None, None]
             cosine = torch.einsum("bnd,bnkd->bnk", descriptors, descriptors[batch, found])
-            return found, (cosine / self.tau).softmax(-1).flatten(0, 1)
+            return Found(found, (cosine / self.tau).softmax(-1).flatten(0, 1), order)
 
     def search(self, descriptors: Tensor) -> Tensor:
         """Neighbours int64 [B, N, k] of descriptors [B, N, D].  In training the draws are new; otherwise those kept."""

@@ -102,6 +102,8 @@ def footprint_index(patch: int, size: int) -> Tensor:
 
 def project(qkv: torch.nn.Linear, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The three thirds of a linear map [..., C] -> [..., 3C], each contiguous: neighbours are read by whole rows."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))  # once: autocast would cast it for each third
     weights, biases = qkv.weight.chunk(3), qkv.bias.chunk(3)
     q, k, v = (F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
     return q, k, v

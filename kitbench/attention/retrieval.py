@@ -55,6 +55,12 @@ def buckets(count: int, chunk: int) -> int:
     return max(2, min(count // chunk, MAX_BUCKETS)) // 2 * 2
 
 
+def hash_order(descriptors: Tensor, rotation: Tensor, chunk: int) -> Tensor:
+    """The patches of each image by their hash code under one rotation [D, >= buckets/2]: [B, N, D] -> int64 [B, N]."""
+    projected = descriptors @ rotation[:, : buckets(descriptors.shape[1], chunk) // 2].to(descriptors.dtype)
+    return torch.cat([projected, -projected], dim=-1).argmax(-1).argsort(dim=-1, stable=True)
+
+
 def lsh(descriptors: Tensor, k: int, rotations: Tensor, chunk: int, adjacent: bool) -> Tensor:
     """Approximate k-NN by angular hashing: [B, N, D] -> [B, N, k], itself first, without repeats.
 
@@ -66,16 +72,13 @@ def lsh(descriptors: Tensor, k: int, rotations: Tensor, chunk: int, adjacent: bo
     reach = 3 * chunk if adjacent else chunk
     if count <= reach:
         return exact(descriptors, k)
-    half = buckets(count, chunk) // 2
     chunks = -(-count // chunk)
     before = chunk if adjacent else 0
     circle = torch.arange(-before, chunks * chunk + before, device=descriptors.device) % count
     own = torch.arange(chunk, device=descriptors.device)
     indices, scores = [], []
     for rotation in rotations:
-        projected = descriptors @ rotation[:, :half].to(descriptors.dtype)
-        code = torch.cat([projected, -projected], dim=-1).argmax(-1)
-        order = code.argsort(dim=-1, stable=True)[:, circle]  # [B, positions of the circle]
+        order = hash_order(descriptors, rotation, chunk)[:, circle]  # [B, positions of the circle]
         laid = descriptors.gather(1, order[:, :, None].expand(-1, -1, descriptors.shape[-1]))
         queries = laid[:, before : before + chunks * chunk].unflatten(1, (chunks, chunk))
         candidates = laid.unfold(1, reach, chunk)  # [B, chunks, D, reach], overlapping views

@@ -36,7 +36,7 @@ def naive(module: kit.Attention, x: Tensor, offset: Callable[[int, int, int, int
     patch, heads = module.patch, module.heads
     patches = layout.cut(x[None], patch)
     real = layout.real_positions(height, width, patch, 0, x.device)
-    found, weights = module.neighbours(patches, real)
+    found, weights, _ = module.neighbours(patches, real)
     columns = layout.grid(height, width, patch)[1]
     q, k, v = (table.unflatten(-1, (heads, -1)) for table in module.qkv(x).chunk(3, -1))
     out = torch.zeros_like(q)
@@ -173,7 +173,7 @@ def test_random_control_is_kit_with_random_patches_for_all_images_alike() -> Non
     torch.manual_seed(0)
     control = kit_random.Attention(4, 2, patch=2, k=3).double().eval()
     patches = layout.cut(tokens(3, 8, 8), 2)
-    found, _ = control.neighbours(patches, None)
+    found = control.neighbours(patches, None).neighbours
     assert (found == found[:1]).all()
     assert torch.equal(found[0], retrieval.random_neighbours(16, 3, control.salt))
     assert control.macs(8, 8) == build(patch=2, k=3, retrieval="exact").macs(8, 8) - 16 * 16 * 4
@@ -186,8 +186,8 @@ def test_followers_reuse_the_neighbours_of_the_block_before() -> None:
     with pytest.raises(RuntimeError, match="has not run yet"):
         second(x)
     first(x)
-    expected, _ = first.neighbours(layout.cut(x, 2), None)
-    found, _ = second.neighbours(layout.cut(other, 2), None)
+    expected = first.neighbours(layout.cut(x, 2), None).neighbours
+    found = second.neighbours(layout.cut(other, 2), None).neighbours
     assert torch.equal(found, expected)
     assert first.macs(8, 8) - second.macs(8, 8) == 16 * 16 * 4
     assert [name for name, _ in second.named_modules()] == [name for name, _ in first.named_modules()]

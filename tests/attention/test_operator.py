@@ -187,7 +187,7 @@ def test_registration_holds_for_autograd_fake_tensors_and_compile() -> None:
     torch.manual_seed(0)
     for weights in (False, True):
         arguments = case(5, 4, 3, 2, 3, 2, labels=True, weights=weights, holes=False)
-        torch.library.opcheck(torch.ops.kitbench.patch_attention.default, tuple(arguments.values()))
+        torch.library.opcheck(torch.ops.kitbench.patch_attention.default, (*arguments.values(), None))
 
 
 def test_flop_formula_is_two_products_forward_and_five_backward() -> None:
