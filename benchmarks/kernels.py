@@ -157,7 +157,7 @@ def shapes_of_benchmarks() -> list[Shape]:
     return [*windows, *kit, *wide]
 
 
-def variants(sms: tuple[int, ...] = (80, 90)) -> list[Variant]:
+def variants(sms: tuple[int, ...] = (80, 90), kinds: tuple[str, ...] = tuple(DTYPES)) -> list[Variant]:
     """Everything that can be launched, each kernel with the same constants once.
 
     Suites with heads of fewer than 32 numbers are for CPUs and exact; they launch kernels in float32 only.
@@ -165,7 +165,7 @@ def variants(sms: tuple[int, ...] = (80, 90)) -> list[Variant]:
     seen: set[tuple[object, ...]] = set()
     found = []
     for shape, suites in [*((s, True) for s in shapes_of_suites()), *((s, False) for s in shapes_of_benchmarks())]:
-        for kind in DTYPES if shape.width >= 32 or not suites else ("float32",):
+        for kind in kinds if shape.width >= 32 or not suites else {"float32"} & set(kinds):
             new = {name: constants for name, constants in constants_of(shape, kind).items()}
             kernels = tuple(name for name, constants in new.items() if (kind, name, constants) not in seen)
             seen.update((kind, name, new[name]) for name in kernels)
@@ -256,13 +256,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--markdown", action="store_true", help="print the table of the stored JSON, compile nothing")
     parser.add_argument("--sm", default="80,90", help="compute capabilities to compile for, without the point")
+    parser.add_argument("--kinds", default=",".join(DTYPES), help="kinds of numbers: float32, tf32, bfloat16")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile side by side")
     parser.add_argument("--json", type=Path, default=HERE / "kernels.json", help="where the figures are kept")
     options = parser.parse_args()
     if options.markdown:
         print(markdown(json.loads(options.json.read_text())["rows"]))
         return
-    todo = variants(tuple(int(sm) for sm in options.sm.split(",")))
+    todo = variants(tuple(int(sm) for sm in options.sm.split(",")), tuple(options.kinds.split(",")))
     rows = []
     with ProcessPoolExecutor(options.processes) as pool:
         for done, found in enumerate(pool.map(compiled, todo), 1):
