@@ -7,6 +7,8 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -126,6 +128,56 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
     return f"{platform.processor() or 'unknown processor'}, {os.cpu_count()} cores"
+
+
+STATE = {
+    "clocks.sm": "MHz, the multiprocessors",
+    "clocks.max.sm": "MHz, their highest",
+    "clocks.mem": "MHz, the memory",
+    "power.draw": "W",
+    "power.limit": "W",
+    "temperature.gpu": "degrees Celsius",
+    "utilization.gpu": "% of the time with a kernel running",
+    "memory.used": "MiB, by all processes",
+}
+"""What is asked of nvidia-smi for `gpu_state`, and its unit."""
+
+
+def gpu_state(device: torch.device, load: Callable[[], object] | None = None) -> dict[str, float | str | None]:
+    """Clocks, power and temperature of a CUDA device by nvidia-smi, keys and units of STATE; `load` runs meanwhile.
+
+    A value that the device does not tell is None; where nothing could be read, all are, and 'reason' says why.
+    """
+    asked = [
+        "nvidia-smi", f"--id=GPU-{str(torch.cuda.get_device_properties(device).uuid).removeprefix('GPU-')}",
+        f"--query-gpu={','.join(STATE)}", "--format=csv,noheader,nounits",
+    ]  # fmt: skip
+    empty: dict[str, float | str | None] = dict.fromkeys(STATE)
+    try:
+        with subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            try:
+                deadline = time.monotonic() + 20
+                while load is not None and process.poll() is None and time.monotonic() < deadline:
+                    load()
+                    torch.cuda.synchronize(device)
+                said = process.communicate(timeout=max(1.0, deadline - time.monotonic()))[0].strip()
+            except BaseException:
+                process.kill()
+                raise
+    except (OSError, subprocess.SubprocessError) as error:
+        return empty | {"reason": f"{type(error).__name__}: {error}"}
+    values = [value.strip() for value in said.split(",")]
+    if process.returncode != 0 or len(values) != len(STATE):
+        return empty | {"reason": f"nvidia-smi ended with exit code {process.returncode}: {said[:200]}"}
+    return {name: _number(value) for name, value in zip(STATE, values, strict=True)}
+
+
+def _number(value: str) -> float | None:
+    """What nvidia-smi prints; None for '[N/A]' and the like."""
+    try:
+        return float(value)
+    except ValueError:
+        return None
 
 
 def _driver() -> str | None:
