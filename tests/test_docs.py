@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import configparser
+import importlib
 import re
 import runpy
 import shlex
@@ -79,7 +80,7 @@ def lines() -> Iterator[Line]:
     """Every command in the pages: of fences, of prompts in consoles, and of code in running text."""
     for page in DOCUMENTED:
         for text in fenced(page, "sh"):
-            for line in text.splitlines():
+            for line in text.replace("\\\n", " ").splitlines():
                 yield from split(page, line)
         for text in fenced(page, "console"):
             for line in text.splitlines():
@@ -168,9 +169,8 @@ def parse_tox(words: list[str]) -> None:
 
 
 def parse_torchrun(words: list[str]) -> None:
-    from torch.distributed.run import parse_args
-
-    given = parse_args(words)
+    torchrun: Any = importlib.import_module("torch.distributed.run")
+    given = torchrun.parse_args(words)
     assert given.module
     assert given.training_script == "kitbench"
     parse_kitbench(given.training_script_args)
