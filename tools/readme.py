@@ -1,11 +1,15 @@
-"""Write the figures into README.md and results/README.md, from stored runs.
+"""Write what commands print into the Markdown pages: figures from stored runs, and the program's messages.
+
+    python tools/readme.py                      all pages
+    python tools/readme.py docs/messages.md     these pages
+    python tools/readme.py --check              writes nothing; exit code 1 where a block is out of date
 
 Each block between `<!-- made by: COMMAND -->` and `<!-- end -->` becomes what the command prints.
-`python tools/readme.py` writes, `python tools/readme.py --check` exits with 1 where a block is stale.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 import subprocess
@@ -13,7 +17,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "results" / "README.md"]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "benchmarks/README.md", ROOT / "results/README.md"]
 BLOCK = re.compile(r"(<!-- made by: (?P<command>.+?) -->\n)(?P<text>.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -31,14 +35,22 @@ def renewed(text: str) -> str:
 
 
 def main() -> int:
-    stale = False
-    for path in PAGES:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pages", nargs="*", type=Path, metavar="PAGE", help="by default all pages with such blocks")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a block is out of date")
+    options = parser.parse_args()
+    stale = []
+    for path in options.pages or PAGES:
         old = path.read_text("utf-8")
         new = renewed(old)
-        stale |= old != new
-        if "--check" not in sys.argv[1:]:
+        if new == old:
+            continue
+        stale.append(path)
+        if not options.check:
             path.write_text(new, "utf-8")
-    return int(stale and "--check" in sys.argv[1:])
+    for path in stale:
+        print(f"{'out of date' if options.check else 'wrote'}: {path}")
+    return int(options.check and bool(stale))
 
 
 if __name__ == "__main__":
