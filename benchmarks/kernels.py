@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -265,7 +266,8 @@ def main() -> None:
         return
     todo = variants(tuple(int(sm) for sm in options.sm.split(",")), tuple(options.kinds.split(",")))
     rows = []
-    with ProcessPoolExecutor(options.processes) as pool:
+    # Spawned: a fork of a process whose threads have computed may hang.
+    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
         for done, found in enumerate(pool.map(compiled, todo), 1):
             rows += [asdict(row) for row in found]
             print(f"{done} of {len(todo)}: {todo[done - 1]}", flush=True)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kitbench.environment import STATE, gpu_state
+from kitbench.system.environment import STATE, gpu_state
 
 CUDA = torch.device("cuda", 0)
 
