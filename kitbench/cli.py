@@ -237,8 +237,11 @@ def table(paths: tuple[Path, ...], form: Any, protocol: str | None, out: Path | 
               help="Seconds: points of which one call would take longer are predicted.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), default=Path("results/scale"), show_default=True)
 def scale(methods: str, what: str, **options: Any) -> None:
-    """FLOPs, memory and time against resolution, measured as far as this machine goes, predicted beyond."""
-    from kitbench.cost.report import summary
+    """FLOPs, memory and time against resolution, measured as far as this machine goes, predicted beyond.
+
+    Exit code 3 where a method failed at every size (not for want of memory or time); the same command tries it again.
+    """
+    from kitbench.cost.report import broken, summary
     from kitbench.cost.scale import Options, run_scale
 
     console = _console()
@@ -248,6 +251,8 @@ def scale(methods: str, what: str, **options: Any) -> None:
     click.echo(summary(sweep))
     for kind in ("json", "csv", "md", "png", "svg"):
         click.echo(f"wrote {chosen.out / f'scale.{kind}'}")
+    if found := broken(sweep):
+        raise RunError("; ".join(found))
 
 
 PATHS = click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))

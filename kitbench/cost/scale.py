@@ -185,21 +185,37 @@ def run_scale(options: Options, console: Console) -> Sweep:
 
 
 def measure(specs: Mapping[str, Spec], sweep: Sweep, options: Options) -> list[Point]:
-    """The points of one size and one of infer and train, by label: counted, predicted, and run where they can be."""
-    points = {label: _predicted(label, spec, sweep) for label, spec in specs.items()}
+    """The points of one size and one of infer and train, by label: counted, predicted, and run where they can be.
+
+    On CUDA the children share the memory: a point that finds none beside the others is run again when they have ended,
+    and is out of memory only where it is so alone.
+    """
+    predicted = {label: _predicted(label, spec, sweep) for label, spec in specs.items()}
+    points = dict(predicted)
+    for label in _run(specs, points, sweep, options):
+        points[label] = predicted[label]
+        _run({label: specs[label]}, points, sweep, options)
+    return list(points.values())
+
+
+def _run(specs: Mapping[str, Spec], points: dict[str, Point], sweep: Sweep, options: Options) -> list[str]:
+    """Run the points that can be, each in a child, and renew them. Returns those that lacked memory beside others."""
     device = torch.device(sweep.device)
+    crowded: list[str] = []
     with ExitStack() as running:
         children: dict[str, Child] = {}
         waits: dict[str, float] = {}
 
-        def fail(label: str, failure: Failed) -> None:
-            """Mark the row, drop the child; the others go on."""
-            point = points[label]
+        def fail(label: str, child: Child, failure: Failed) -> None:
+            """Mark the row, end the child; the others go on."""
+            child.end()
+            children.pop(label, None)
             reason = failure.reason
             if failure.outcome == "oom":
-                reason = f"{reason}; would need {gib(point.predicted_bytes)}"
-            points[label] = point.model_copy(update={"status": failure.outcome, "reason": reason})
-            children.pop(label, None)
+                if children and device.type == "cuda":
+                    crowded.append(label)
+                reason = f"{reason}; would need {gib(points[label].predicted_bytes)}"
+            points[label] = points[label].model_copy(update={"status": failure.outcome, "reason": reason})
 
         for label, spec in specs.items():
             point, guess = points[label], guess_seconds(points[label], sweep)
@@ -214,15 +230,15 @@ def measure(specs: Mapping[str, Spec], sweep: Sweep, options: Options) -> list[P
                 points[label] = point.model_copy(
                     update={"status": "measured", "peak_bytes": memory.allocated, "reserved_bytes": memory.reserved}
                 )
-                children[label] = child
                 child.prepare(waits[label])
                 if memory.seconds < RESIDENT_SECONDS and device.type == "cpu":
                     resident = _resident(spec, sweep, memory, waits[label])
                     points[label] = points[label].model_copy(update={"resident_bytes": resident})
+                children[label] = child
             except Failed as failure:
-                fail(label, failure)
+                fail(label, child, failure)
         _time(children, waits, points, options, fail)
-    return list(points.values())
+    return crowded
 
 
 def _time(
@@ -230,7 +246,7 @@ def _time(
     waits: Mapping[str, float],
     points: dict[str, Point],
     options: Options,
-    fail: Callable[[str, Failed], None],
+    fail: Callable[[str, Child, Failed], None],
 ) -> None:
     """Interleaved rounds over the children; where one fails, the others start their rounds again."""
     while children:
@@ -239,7 +255,7 @@ def _time(
         try:
             timings = compare(samplers, options.rounds, options.seconds)
         except Failed as failure:
-            fail(asked[-1], failure)
+            fail(asked[-1], children[asked[-1]], failure)
             continue
         for label, timing in timings.items():
             points[label] = points[label].model_copy(
@@ -374,14 +390,17 @@ def _start(options: Options) -> Sweep:
 
 
 def _resumed(sweep: Sweep, path: Path) -> Sweep:
-    """The stored sweep, if it is of the same key; otherwise the new one."""
+    """The stored sweep, if it is of the same key; otherwise the new one. What failed is tried again."""
     if not path.is_file():
         return sweep
     try:
         stored = Sweep.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise InputError(f"{path} is no sweep of this version of kitbench; move it away or change --out.") from error
-    return stored.model_copy(update={"budget": sweep.budget}) if stored.key == sweep.key else sweep
+    if stored.key != sweep.key:
+        return sweep
+    points = tuple(point for point in stored.points if point.status != "failed")
+    return stored.model_copy(update={"budget": sweep.budget, "points": points})
 
 
 def _backbone(options: Options) -> Any:
