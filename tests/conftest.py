@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests themselves run in parallel
@@ -51,6 +52,27 @@ patch = 4
 [presets.only]
 recipe = { from = "smoke", steps = 12, batch = 2, crop = 32, checkpoint_every = 4 }
 """
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-gpu", action="store_true", help="a test marked gpu fails where it is skipped")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and item.config.getoption("--require-gpu") and item.get_closest_marker("gpu"):
+        report.outcome, report.longrepr = "failed", f"skipped, where a GPU is required: {report.longrepr}"
+    return report
+
 
 Kitbench = Callable[..., "subprocess.CompletedProcess[str]"]
 

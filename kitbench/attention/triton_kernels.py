@@ -343,11 +343,11 @@ def schedule(stage: str, kind: str, block: int) -> Schedule:
     Read off the compiled code of sm_80 and sm_90 (benchmarks/kernels.py): 16-bit kernels spill no register.
     """
     if kind == "half":
-        if block <= 32 or (block == 64 and stage == "forward"):
-            return Schedule()
-        if block == 64:
-            return Schedule(warps=8)
-        return Schedule(keys=32, stages=2) if stage == "forward" else Schedule(queries=32, warps=8, stages=2)
+        if stage == "dq":  # holds bias and its gradient besides the logits
+            return Schedule(queries=32, warps=8 if block == 128 else 4, stages=2)
+        if stage == "dkv":
+            return Schedule(queries=64 if block <= 32 else 32, warps=4 if block <= 32 else 8, stages=2)
+        return Schedule(keys=64 if block <= 64 else 32, stages=2)
     if kind == "tf32" and block <= 32:
         return Schedule(queries=32 if stage == "dq" else 64, warps=8, stages=1)
     # Products without tensor cores are unrolled over the width: larger tiles spill.
@@ -387,7 +387,8 @@ def forward(
         _forward_kernel, (patches * tiles, heads),
         given.q, given.k, given.v, _or(given.neighbours, q), _or(given.order, q), given.bias, *given.label_pair(),
         out, lse, LOG2E.value / math.sqrt(width), heads, tiles, given.count, queries, keys,
-        *given.strides(given.q, given.k, given.v), PAIRS=given.count > 1, **constants,
+        *given.strides(given.q, given.k, given.v),
+        PAIRS=given.count > 1 and given.labels is None, **constants,  # with labels two do not fit the registers
     )  # fmt: skip
     return out, lse
 

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from kitbench.cli.output import make_console
+from kitbench.errors import RunError
 
 
 @click.command()
@@ -27,10 +28,13 @@ from kitbench.cli.output import make_console
               help="Seconds: points of which one call would take longer are predicted.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), default=Path("results/scale"), show_default=True)
 def scale(methods: str, what: str, **options: Any) -> None:
-    """FLOPs, memory and time against resolution, measured as far as this machine goes, predicted beyond."""
+    """FLOPs, memory and time against resolution, measured as far as this machine goes, predicted beyond.
+
+    Exit code 3 where a method failed at every size (not for want of memory or time); the same command tries it again.
+    """
     from kitbench.cost.sweep.options import Options
     from kitbench.cost.sweep.run import run_scale
-    from kitbench.verdict.scaling.page import summary, write
+    from kitbench.verdict.scaling.page import broken, summary, write
 
     console = make_console()
     chosen = Options(methods=tuple(methods.split(",")), what=tuple(what.split(",")), **options)  # type: ignore[arg-type]
@@ -40,3 +44,5 @@ def scale(methods: str, what: str, **options: Any) -> None:
     click.echo(summary(sweep))
     for kind in ("json", "csv", "md", "png", "svg"):
         click.echo(f"wrote {chosen.out / f'scale.{kind}'}")
+    if found := broken(sweep):
+        raise RunError("; ".join(found))

@@ -92,23 +92,29 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
         return [f"{photo.name} at {left},{top}" for photo, top, left in drawn]
 
     def from_step(
-        self, start: int, workers: int, pieces: Sequence[Sequence[int]] | None = None
+        self, start: int, workers: int, pieces: Sequence[Sequence[int]] | None = None, pinned: bool = False
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of steps start, start + 1, ... in order, prepared ahead by `workers` processes, or by one thread.
 
         pieces: numbers of the samples to take of each batch, a piece after another; by default the batch whole.
+        pinned: in page-locked memory, from which CUDA copies while the host goes on; locked ahead of the step as well.
         """
         cut = _Pieces(self, pieces or [range(self.recipe.batch)])
         wanted = range(start * len(cut.pieces), len(cut))
         if workers:
-            yield from DataLoader(cut, batch_size=None, sampler=wanted, num_workers=workers)
+            yield from DataLoader(cut, batch_size=None, sampler=wanted, num_workers=workers, pin_memory=pinned)
             return
+
+        def make(number: int) -> tuple[Tensor, Tensor]:
+            degraded, clean = cut[number]
+            return (degraded.pin_memory(), clean.pin_memory()) if pinned else (degraded, clean)
+
         with ThreadPoolExecutor(1, "batches") as thread:
-            ahead, wanted = deque([thread.submit(cut.__getitem__, wanted[0])]), wanted[1:]
+            ahead, wanted = deque([thread.submit(make, wanted[0])]), wanted[1:]
             while ahead:
                 batch = ahead.popleft().result()
                 if not ahead:
-                    ahead.extend(thread.submit(cut.__getitem__, number) for number in wanted[:AHEAD])
+                    ahead.extend(thread.submit(make, number) for number in wanted[:AHEAD])
                     wanted = wanted[AHEAD:]
                 yield batch
 

@@ -52,7 +52,9 @@ def local(
             raise InputError(f"{name} is of --launcher slurm; leave it out with --launcher local.")
     job = Job(suite, options)
     todo = [cell for cell in job.cells if unfinished(job, cell, RunFolder(options.out / cell.folder))]
-    workers = slots(job.device, spread, max(1, len(todo)))
+    # Without a number, every GPU of the model may be used; the job's own device has the number of the first.
+    every = job.device.type == "cuda" and options.device in ("auto", "cuda")
+    workers = slots(torch.device("cuda") if every else job.device, spread, max(1, len(todo)))
     device = arguments.index("--device") + 1  # a worker sees its own GPU alone
     arguments = [*arguments[:device], job.device.type, *arguments[device + 1 :]]
     console.print(

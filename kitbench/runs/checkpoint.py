@@ -18,7 +18,8 @@ from kitbench.store.files import write_atomic
 from kitbench.store.folder import RunFolder
 
 Line = tuple[int, float, float, float, float, float]
-"""Of the log: steps done, loss, PSNR in dB, learning rate, seconds a step, and those of them spent waiting for data."""
+"""Of the log: steps done, loss, PSNR in dB, learning rate, seconds a step, and those of them spent waiting for data,
+on CUDA while the device had nothing left to do."""
 HEADER = ("step", "loss", "psnr_db", "lr", "seconds_per_step", "seconds_data")
 
 

@@ -80,7 +80,8 @@ def train(
         return f"stopped at step {done} of {recipe.steps} of {folder.path.name}, saved"
 
     shares = pieces(world.share(recipe.batch), micro_batch)
-    loader = batches.from_step(start, workers, shares)
+    loader = batches.from_step(start, workers, shares, pinned=device.type == "cuda")
+    queued = torch.cuda.Event() if device.type == "cuda" else None
     first, clock, waited = start, time.perf_counter(), 0.0
     with stop.saved_by(keep):
         for step in range(start, recipe.steps):
@@ -90,9 +91,12 @@ def train(
             optimiser.zero_grad(set_to_none=True)
             found = torch.zeros_like(sums)  # loss and squared error of this step
             for share in shares:
+                if queued is not None:
+                    queued.record()
                 asked = time.perf_counter()
                 batch = next(loader)
-                waited += time.perf_counter() - asked
+                if queued is None or queued.query():  # else the device is still at work on what came before
+                    waited += time.perf_counter() - asked
                 degraded, clean = (images.to(device, dtype, non_blocking=True) for images in batch)
                 seed_torch(derive(batches.seed, "step", step), device)  # for each piece: all draw as the whole batch
                 with gradients_of(network, last=share is shares[-1]):

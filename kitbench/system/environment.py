@@ -19,12 +19,17 @@ import kitbench
 from kitbench.errors import InputError
 from kitbench.spec.suite import Recipe
 from kitbench.store.records import Environment
+from kitbench.system.processes import own_gpus
 
 _PACKAGES = ("torch", "numpy", "scipy", "scikit-image", "opencv-python-headless", "pillow", "pandas", "fvcore", "lpips")
 
 
 def choose_device(wanted: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU. Raises InputError for a device that is not there."""
+    """The device of a name: `cpu`, `cuda:N`, `cuda` for the current one, `auto` for CUDA where it is, else the CPU.
+
+    A CUDA device always has its index, which part of torch.cuda's functions insist on, and is made the current one, on
+    which kernels are launched. Raises InputError for a device that is not there, or not this process's own.
+    """
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and "LOCAL_RANK" in os.environ:
@@ -34,11 +39,22 @@ def choose_device(wanted: str) -> torch.device:
     except RuntimeError as error:
         raise InputError(f"--device {wanted} is no device; give auto, cpu, cuda or cuda:N.") from error
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
-        found = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        found = f"{count or 'no'} CUDA device{'s' * (count > 1)}"
         build = "" if torch.version.cuda else " (this torch is a CPU build)"
+        if count and device.index == int(os.environ.get("LOCAL_RANK", "-1")):
+            raise InputError(
+                f"torchrun started a process for {wanted}, but there is {found}; start one a device, or let all share "
+                f"one with --device cuda:0."
+            )
         raise InputError(f"--device {wanted} was asked for, but there is {found}{build}; use --device cpu or auto.")
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"--device {wanted} is not supported; give auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        if own_gpus() > 1 and device.index != int(os.environ["LOCAL_RANK"]):
+            raise InputError(f"--device {device} names one GPU for all processes; give cuda, one for each.")
+        torch.cuda.set_device(device)
     return device
 
 
@@ -188,7 +204,7 @@ def _driver() -> str | None:
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.splitlines()[0].strip()
+    return next((line.strip() for line in done.stdout.splitlines()), None)
 
 
 def how_to_go_on() -> str:

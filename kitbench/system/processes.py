@@ -84,15 +84,26 @@ def started_by_torchrun() -> bool:
     return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def own_gpus() -> int:
+    """How many processes torchrun has started on this machine, where there is a GPU for each of them; else 0."""
+    if not started_by_torchrun() or not torch.cuda.is_available():
+        return 0
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return processes if processes <= torch.cuda.device_count() else 0
+
+
 @contextmanager
 def joined() -> Iterator[World]:
-    """Join the other processes that torchrun has started while the block runs; alone where it has not."""
+    """Join the other processes that torchrun has started while the block runs; alone where it has not.
+
+    NCCL needs a GPU for each process; where several share one (--device cuda:0), and on the CPU, they speak by gloo.
+    """
     if not started_by_torchrun():
         yield World()
         return
-    cuda = torch.cuda.is_available()
-    if cuda and int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
+    nccl = own_gpus() > 0 and dist.is_nccl_available()
+    if nccl:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
     yield current()
     dist.destroy_process_group()  # not after an error: the others may be waiting, and torchrun ends them

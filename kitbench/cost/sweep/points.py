@@ -29,21 +29,37 @@ WARM_UP_SECONDS = 20.0  # on top of what a call should take, before a child is c
 
 
 def measure(specs: Mapping[str, Spec], sweep: Sweep, options: Options) -> list[Point]:
-    """The points of one size and one of infer and train, by label: counted, predicted, and run where they can be."""
-    points = {label: _predicted(label, spec, sweep) for label, spec in specs.items()}
+    """The points of one size and one of infer and train, by label: counted, predicted, and run where they can be.
+
+    On CUDA the children share the memory: a point that finds none beside the others is run again when they have ended,
+    and is out of memory only where it is so alone.
+    """
+    predicted = {label: _predicted(label, spec, sweep) for label, spec in specs.items()}
+    points = dict(predicted)
+    for label in _run(specs, points, sweep, options):
+        points[label] = predicted[label]
+        _run({label: specs[label]}, points, sweep, options)
+    return list(points.values())
+
+
+def _run(specs: Mapping[str, Spec], points: dict[str, Point], sweep: Sweep, options: Options) -> list[str]:
+    """Run the points that can be, each in a child, and renew them. Returns those that lacked memory beside others."""
     device = torch.device(sweep.device)
+    crowded: list[str] = []
     with ExitStack() as running:
         children: dict[str, Child] = {}
         waits: dict[str, float] = {}
 
-        def fail(label: str, failure: Failed) -> None:
-            """Mark the row, drop the child; the others go on."""
-            point = points[label]
+        def fail(label: str, child: Child, failure: Failed) -> None:
+            """Mark the row, end the child; the others go on."""
+            child.end()
+            children.pop(label, None)
             reason = failure.reason
             if failure.outcome == "oom":
-                reason = f"{reason}; would need {gib(point.predicted_bytes)}"
-            points[label] = point.model_copy(update={"status": failure.outcome, "reason": reason})
-            children.pop(label, None)
+                if children and device.type == "cuda":
+                    crowded.append(label)
+                reason = f"{reason}; would need {gib(points[label].predicted_bytes)}"
+            points[label] = points[label].model_copy(update={"status": failure.outcome, "reason": reason})
 
         for label, spec in specs.items():
             point, guess = points[label], guess_seconds(points[label], sweep)
@@ -58,15 +74,15 @@ def measure(specs: Mapping[str, Spec], sweep: Sweep, options: Options) -> list[P
                 points[label] = point.model_copy(
                     update={"status": "measured", "peak_bytes": memory.allocated, "reserved_bytes": memory.reserved}
                 )
-                children[label] = child
                 child.prepare(waits[label])
                 if memory.seconds < RESIDENT_SECONDS and device.type == "cpu":
                     resident = _resident(spec, sweep, memory, waits[label])
                     points[label] = points[label].model_copy(update={"resident_bytes": resident})
+                children[label] = child
             except Failed as failure:
-                fail(label, failure)
+                fail(label, child, failure)
         _time(children, waits, points, options, fail)
-    return list(points.values())
+    return crowded
 
 
 def _time(
@@ -74,7 +90,7 @@ def _time(
     waits: Mapping[str, float],
     points: dict[str, Point],
     options: Options,
-    fail: Callable[[str, Failed], None],
+    fail: Callable[[str, Child, Failed], None],
 ) -> None:
     """Interleaved rounds over the children; where one fails, the others start their rounds again."""
     while children:
@@ -83,7 +99,7 @@ def _time(
         try:
             timings = compare(samplers, options.rounds, options.seconds)
         except Failed as failure:
-            fail(asked[-1], failure)
+            fail(asked[-1], children[asked[-1]], failure)
             continue
         for label, timing in timings.items():
             points[label] = points[label].model_copy(

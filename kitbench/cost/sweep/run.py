@@ -105,14 +105,17 @@ def _start(options: Options) -> Sweep:
 
 
 def _resumed(sweep: Sweep, path: Path) -> Sweep:
-    """The stored sweep, if it is of the same key; otherwise the new one."""
+    """The stored sweep, if it is of the same key; otherwise the new one. What failed is tried again."""
     if not path.is_file():
         return sweep
     try:
         stored = Sweep.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise InputError(f"{path} is no sweep of this version of kitbench; move it away or change --out.") from error
-    return stored.model_copy(update={"budget": sweep.budget}) if stored.key == sweep.key else sweep
+    if stored.key != sweep.key:
+        return sweep
+    points = tuple(point for point in stored.points if point.status != "failed")
+    return stored.model_copy(update={"budget": sweep.budget, "points": points})
 
 
 def _backbone(options: Options) -> Any:

@@ -26,6 +26,7 @@ from kitbench.errors import InputError
 from kitbench.model import methods
 from kitbench.spec.suite import Backbone
 from kitbench.store.sweeps import Outcome, Scope, What
+from kitbench.system.environment import choose_device
 
 _SMALL_RSS = 16 << 20  # below it the resident set says nothing
 
@@ -157,6 +158,10 @@ class Child:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """End the process; what it held is free when this returns."""
         self._process.kill()
         self._process.join()
         self._connection.close()
@@ -164,42 +169,71 @@ class Child:
 
 def serve(connection: Connection, spec: Spec, device_name: str, threads: int, limit: int) -> None:
     """Answer requests until the parent ends this process. Runs in the child."""
-    device = torch.device(device_name)
     torch.set_num_threads(threads)
-    take: Callable[[], Sample] | None = None
-    module: nn.Module | None = None
-    x = torch.empty(0)
+    bench = Bench(spec, torch.device(device_name), limit)
     while True:
         try:
             request = connection.recv()
         except EOFError:  # the parent is gone
             return
         try:
-            if module is None:
-                module = build(spec).to(device)
-                _limit(device, limit)
-                x = torch.randn(spec.shape, generator=torch.Generator().manual_seed(0)).to(device)
-
-            def call(module: nn.Module = module, x: Tensor = x) -> Tensor | None:
-                return step(module, x)
-
-            reply: Any = None
-            if request == "measure":
-                start = time.perf_counter()
-                call()
-                seconds = time.perf_counter() - start
-                found = peak(call, device)
-                reply = Memory(found.allocated, found.reserved, seconds)
-            elif request == "prepare":
-                take = sampler(call, device)
-            elif request == "sample":
-                assert take is not None
-                reply = take()
-            elif request == "resident":
-                reply = _resident(call) if device.type == "cpu" and sys.platform == "linux" else None
+            reply: Any = bench.answer(request)
+            bench.rest()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is this point's result
             reply = _failure(error)
         connection.send(reply)
+
+
+class Bench:
+    """The module of a point at work. On CUDA it holds an input, and cached memory, only while it answers.
+
+    The children of one size share the device: what one of them kept while it waits for its turn, another would lack.
+    """
+
+    def __init__(self, spec: Spec, device: torch.device, limit: int) -> None:
+        self.spec, self.device, self.limit = spec, device, limit
+        self.module: nn.Module | None = None
+        self.x: Tensor | None = None
+        self.take: Callable[[], Sample] | None = None
+
+    def call(self) -> Tensor | None:
+        assert self.module is not None
+        assert self.x is not None
+        return step(self.module, self.x)
+
+    def answer(self, request: str) -> Memory | Sample | int | None:
+        """What a `Child` asks. Raises what the method raises."""
+        if self.module is None:
+            choose_device(str(self.device))
+            self.module = build(self.spec).to(self.device)
+            _limit(self.device, self.limit)
+        if self.x is None:
+            torch.manual_seed(0)
+            self.x = torch.randn(self.spec.shape, device=self.device)
+        if request == "measure":
+            start = time.perf_counter()
+            self.call()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            seconds = time.perf_counter() - start
+            found = peak(self.call, self.device)
+            return Memory(found.allocated, found.reserved, seconds)
+        if request == "prepare":
+            self.take = sampler(self.call, self.device)
+        elif request == "sample":
+            assert self.take is not None
+            if self.device.type == "cuda":
+                self.call()  # takes memory from the driver again, which is slow
+            return self.take()
+        elif request == "resident":
+            return _resident(self.call) if self.device.type == "cpu" and sys.platform == "linux" else None
+        return None
+
+    def rest(self) -> None:
+        """Give memory back until the next request."""
+        if self.device.type == "cuda":
+            self.x = None
+            torch.cuda.empty_cache()
 
 
 def _limit(device: torch.device, limit: int) -> None:
@@ -232,6 +266,9 @@ def _resident(call: Callable[[], object]) -> int | None:
 def _failure(error: Exception) -> Failed:
     words = str(error).strip().split("\n")[0]
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in words:
-        asked = re.search(r"allocate (\d+) bytes", words)
-        return Failed("oom", f"an allocation of {int(asked[1]) / 2**30:.1f} GiB failed" if asked else "out of memory")
+        asked = re.search(r"allocate ([\d.]+) (bytes|[KMG]iB)", words)  # as the CPU's allocator says it, and as CUDA's
+        if asked is None:
+            return Failed("oom", "out of memory")
+        scale = ("bytes", "KiB", "MiB", "GiB").index(asked[2])
+        return Failed("oom", f"an allocation of {float(asked[1]) * 1024**scale / 2**30:.1f} GiB failed")
     return Failed("failed", f"{type(error).__name__}: {words}")

@@ -145,12 +145,29 @@ def _remark(point: Point) -> str:
     return "; ".join(part for part in parts if part)
 
 
+def failures(sweep: Sweep) -> list[str]:
+    """A sentence for each point that failed: neither for want of memory or time, nor killed."""
+    failed = (p for method, what in curves(sweep) for p in sweep.curve(method, what) if p.status == "failed")
+    return [f"{p.method} failed at {p.size} px, {WORDS[p.what]}: {p.reason}" for p in failed]
+
+
+def broken(sweep: Sweep) -> list[str]:
+    """A sentence for each curve that has failed wherever it was tried."""
+    told = []
+    for method, what in curves(sweep):
+        points = sweep.curve(method, what)
+        reason = next((p.reason for p in points if p.status == "failed"), None)
+        if reason is not None and not any(p.status in ("measured", "timeout", "killed") for p in points):
+            told.append(f"{method}, {WORDS[what]}, failed at every size that was tried: {reason}")
+    return told
+
+
 def words(sweep: Sweep) -> list[str]:
     """What the points say, one sentence each; only what they do say."""
     told: list[str] = []
     for what in dict.fromkeys(what for _, what in curves(sweep)):
         told += _growth(sweep, what) + _kernel_or_method(sweep, what) + _overtaking(sweep, what)
-    return told + _trust(sweep)
+    return told + _trust(sweep) + [f"{failure}." for failure in failures(sweep)]
 
 
 def _growth(sweep: Sweep, what: What) -> list[str]:
@@ -188,7 +205,8 @@ def _kernel_or_method(sweep: Sweep, what: What) -> list[str]:
     }
     plain, fused = forms["materialised"], forms["sdpa"]
     told = []
-    if slope[plain, "memory"] > 1.5 and slope[fused, "memory"] <= LINEAR:
+    # A single size has no slope.
+    if slope.get((plain, "memory"), 0) > 1.5 and slope.get((fused, "memory"), 9) <= LINEAR:
         told.append(
             f"{WORDS[what]}: the memory gain over global attention is owed to the kernel: computed by a fused one, "
             f"global attention's memory grows with the power {slope[fused, 'memory']:.2f} of the pixels (materialised: "
