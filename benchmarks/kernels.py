@@ -1,7 +1,8 @@
-"""What the Triton kernels take of a GPU that is not here: shared memory, registers and spills, read from the compiled code.
+"""What the Triton kernels take of a GPU that is not here: shared memory, registers, spills, from the compiled code.
 
-    python benchmarks/kernels.py                # compiles every variant for sm_80 and sm_90: kernels.json; takes minutes
+    python benchmarks/kernels.py                # compiles every variant: kernels.json; takes minutes
     python benchmarks/kernels.py --markdown     # prints the table of the stored JSON
+    python benchmarks/kernels.py --list         # writes which variants there are, and compiles none
 
 Needs triton, and no GPU. The variants are what the shipped suites, the sweep and the operator benchmark launch,
 found by building their attentions and recording their launches, and the widths up to 128 that an author may choose.
@@ -12,6 +13,8 @@ registers a thread; what does not fit the registers spills to memory, which is s
 from __future__ import annotations
 
 import argparse
+import ast
+import hashlib
 import json
 import multiprocessing
 import os
@@ -22,7 +25,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,7 +38,7 @@ from tabulate import tabulate
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from kitbench.attention import operator, triton_kernels
+from kitbench.attention import operator, triton_kernels, triton_launch
 from kitbench.model import methods
 from kitbench.spec import loading, shipped
 
@@ -119,15 +122,15 @@ def record(call: Callable[[], object]) -> list[Shape]:
     def by_index(q: Tensor, weights: Tensor | None) -> bool:
         return weights is None and q.shape[3] <= operator.MAX_WIDTH
 
-    with mock.patch.object(operator, "by_index", by_index), mock.patch.object(triton_kernels, "forward", forward):
-        with torch.no_grad():
-            call()
+    launching = mock.patch.object(triton_launch, "forward", forward)
+    with mock.patch.object(operator, "by_index", by_index), launching, torch.no_grad():
+        call()
     return found
 
 
 @cache
 def shapes_of_suites() -> tuple[Shape, ...]:
-    """What the methods of all shipped suites launch in all presets, on maps that need no padding and on maps that do."""
+    """What the methods of all shipped suites launch in all presets, on maps with padding and without."""
     found: dict[Shape, None] = {}
     for name in shipped.suite_names():
         for preset in loading.read_toml(name, "suites", Path())["presets"]:
@@ -141,8 +144,7 @@ def shapes_of_suites() -> tuple[Shape, ...]:
                 for shift in (False, True):
                     attention = loaded.build(width, 1, shift, **settings)
                     for side in (40, 33):
-                        for shape in record(lambda a=attention, s=side: a(torch.randn(1, s, s, width))):  # type: ignore[misc]
-                            found[shape] = None
+                        found |= dict.fromkeys(record(partial(attention, torch.randn(1, side, side, width))))
     return tuple(found)
 
 
@@ -167,7 +169,7 @@ def variants(sms: tuple[int, ...] = (80, 90), kinds: tuple[str, ...] = tuple(DTY
     found = []
     for shape, suites in [*((s, True) for s in shapes_of_suites()), *((s, False) for s in shapes_of_benchmarks())]:
         for kind in kinds if shape.width >= 32 or not suites else {"float32"} & set(kinds):
-            new = {name: constants for name, constants in constants_of(shape, kind).items()}
+            new = constants_of(shape, kind)
             kernels = tuple(name for name, constants in new.items() if (kind, name, constants) not in seen)
             seen.update((kind, name, new[name]) for name in kernels)
             found += [Variant(shape, kind, sm, kernels) for sm in sms if kernels]
@@ -192,8 +194,8 @@ def call(shape: Shape, kind: str) -> None:
     order = torch.arange(PATCHES) if shape.ordered else None
     bias = torch.zeros(2, shape.queries, shape.keys)
     with tf32(kind == "tf32"):
-        out, lse = triton_kernels.forward(q, k, k, neighbours, bias, labels[0], labels[1], order)
-        triton_kernels.backward(q, q, k, k, out, lse, neighbours, bias, labels[0], labels[1], order)
+        out, lse = triton_launch.forward(q, k, k, neighbours, bias, labels[0], labels[1], order)
+        triton_launch.backward(q, q, k, k, out, lse, neighbours, bias, labels[0], labels[1], order)
 
 
 def constants_of(shape: Shape, kind: str) -> dict[str, tuple[tuple[str, object], ...]]:
@@ -203,7 +205,7 @@ def constants_of(shape: Shape, kind: str) -> dict[str, tuple[tuple[str, object],
     def note(kernel: Any, *_: object, **constants: object) -> None:
         found[kernel.__name__] = tuple(sorted(constants.items()))
 
-    with mock.patch.object(triton_kernels, "launch", note):
+    with mock.patch.object(triton_launch, "launch", note):
         call(shape, kind)
     return found
 
@@ -220,21 +222,35 @@ def compiled(variant: Variant) -> list[Compiled]:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(binary.asm["cubin"])
             file.flush()
-            printed = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True)
-        usage = re.search(r"REG:(\d+) STACK:(\d+)", printed.stdout)
-        assert usage is not None, printed.stdout
+            command = [CUOBJDUMP, "-res-usage", "-sass", file.name]
+            printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        usage = re.search(r"REG:(\d+) STACK:(\d+)", printed)
+        assert usage is not None, printed[:1000]
+        spilled = int(usage[2]) if re.search(r"\bSTL\b", printed) else 0  # a frame alone is no spill
         found.append(
             Compiled(
                 kernel.__name__.strip("_").removesuffix("_kernel"), variant.shape, variant.kind, variant.sm,
                 f"{constants['BT']} x {constants['BS']}" if "BT" in constants else "", constants.get("num_warps", 4),
-                constants.get("num_stages", 3), binary.metadata.shared, int(usage[1]), int(usage[2]),
+                constants.get("num_stages", 3), binary.metadata.shared, int(usage[1]), spilled,
                 "mma" in binary.asm["ptx"],
             )
         )  # fmt: skip
 
-    with mock.patch.object(triton_kernels, "launch", build):
+    with mock.patch.object(triton_launch, "launch", build):
         call(variant.shape, variant.kind)
     return found
+
+
+def source_sha256() -> str:
+    """Digest of the kernels' syntax tree: comments and docstrings do not count."""
+    digest = hashlib.sha256()
+    for module in (triton_kernels, triton_launch):
+        tree = ast.parse(Path(str(module.__file__)).read_text("utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+                del node.body[0]
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -256,6 +272,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--markdown", action="store_true", help="print the table of the stored JSON, compile nothing")
+    parser.add_argument("--list", action="store_true", help="write which variants there are, and compile none")
     parser.add_argument("--sm", default="80,90", help="compute capabilities to compile for, without the point")
     parser.add_argument("--kinds", default=",".join(DTYPES), help="kinds of numbers: float32, tf32, bfloat16")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile side by side")
@@ -265,14 +282,17 @@ def main() -> None:
         print(markdown(json.loads(options.json.read_text())["rows"]))
         return
     todo = variants(tuple(int(sm) for sm in options.sm.split(",")), tuple(options.kinds.split(",")))
+    head = {"triton": triton.__version__, "torch": torch.__version__, "source": source_sha256()}
+    if options.list:
+        options.json.write_text(json.dumps(head | {"variants": [asdict(variant) for variant in todo]}, indent=1) + "\n")
+        return
     rows = []
     # Spawned: a fork of a process whose threads have computed may hang.
     with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
         for done, found in enumerate(pool.map(compiled, todo), 1):
             rows += [asdict(row) for row in found]
             print(f"{done} of {len(todo)}: {todo[done - 1]}", flush=True)
-    stored = {"triton": triton.__version__, "torch": torch.__version__, "rows": rows}
-    options.json.write_text(json.dumps(stored, indent=1) + "\n")
+    options.json.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
     print(markdown(rows))
 
 

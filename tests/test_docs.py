@@ -22,10 +22,12 @@ from typing import Any
 import click
 import pytest
 
-from kitbench import methods, suite
-from kitbench.cli import cli
+from kitbench.cli.main import cli
 from kitbench.data.cards import cards
 from kitbench.errors import InputError
+from kitbench.model import methods
+from kitbench.spec import loading, shipped
+from kitbench.spec import suite as suites
 from tests.conftest import ROOT, run_kitbench
 from tools import messages, readme
 
@@ -112,9 +114,9 @@ def parse_kitbench(words: list[str], in_text: bool = False) -> None:
         return
     given = command.make_context(command.name, list(arguments)).params
     chosen = given.get("suite")
-    if command.name == "run" and chosen in suite.suite_names() and "mine.py" not in given["method"]:
+    if command.name == "run" and chosen in shipped.suite_names() and "mine.py" not in given["method"]:
         seeds = [int(seed) for seed in (given["seeds"] or "").split(",") if seed]
-        suite.load(chosen, given["preset"], given["overrides"], given["method"], seeds)
+        loading.load(chosen, given["preset"], given["overrides"], given["method"], seeds)
 
 
 class Parsed(Exception):
@@ -375,9 +377,9 @@ def written(value: object) -> str:
 @pytest.mark.parametrize(
     ("page", "heading", "model"),
     [
-        ("docs/suites.md", "Recipe", suite.Recipe),
-        ("docs/suites.md", "Backbone", suite.Backbone),
-        ("docs/protocols.md", "The keys of a protocol", suite.Protocol),
+        ("docs/suites.md", "Recipe", suites.Recipe),
+        ("docs/suites.md", "Backbone", suites.Backbone),
+        ("docs/protocols.md", "The keys of a protocol", suites.Protocol),
     ],
 )
 def test_the_pages_list_every_key_with_its_default(page: str, heading: str, model: Any) -> None:
@@ -400,8 +402,8 @@ def test_the_page_of_methods_lists_every_setting_with_its_default() -> None:
 def test_the_pages_name_every_method_protocol_suite_and_data_set() -> None:
     assert {row[0].strip("`") for row in table_of_methods()} == set(methods.shipped())
     text = TEXTS["docs/protocols.md"]
-    assert [protocol.id for protocol in suite.protocols() if f"`{protocol.id}`" not in text] == []
-    assert [name for name in suite.suite_names() if f"| `{name}` |" not in TEXTS["docs/suites.md"]] == []
+    assert [protocol.id for protocol in shipped.protocols() if f"`{protocol.id}`" not in text] == []
+    assert [name for name in shipped.suite_names() if f"| `{name}` |" not in TEXTS["docs/suites.md"]] == []
     assert [name for name in cards() if not re.search(rf"(?<![\w-]){name}(?![\w-])", TEXTS["docs/data.md"])] == []
 
 
@@ -413,7 +415,7 @@ def table_of_methods() -> list[list[str]]:
 def test_the_suite_on_the_page_of_suites_is_one_that_kitbench_reads(tmp_path: Path) -> None:
     [text] = fenced("docs/suites.md", "toml")
     (tmp_path / "mine.toml").write_text(text)
-    loaded = suite.load(str(tmp_path / "mine.toml"))
+    loaded = loading.load(str(tmp_path / "mine.toml"))
     assert list(loaded.methods) == ["kit", "kit-k2", "kit-k8"]
     assert loaded.recipe.lr == 2e-3
     assert {loaded.methods[name].settings.get("k") for name in loaded.methods} == {None, 2, 8}

@@ -1,16 +1,28 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in steps of at most nine minutes, so that short allocations add up to one set of results.
 #
-#     tools/gpu.sh OUT                 does the next steps that OUT does not hold yet, as long as time is left
+#     tools/gpu.sh OUT                 does the next steps that are not done yet, as long as time is left
 #     tools/gpu.sh OUT --dry-run       lists the steps, which are done, and their commands; writes nothing
 #     tools/gpu.sh OUT --only PATTERN  only steps whose name matches the shell pattern
+#     tools/gpu.sh OUT --done FILE     steps named in FILE, one a line, are done: where OUT is emptied between calls
+#     tools/gpu.sh OUT --wheels DIR    first installs kitbench, and what it lacks from the wheels in DIR, without network
 #     tools/gpu.sh OUT --smoke         each step as small as it can be, on any device: does all of it run?
 #
-# A finished step leaves one archive, OUT/STEP.tar.gz, of at most 16 MB: put the archives of all calls into one OUT, and
-# the next call goes on behind them. A failed step leaves OUT/STEP.failed.log, and is tried again by the next call.
+# A finished step leaves one archive, OUT/STEP.tar.gz, of at most 16 MB. A failed step leaves OUT/STEP.failed.log, and is
+# tried again by the next call. OUT/done.txt lists all steps that are done, those of --done included: keep it, and give
+# it to the next call. The first step fails where no GPU is seen, and nothing is begun behind it.
+#
+# A machine with torch and triton, but without network, for example Python 3.12 on x86-64. Where there is a network:
+#     pip wheel --no-deps -w WHEELS $(grep -E '^(fvcore|iopath)' tools/gpu-wheels.txt)
+#     grep -vE '^(fvcore|iopath)' tools/gpu-wheels.txt | pip download --no-deps --only-binary=:all: -r /dev/stdin -d WHEELS \
+#         --python-version 3.12 --implementation cp --platform manylinux_2_27_x86_64 --platform manylinux_2_17_x86_64 \
+#         --platform manylinux2014_x86_64
+# and there, one call after another, each with the done.txt of the one before:
+#     tools/gpu.sh OUT --wheels WHEELS                    machine, tests, the operators in three kinds of numbers
+#     tools/gpu.sh OUT --wheels WHEELS --done done.txt    the loop, the sweep, training; the other shapes last
 #
 # Environment: KITBENCH_GPU_SECONDS  what a call may take (540); no step is begun that may not end within it
-#              KITBENCH_GPU_FILES    files a call may leave (8)
+#              KITBENCH_GPU_FILES    files a call may leave, done.txt included (8)
 #              KITBENCH_GPU_STEPS    training steps of each run (2000); the same for every method and seed
 #              KITBENCH_DATA         folder of data sets; without it the photographs that ship with scikit-image
 #              PYTHON                the interpreter (python3)
@@ -20,7 +32,7 @@ set -euo pipefail
 
 usage() { sed -n '2,/^set/p' "$0" | grep '^#' | cut -c3-; }
 
-out="" dry="" only="*" smoke=""
+out="" dry="" only="*" smoke="" before="" wheels=""
 while [ $# -gt 0 ]; do
     case "$1" in
     --dry-run) dry=1 ;;
@@ -28,6 +40,14 @@ while [ $# -gt 0 ]; do
     --only)
         shift
         only="${1:?--only takes a pattern}"
+        ;;
+    --done)
+        shift
+        before="${1:?--done takes a file}"
+        ;;
+    --wheels)
+        shift
+        wheels="${1:?--wheels takes a folder}"
         ;;
     -h | --help)
         usage
@@ -46,6 +66,14 @@ if [ -z "$out" ]; then
     exit 2
 fi
 [ "${out#/}" != "$out" ] || out="$PWD/$out"
+for given in "$before" "$wheels"; do
+    if [ -n "$given" ] && [ ! -e "$given" ]; then
+        echo "gpu.sh: $given does not exist; give a file to --done and a folder to --wheels" >&2
+        exit 2
+    fi
+done
+[ -z "$before" ] || before="$(realpath "$before")"
+[ -z "$wheels" ] || wheels="$(realpath "$wheels")"
 cd "$(dirname "$0")/.."
 
 export OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1
@@ -56,10 +84,12 @@ began=$SECONDS
 
 if [ -n "$smoke" ]; then
     device=auto steps="${KITBENCH_GPU_STEPS:-4}" preset=smoke
-    sizes=64:128 cases=64 rounds=1 loop="--preset smoke --stretches 3 --methods conv"
+    sizes=64:128 cases="--sizes 64 --rounds 1" loop="--preset smoke --stretches 3 --methods conv"
+    kinds="float32 bfloat16" required="" gpu="True"
 else
     device=cuda steps="${KITBENCH_GPU_STEPS:-2000}" preset=full
-    sizes=64:4096 cases=64,128,256,512,1024 rounds=5 loop="--preset full --stretches 6 --workers 4"
+    sizes=64:4096 cases="--sizes 64,128,256,512,1024 --rounds 5" loop="--preset full --stretches 6 --workers 4"
+    kinds="bfloat16 float32 tf32" required=--require-gpu gpu="torch.cuda.is_available()"
 fi
 loop_device="$device"
 [ "$loop_device" != auto ] || loop_device=cpu
@@ -70,9 +100,17 @@ step_names=() step_seconds=() step_commands=()
 step() {
     step_names+=("$1") step_seconds+=("$2") step_commands+=("$3")
 }
-step machine 60 "{ nvidia-smi; $python -m torch.utils.collect_env; git log -1 --format=%H; } > \$work/machine.txt 2>&1 || true"
-step tests 500 "$python -m pytest -q -p no:cacheprovider -m gpu --junitxml=\$work/tests.xml || [ \$? = 5 ]"
-step attention 540 "$python benchmarks/attention.py --device $loop_device --sizes $cases --rounds $rounds --json \$work/attention.json"
+operators() {
+    for kind in $kinds; do
+        step "attention-$kind-c$1-k$2" 400 "$python benchmarks/attention.py --device $loop_device --dtypes $kind --dims $1 --k $2 \
+$cases --json \$work/attention.json"
+    done
+}
+seen="import torch; print(torch.__version__, torch.cuda.is_available() and torch.cuda.get_device_name()); assert $gpu, 'no GPU'"
+step machine 60 "{ nvidia-smi || true; $python -m torch.utils.collect_env; git log -1 --format=%H || true; } > \$work/machine.txt 2>&1; \
+$python -c \"$seen\""
+step tests 540 "$python -m pytest -q -p no:cacheprovider -m gpu $required --junitxml=\$work/tests.xml"
+operators 32 4
 step loop 300 "$python benchmarks/loop.py --device $loop_device $loop --json \$work/loop.json"
 step scale 540 "$python -m kitbench scale --device $device --sizes $sizes --out \$work/scale"
 for seed in 0 1 2; do
@@ -82,6 +120,9 @@ for seed in 0 1 2; do
 --method $method --seeds $seed --set recipe.steps=$steps --set recipe.warmup=$((steps / 20)) --workers 4 --out \$work/runs"
     done
 done
+
+operators 64 4
+[ -n "$smoke" ] || { operators 32 8 && operators 64 8; }
 
 # The results of a step as one archive. Weights are left out: no table, plot or report reads them.
 pack() {
@@ -97,22 +138,36 @@ pack() {
     mv "$out/.$2.tmp" "$out/$2.tar.gz"
 }
 
-if [ -z "$dry" ] && ! missing=$("$python" -c 'import kitbench.runs.queue, kitbench.baselines' 2>&1); then
+ready() { "$python" -c 'import kitbench.runs.queue, kitbench.baselines' 2>&1; }
+# Unfinished work stays here, so that on the same machine the next call goes on from its checkpoints.
+scratch="${TMPDIR:-/tmp}/kitbench-gpu$(printf %s "$out" | tr / -)"
+if [ -z "$dry" ] && [ -n "$wheels" ]; then
+    export PYTHONPATH="$scratch/site${PYTHONPATH:+:$PYTHONPATH}"
+    if ! ready >/dev/null; then
+        "$python" -m pip install -q --no-index --no-deps --upgrade --target "$scratch/site" "$wheels"/*.whl
+        "$python" -m pip install -q --no-index --no-deps --no-build-isolation -e .
+    fi
+fi
+if [ -z "$dry" ] && ! missing=$(ready); then
     echo "gpu.sh: kitbench is not installed for $python: ${missing##*$'\n'}" >&2
-    echo "gpu.sh: pip install -e . there, or from wheels where it has no network: pip install --no-index -f WHEELS -e ." >&2
+    echo "gpu.sh: pip install -e . there, or give a folder of wheels where it has no network: tools/gpu.sh OUT --wheels DIR" >&2
     exit 2
 fi
 
 left=0 done=0 failed=0
 [ -n "$dry" ] || mkdir -p "$out"
-# Unfinished work stays here, so that on the same machine the next call goes on from its checkpoints.
-scratch="${TMPDIR:-/tmp}/kitbench-gpu$(printf %s "$out" | tr / -)"
 [ -n "$dry" ] || mkdir -p "$scratch"
+is_done() { [ -e "$out/$1.tar.gz" ] || { [ -n "$before" ] && grep -qx "$1" "$before"; }; }
+list_done() {
+    for name in "${step_names[@]}"; do
+        ! is_done "$name" || echo "$name"
+    done
+}
 for number in "${!step_names[@]}"; do
     name="${step_names[$number]}"
     # shellcheck disable=SC2053 # a pattern is wanted
     [[ $name == $only ]] || continue
-    if [ -e "$out/$name.tar.gz" ]; then
+    if is_done "$name"; then
         echo "$name: done before"
         continue
     fi
@@ -122,7 +177,7 @@ for number in "${!step_names[@]}"; do
     fi
     rest=$((limit - SECONDS + began))
     # The first step of a call has all the time that there is.
-    if [ $((done + failed)) -ge "$files" ] || { [ "$rest" -lt "${step_seconds[$number]}" ] && [ $((done + failed)) -gt 0 ]; }; then
+    if [ $((done + failed)) -ge $((files - 1)) ] || { [ "$rest" -lt "${step_seconds[$number]}" ] && [ $((done + failed)) -gt 0 ]; }; then
         left=$((left + 1))
         continue
     fi
@@ -140,7 +195,12 @@ for number in "${!step_names[@]}"; do
         failed=$((failed + 1))
         tail -n 200 "$work.log" >"$out/$name.failed.log"
         echo "$name: failed with exit code $code after $((SECONDS - start)) s, see $out/$name.failed.log"
+        if [ "$name" = machine ]; then
+            tail -n 1 "$work.log"
+            break
+        fi
     fi
 done
+[ -n "$dry" ] || list_done >"$out/done.txt"
 [ -n "$dry" ] || echo "$done done, $failed failed, $left left for the next call"
 [ "$failed" = 0 ] || exit 3

@@ -120,9 +120,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """The output [M, T, h, d] and the log-sum-exp [M, g, h, T] of each softmax: g = 1, or n with weights."""
     if by_index(q, weights):
-        from kitbench.attention import triton_kernels
+        from kitbench.attention import triton_launch
 
-        return triton_kernels.forward(q, k, v, neighbours, bias, query_label, key_label, order)
+        return triton_launch.forward(q, k, v, neighbours, bias, query_label, key_label, order)
     pattern = Pattern(neighbours, bias.to(q.dtype), query_label, key_label, weights)
     out = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[0], pattern.groups, q.shape[2], q.shape[1]), dtype=accumulator(q.dtype))
@@ -167,9 +167,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and bias."""
     if by_index(q, weights):
-        from kitbench.attention import triton_kernels
+        from kitbench.attention import triton_launch
 
-        return triton_kernels.backward(grad, q, k, v, out, lse, neighbours, bias, query_label, key_label, order)
+        return triton_launch.backward(grad, q, k, v, out, lse, neighbours, bias, query_label, key_label, order)
     pattern = Pattern(neighbours, bias.to(q.dtype), query_label, key_label, weights)
     heads, dtype, scale = q.shape[2], lse.dtype, 1 / math.sqrt(q.shape[-1])
     dq = torch.empty(q.shape, dtype=dtype, device=q.device)

@@ -65,7 +65,9 @@ def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def arguments(patches: int, queries: int, keys: int, heads: int, width: int, n: int, labels: bool, order: bool) -> dict[str, Any]:
+def arguments(
+    patches: int, queries: int, keys: int, heads: int, width: int, n: int, labels: bool, order: bool
+) -> dict[str, Any]:
     """Random arguments of patch_attention in float64, those that take a gradient as leaves."""
     random = torch.Generator().manual_seed(0)
     q = torch.randn(patches, queries, heads, width, generator=random, dtype=torch.float64)
@@ -105,11 +107,11 @@ def by_kernels(built: dict[str, Any], upstream: Tensor, dtype: torch.dtype) -> t
         out = patch_attention(**moved)
         found = (out.detach(), *torch.autograd.grad(out, leaves, upstream))
     else:
-        from kitbench.attention import triton_kernels
+        from kitbench.attention import triton_launch
 
         given = {"query_label": None, "key_label": None, "order": None} | moved
-        out, lse = triton_kernels.forward(**given)
-        found = (out, *triton_kernels.backward(grad=upstream, out=out, lse=lse, **given))
+        out, lse = triton_launch.forward(**given)
+        found = (out, *triton_launch.backward(grad=upstream, out=out, lse=lse, **given))
     return tuple(table.double().cpu() for table in found)
 
 
@@ -123,7 +125,9 @@ def compare(shape: tuple[int, int, int, int, int, int, bool, bool], kind: str) -
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
     built = arguments(*shape)
     # The reference sees the same rounded numbers.
-    built |= {name: built[name].to(dtype).double() for name in ("q", "k", "v")} | {"bias": built["bias"].float().double()}
+    built |= {name: built[name].to(dtype).double() for name in ("q", "k", "v")} | {
+        "bias": built["bias"].float().double()
+    }
     upstream = torch.randn(built["q"].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     upstream = upstream.to(dtype).double()
     assert_near(by_kernels(built, upstream, dtype), expected(built, upstream), TOLERANCE[kind])
@@ -156,7 +160,7 @@ def test_lists_of_popular_patches_are_cut_and_added_up(popular: int) -> None:
 
 
 def test_where_the_slots_do_not_suffice_lists_are_added_up_whole() -> None:
-    from kitbench.attention.triton_kernels import inverse_lists
+    from kitbench.attention.triton_launch import inverse_lists
 
     built = arguments(36, 2, 2, 1, 16, 4, False, False)  # each of 12 patches is attended by 10: 24 segments, 16 slots
     built["neighbours"] = torch.stack([torch.arange(36), *((torch.arange(36) + j) % 4 + 4 * j for j in range(3))], 1)
@@ -168,7 +172,7 @@ def test_where_the_slots_do_not_suffice_lists_are_added_up_whole() -> None:
 
 @pytest.mark.parametrize("popular", [1, 3, 40, 300])
 def test_inverse_lists_hold_every_query_once(popular: int) -> None:
-    from kitbench.attention.triton_kernels import SEGMENT, inverse_lists
+    from kitbench.attention.triton_launch import SEGMENT, inverse_lists
 
     neighbours = torch.stack([torch.arange(300), (torch.arange(300) + 1) % popular], 1)
     lists = inverse_lists(neighbours)

@@ -23,8 +23,10 @@ def gpu(out: Path, *arguments: str, code: int = 0, **environment: str) -> str:
 def test_the_steps_are_every_method_with_three_seeds_and_what_is_measured_on_a_gpu(tmp_path: Path) -> None:
     lines = gpu(tmp_path / "out", "--dry-run").splitlines()
     methods = ("kit", "global", "window", "local", "kit-random", "conv")
-    expected = ["machine", "tests", "attention", "loop", "scale"]
+    kinds = ("bfloat16", "float32", "tf32")
+    expected = ["machine", "tests", *(f"attention-{kind}-c32-k4" for kind in kinds), "loop", "scale"]
     expected += [f"train-{method}-{seed}" for seed in range(3) for method in methods]
+    expected += [f"attention-{kind}-{shape}" for shape in ("c64-k4", "c32-k8", "c64-k8") for kind in kinds]
     assert [line.partition(":")[0] for line in lines] == expected
     assert all(int(line.split("at most ")[1].split()[0]) <= 540 for line in lines)
     assert not (tmp_path / "out").exists()
@@ -34,7 +36,7 @@ def test_a_step_leaves_one_archive_that_the_next_call_goes_on_behind(tmp_path: P
     out = tmp_path / "out"
     assert "1 done, 0 failed, 0 left" in gpu(out, "--smoke", "--only", "train-conv-0")
     assert "train-conv-0: done before" in gpu(out, "--smoke", "--only", "train-conv-0")
-    assert [path.name for path in out.iterdir()] == ["train-conv-0.tar.gz"]
+    assert sorted(path.name for path in out.iterdir()) == ["done.txt", "train-conv-0.tar.gz"]
     with tarfile.open(out / "train-conv-0.tar.gz") as archive:
         assert not [name for name in archive.getnames() if name.endswith((".safetensors", ".lock"))]
         archive.extractall(tmp_path / "runs", filter="data")
@@ -46,8 +48,35 @@ def test_a_failed_step_leaves_its_log_and_is_tried_again(tmp_path: Path) -> None
     assert "1 failed" in gpu(out, *small, code=3, KITBENCH_GPU_STEPS="0")
     assert "recipe.steps" in (out / "train-conv-0.failed.log").read_text()
     assert "1 done" in gpu(out, *small)
-    assert [path.name for path in out.iterdir()] == ["train-conv-0.tar.gz"]
+    assert sorted(path.name for path in out.iterdir()) == ["done.txt", "train-conv-0.tar.gz"]
 
 
 def test_a_python_without_kitbench_is_told(tmp_path: Path) -> None:
     assert "kitbench is not installed" in gpu(tmp_path / "out", code=2, PYTHON="false")
+
+
+def test_what_is_done_is_known_from_a_list_where_the_folder_is_emptied(tmp_path: Path) -> None:
+    (tmp_path / "done.txt").write_text("machine\ntrain-conv-0\n")
+    listed = ("--done", str(tmp_path / "done.txt"))
+    told = gpu(tmp_path / "out", "--smoke", "--only", "train-conv-0", *listed)
+    assert "train-conv-0: done before" in told
+    assert (tmp_path / "out" / "done.txt").read_text() == "machine\ntrain-conv-0\n"
+    assert "machine: done before" in gpu(tmp_path / "new", "--dry-run", *listed)
+    assert "does not exist" in gpu(tmp_path / "new", "--done", str(tmp_path / "none.txt"), code=2)
+
+
+def test_without_a_gpu_the_first_step_fails_and_nothing_is_begun_behind_it(tmp_path: Path) -> None:
+    told = gpu(tmp_path / "out", code=3, CUDA_VISIBLE_DEVICES="")
+    assert "machine: failed" in told
+    assert "no GPU" in told
+    assert "tests" not in told.replace("tests/", "")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["done.txt", "machine.failed.log"]
+
+
+def test_a_skipped_gpu_test_fails_where_a_gpu_is_required(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/cost/test_timing.py"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, "--require-gpu"], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1, done.stdout
+    assert "a GPU is required" in done.stdout
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, env=environment).returncode == 0
