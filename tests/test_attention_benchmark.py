@@ -246,12 +246,15 @@ def test_the_aims_of_a_gpu_are_judged_by_the_stored_rows(printed: Callable[..., 
     def cut_slower(row: dict[str, Any]) -> None:
         if (row["scope"], row["mode"], row["operator"]) == ("cutting", "forward", "kit"):
             row["time over window no bias"] = 1.5
-            row["noisy"] = row["launch_bound"] = True
+            row["launch_bound"] = True
+        if (row["scope"], row["mode"], row["operator"]) == ("cutting", "backward", "window no bias"):
+            row["noisy"] = True
 
     lines = printed(made_up(cut_slower)).splitlines()
     assert "- C 32, k 4, 1024 px, forward, without cutting: 80%, reached" in lines
     assert "- C 32, k 4, 1024 px, backward, without cutting: 40%, not reached" in lines
-    assert "- C 32, k 4, 1024 px, forward, with cutting: 67% ~ L, not reached" in lines
+    assert "- C 32, k 4, 1024 px, forward, with cutting: 67%, undecided, a figure is launch-bound" in lines
+    assert "- C 32, k 4, 1024 px, backward, with cutting: 40%, undecided, a figure is noisy" in lines
     assert "Of 8 figures 1 are noisy (~) and 1 launch-bound (L)." in lines
     [row] = [line for line in lines if line.startswith("| bfloat16 | 32 | 4 | 1024 | forward |")]
     assert "| 80% | 67% |" in row

@@ -118,15 +118,16 @@ def ratio(a: Timing, b: Timing) -> float:
 def sampler(fn: Callable[[], object], device: torch.device, least: float | None = None) -> Callable[[], Sample]:
     """A function that takes one sample of `fn`: seconds a call, over calls that last at least `least` seconds together.
 
-    least: by default SAMPLE_SECONDS, on CUDA CUDA_SAMPLE_SECONDS. Calls `fn` at once, to warm up and to find the number
-    of calls: on the CPU until they last `least`, on CUDA for WARM_UP_SECONDS. Raises whatever `fn` raises.
+    least: by default SAMPLE_SECONDS, on CUDA CUDA_SAMPLE_SECONDS; 0 for one call. Calls `fn` at once, to warm up and to
+    find the number of calls: on the CPU until they last `least`, on CUDA for WARM_UP_SECONDS. Raises whatever `fn`
+    raises.
     """
     if device.type == "cuda":
         return QueuedSampler(fn, _cuda_queue(device), CUDA_SAMPLE_SECONDS if least is None else least)
     least = SAMPLE_SECONDS if least is None else least
     fn()
     calls = 1
-    while (taken := _cpu_sample(fn, calls).seconds * calls) < least and calls < 1 << 20:
+    while least > 0 and (taken := _cpu_sample(fn, calls).seconds * calls) < least and calls < 1 << 20:
         calls = min(1 << 20, max(calls + 1, round(1.2 * calls * least / max(taken, 1e-9))))
     return lambda: _cpu_sample(fn, calls)
 

@@ -214,6 +214,14 @@ def test_what_the_host_takes_to_queue_a_call_is_kept_as_a_median():
     assert compare({"a": scripted(Sample(1.0))}, rounds=3)["a"].host is None
 
 
+def test_a_sample_of_no_least_length_is_one_call_after_one_to_warm_up():
+    calls = itertools.count()
+    take = sampler(lambda: next(calls), torch.device("cpu"), least=0.0)
+    assert next(calls) == 1
+    take()
+    assert next(calls) == 3
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_is_timed_by_events_behind_a_busy_queue():
