@@ -23,7 +23,7 @@ from rich.console import Console
 
 from kitbench.errors import InputError, RunError
 from kitbench.model import methods
-from kitbench.runs.prepare import Job, Options
+from kitbench.runs.prepare import Options, PreparedSuite, prepare, set_sha256
 from kitbench.runs.queue import run
 from kitbench.spec.loading import load
 from kitbench.spec.suite import Data, Method, Sets, Source, Suite
@@ -66,9 +66,9 @@ def reproduce(
             f"{stored.path} was scored with given weights: score them again with "
             f"`{shlex.join(record.environment.command)}` and compare the two with `kitbench diff`."
         )
-    options, notes = _place(record, options)
+    options, notes = _place(record, replace(options, jobs=1))
     suites = [_suite(record, group, method_file) for group in _by_protocol(evaluations)]
-    parted = _data(record, evaluations, Job(suites[0], options))
+    parted = _data(record, evaluations, prepare(suites[0], options))
     if parted is not None:
         return Outcome("different", "other data: nothing was run", parted, tuple(notes))
     with _threads(record, options.device) as told:
@@ -208,18 +208,16 @@ def _suite(record: Run, evaluations: Sequence[Evaluation], method_file: Path | N
     )  # fmt: skip
 
 
-def _data(record: Run, evaluations: Sequence[Evaluation], job: Job) -> Difference | None:
+def _data(record: Run, evaluations: Sequence[Evaluation], prepared: PreparedSuite) -> Difference | None:
     """The first set whose images are not those of the record."""
-    from kitbench.runs.prepare import set_sha256
-
-    sets = job.sets[record.mode]
+    sets = prepared.sets[record.mode]
     for name, photographs in sets.train.items():
         if name in record.train_sets and set_sha256(photographs) != record.train_sets[name]:
             return Difference("data", f"training set {name}", record.train_sets[name], set_sha256(photographs))
     for evaluation in evaluations:
         if evaluation.data_set not in sets.test:
             raise InputError(f"Test set {evaluation.data_set} is not here; name the data folder with --data.")
-        found = job.test_sha256(record.mode, evaluation.data_set)
+        found = prepared.test_sha256(record.mode, evaluation.data_set)
         if found != evaluation.data_sha256:
             return Difference("data", f"test set {evaluation.data_set}", evaluation.data_sha256, found)
     return None

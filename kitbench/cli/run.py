@@ -34,20 +34,19 @@ from kitbench.errors import InputError, RunError
 )  # fmt: skip
 @click.option("--track", multiple=True, metavar="NAME", help="tensorboard, wandb or mlflow too. Repeatable.")
 @click.option(
-    "--launcher", type=click.Choice(["local", "slurm"]),
-    help="Spread the runs over worker processes here, or submit them to Slurm. One after another without it.",
+    "--jobs", type=click.IntRange(1), envvar="KITBENCH_JOBS", show_envvar=True,
+    help="Runs at a time; by default as many as cores and memory, GPUs, or Slurm allow. 1: one after another.",
 )  # fmt: skip
+@click.option("--gpus", help="Which GPUs to use, e.g. 0,1; with --launcher slurm, how many a run gets.")
+@click.option("--dry-run", is_flag=True, help="Print what would be run, and run nothing.")
+@click.option("--launcher", type=click.Choice(["slurm"]), help="Submit the runs to Slurm instead of running them here.")
+@click.option("--cpus", type=click.IntRange(1), help="Slurm: CPU cores of a run.")
+@click.option("--partition", help="Slurm: the partition that the runs are submitted to.")
 @click.option(
-    "--jobs", type=click.IntRange(1), help="Runs at a time; by default one a GPU, one a core, or as Slurm allows."
-)
-@click.option("--gpus", help="local: which GPUs, e.g. 0,1. slurm: how many a run.")
-@click.option("--cpus", type=click.IntRange(1), help="Cores a run.")
-@click.option("--partition", help="Of Slurm.")
-@click.option(
-    "--time", "minutes", type=click.IntRange(1), metavar="MINUTES", help="Slurm's time limit; a run goes on behind it."
-)
-@click.option("--dry-run", is_flag=True, help="Print what a launcher would run, and run nothing.")
-@click.option("--only", hidden=True, metavar="CELL", help="One cell, e.g. colour/kit/0: what a worker runs.")
+    "--time", "minutes", type=click.IntRange(1), metavar="MINUTES",
+    help="Slurm: time limit of a job; a run goes on in another job behind it.",
+)  # fmt: skip
+@click.option("--only", hidden=True, metavar="CELL", help="One cell, e.g. colour/kit/0: what a Slurm job runs.")
 @click.pass_context
 def run(
     context: click.Context,
@@ -63,56 +62,62 @@ def run(
     lpips_weights: str | None,
     micro_batch: int | None,
     track: tuple[str, ...],
+    jobs: int | None,
+    gpus: str | None,
+    dry_run: bool,
     launcher: str | None,
     only: str | None,
-    **where: Any,
+    **cluster: Any,
 ) -> None:
     """Train and compare the methods of a suite; what is stored already is not run again."""
     from kitbench.spec.loading import load
 
     if not launcher:
         for option in context.command.params:
-            if where.get(str(option.name)):
-                raise InputError(f"{option.opts[0]} is of --launcher; give --launcher local or slurm too.")
+            if cluster.get(str(option.name)) is not None:
+                raise InputError(f"{option.opts[0]} needs --launcher slurm.")
     resolved = load(suite, preset, overrides, method, _seeds(seeds))
-    from kitbench.launch import local, plan, slurm
+    from kitbench.launch import commands, slurm
+    from kitbench.runs import plan, queue
     from kitbench.runs.prepare import Options
-    from kitbench.runs.queue import run as run_suite
     from kitbench.system.environment import how_to_go_on
     from kitbench.system.processes import started_by_torchrun
 
     if only:
         resolved = plan.restrict(resolved, only)
     if launcher and started_by_torchrun():
-        raise InputError("--launcher starts processes of its own; give the same command without torchrun.")
-    options = Options(out, data, device, workers, lpips_weights, micro_batch, track)
-    console = make_console()
+        raise InputError("--launcher slurm starts processes of its own; give the same command without torchrun.")
+    options = Options(out, data, device, workers, lpips_weights, micro_batch, track, jobs, gpus)
+    console, again = make_console(), _again(context)
+    if launcher == "slurm":
+        spread = commands.Spread(jobs, gpus, **cluster)
+        submitted = slurm.slurm(resolved, options, spread, again, dry_run, console)
+        if submitted:
+            click.echo(f"submitted {len(submitted)} jobs: {', '.join(submitted)}")
+            click.echo(f"Look after them with: {shlex.join(['python', '-m', 'kitbench', 'status', str(out)])}")
+        return
+    if dry_run:
+        labels = [cell.label for cell in queue.planned_cells(resolved, options)]
+        console.print(f"{len(labels)} cells are to be run", highlight=False)
+        commands.show(labels, again, console)
+        return
     try:
-        if launcher == "slurm":
-            jobs = slurm.slurm(resolved, options, plan.Spread(**where), _again(context), console)
-            if jobs:
-                click.echo(f"submitted {len(jobs)} jobs: {', '.join(jobs)}")
-                click.echo(f"Look after them with: {shlex.join(['python', '-m', 'kitbench', 'status', str(out)])}")
-            return
-        if launcher == "local":
-            complete, failed = local.local(resolved, options, plan.Spread(**where), _again(context), console)
-        else:
-            complete, failed = run_suite(resolved, options, console)
+        complete, failed = queue.run(resolved, options, console)
     except RunError as error:
         raise RunError(f"{error}. {how_to_go_on()}") from error
-    if complete and not only:  # the table of a worker would show one run
+    if complete and not only:  # the table of a Slurm job would show one run
         show_tables(complete, resolved.stamps, out, console)
     if failed:
         raise RunError(f"{len(failed)} of the suite's runs failed: " + "; ".join(failed))
 
 
 def _again(context: click.Context) -> list[str]:
-    """The arguments of `run` as one would type them for a worker: without those of the launcher."""
-    launchers = {"launcher", "jobs", "gpus", "cpus", "partition", "minutes", "dry_run", "only"}
+    """The arguments of `run` as one would type them for a single cell: without those that spread many."""
+    spreading = {"launcher", "jobs", "gpus", "cpus", "partition", "minutes", "dry_run", "only"}
     words: list[str] = []
     for option in context.command.params:
         value = context.params.get(str(option.name))
-        if option.name not in launchers and value is not None:
+        if option.name not in spreading and value is not None:
             for each in value if isinstance(value, tuple) else (value,):
                 words += [option.opts[0], str(each)]
     return words

@@ -113,11 +113,12 @@ def eval_(
     from kitbench.runs.prepare import Options
     from kitbench.system.environment import how_to_go_on
 
-    given = None if weights is None else given_weights.Weights(weights, key)
+    file = None if weights is None else given_weights.Weights(weights, key)
+    given = given_weights.Given(method, file, overrides)
     options = Options(out, data, device, 0, lpips_weights)
     console = make_console()
     try:
-        resolved, complete = given_weights.run(suite, preset, overrides, method, given, options, console)
+        resolved, complete = given_weights.run(suite, preset, given, options, console)
     except RunError as error:
         raise RunError(f"{error}. {how_to_go_on()}") from error
     show_tables(complete, resolved.stamps, out, console)

@@ -45,13 +45,20 @@ class Overlap:
     squares: int
 
 
-def assert_disjoint(train: Mapping[str, Sequence[Photograph]], test: Mapping[str, Sequence[Photograph]]) -> None:
-    """Raises InputError where a test image shares a region with a training image, up to flips and turns."""
+def assert_disjoint(
+    train: Mapping[str, Sequence[Photograph]],
+    test: Mapping[str, Sequence[Photograph]],
+    roles: tuple[str, str] = ("Training", "test"),
+) -> None:
+    """Raises InputError where a test image shares a region with a training image, up to flips and turns.
+
+    roles: what the two groups of sets are called in the message.
+    """
     found = overlaps(train, test)
     if found:
         first = found[0]
         raise InputError(
-            f"Training and test images overlap: {first.train} (train) is or contains {first.test} (test), or a part of "
+            f"{roles[0]} and {roles[1]} images overlap: {first.train} is or contains {first.test}, or a part of "
             f"it: {first.shared} of its {first.squares} squares of {SIDE} x {SIDE} px are equal "
             f"({len(found)} such pairs in all); choose disjoint sets."
         )

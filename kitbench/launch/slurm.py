@@ -17,9 +17,10 @@ from typing import Any
 from rich.console import Console
 
 from kitbench.errors import InputError, RunError
-from kitbench.launch.plan import Planned, Spread, command, show, write_plan
+from kitbench.launch.commands import Spread, command, show
 from kitbench.launch.status import survey
-from kitbench.runs.prepare import Job, Options
+from kitbench.runs.plan import Planned, write_plan
+from kitbench.runs.prepare import Options, prepare
 from kitbench.spec.suite import Suite
 
 GRACE_SECONDS = 120
@@ -72,7 +73,9 @@ class SlurmWorker:
         return DelayedSubmission(SlurmWorker(self.command, self.environment))
 
 
-def slurm(suite: Suite, options: Options, spread: Spread, arguments: Sequence[str], console: Console) -> list[str]:
+def slurm(
+    suite: Suite, options: Options, spread: Spread, arguments: Sequence[str], dry_run: bool, console: Console
+) -> list[str]:
     """Submit the cells that are not stored yet as a job array, and return the jobs' numbers.
 
     Cells are known by the names of their axes: this machine need not have the devices that the nodes have. Raises
@@ -83,10 +86,10 @@ def slurm(suite: Suite, options: Options, spread: Spread, arguments: Sequence[st
         raise InputError(f"--gpus takes how many GPUs a run gets with --launcher slurm; found {spread.gpus!r}.")
     if count > suite.recipe.batch:
         raise InputError(f"--gpus {count}: a batch of {suite.recipe.batch} cannot be shared by so many; give fewer.")
-    job = Job(suite, options)
+    prepared = prepare(suite, options)
     runs = [path.parent for path in options.out.glob("*/run.json")]
     stored = {line.work for line in survey(runs) if line.state == "done"} if runs else set()
-    todo = [cell for cell in job.cells if Planned.of(cell).work not in stored]
+    todo = [cell for cell in prepared.cells if Planned.of(cell).work not in stored]
     cpus, minutes = spread.cpus or 4, spread.minutes or 24 * 60
     where = {
         "name": f"kitbench-{suite.name}",
@@ -99,13 +102,13 @@ def slurm(suite: Suite, options: Options, spread: Spread, arguments: Sequence[st
         "slurm_additional_parameters": {"requeue": True},
     }
     console.print(
-        f"{len(todo)} of {len(job.cells)} cells go to Slurm as one job array: "
+        f"{len(todo)} of {len(prepared.cells)} cells go to Slurm as one job array: "
         + ", ".join(f"{key} {value}" for key, value in where.items()),
         highlight=False,
         soft_wrap=True,
     )
-    if spread.dry_run or not todo:
-        show(todo, arguments, console, count)
+    if dry_run or not todo:
+        show([cell.label for cell in todo], arguments, console, count)
         return []
     try:
         import submitit
@@ -117,7 +120,7 @@ def slurm(suite: Suite, options: Options, spread: Spread, arguments: Sequence[st
         executor = submitit.AutoExecutor(options.out / ".launch" / "slurm", "slurm", slurm_max_num_timeout=TIMEOUTS)
         executor.update_parameters(**where)
         with executor.batch():
-            jobs = [executor.submit(SlurmWorker(command(arguments, cell, count), environment)) for cell in todo]
+            jobs = [executor.submit(SlurmWorker(command(arguments, cell.label, count), environment)) for cell in todo]
     except (RuntimeError, ValueError, OSError) as error:
         plan.unlink()
         raise InputError(f"Slurm took no jobs: {' '.join(str(error).split())}.") from error

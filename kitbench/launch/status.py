@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from kitbench.errors import InputError
-from kitbench.launch.plan import Plan, work_of
+from kitbench.runs.plan import Plan, work_of
 from kitbench.store.folder import RunFolder, find
 from kitbench.store.records import Run, read_record
 from kitbench.text import duration

@@ -1,64 +1,113 @@
-"""What is about to be run, said before it begins."""
+"""What is about to be run and how long it may take, said before it begins."""
 
 from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from rich.console import Console
 
 from kitbench.runs.cell import Cell
-from kitbench.runs.prepare import Job
+from kitbench.runs.prepare import PreparedSuite
 from kitbench.runs.probe import Probe
+from kitbench.store.records import Cost
 from kitbench.system.environment import device_name
 from kitbench.text import duration
 
+IMAGE_SECONDS = 0.03
+"""What scoring a restored image takes beside restoring it: measures and crops."""
 
-def announce(job: Job, todo: list[Cell], probes: dict[str, Probe], console: Console) -> None:
-    """Say what is about to be done, and how long it may take."""
-    suite, recipe = job.suite, job.suite.recipe
+
+@dataclass(frozen=True)
+class Expected:
+    """Seconds that a cell's work is expected to take."""
+
+    training: float
+    scoring: float
+
+    @property
+    def seconds(self) -> float:
+        return self.training + self.scoring
+
+
+def expected(prepared: PreparedSuite, cell: Cell, probe: Probe | None) -> Expected:
+    """What is left to do of a cell, by what its method's steps and images take; training-free methods are quick."""
+    photos = [photo for name, _ in prepared.missing_units(cell) for photo in prepared.sets[cell.mode].test[name]]
+    pixels = sum(photo.shape[0] * photo.shape[1] for photo in photos)
+    scoring = len(photos) * IMAGE_SECONDS + (probe.pixel_seconds * pixels if probe else 0.0)
+    train = probe is not None and not prepared.folder(cell).trained
+    return Expected(probe.step_seconds * prepared.suite.recipe.steps if probe and train else 0.0, scoring)
+
+
+def makespan(seconds: Sequence[float], slots: int) -> float:
+    """How long so many workers take for these pieces of work, the longest first."""
+    busy = [0.0] * slots
+    for each in sorted(seconds, reverse=True):
+        heapq.heappush(busy, heapq.heappop(busy) + each)
+    return max(busy)
+
+
+def announce(
+    prepared: PreparedSuite, work: Mapping[Cell, Expected], probes: Mapping[str, Probe], slots: int, console: Console
+) -> None:
+    """Say what is about to be done, so many cells at a time, and how long it may take."""
 
     def say(label: str, text: str) -> None:
         console.print(f"[bold]{label:<10}[/bold]{text}", highlight=False, soft_wrap=True)
 
+    suite, recipe = prepared.suite, prepared.suite.recipe
     say("suite", f"{suite.name}, preset {suite.preset}: {suite.title}")
+    for label, text in _setting(prepared, slots):
+        say(label, text)
+    stored = len(prepared.cells) - len(work)
+    if stored:
+        where = f"complete in {prepared.options.out} and are not run again"
+        say("stored", f"{stored} of {len(prepared.cells)} runs are {where}")
+    for name, probe in probes.items():
+        mine = [expected.seconds for cell, expected in work.items() if cell.method == name]
+        say("method", f"{name}: {cost_text(probe.cost)}, about {duration(sum(mine))}" + " of one worker" * (slots > 1))
+    if work:
+        seconds = makespan([expected.seconds for expected in work.values()], slots)
+        at_a_time = f", {slots} at a time" if slots > 1 else ""
+        say("expected", f"about {duration(seconds)} for {len(work)} runs of {recipe.steps} steps{at_a_time}")
+
+
+def _setting(prepared: PreparedSuite, slots: int) -> list[tuple[str, str]]:
+    """Data, network, recipe, protocols and device, a line each."""
+    suite, recipe = prepared.suite, prepared.suite.recipe
+    lines = []
     sigmas = ", ".join(f"{sigma:g}" for sigma in suite.task.conditions if sigma is not None)
-    for mode, sets in job.sets.items():
+    for mode, sets in prepared.sets.items():
         train, test = (", ".join(f"{n} ({len(p)})" for n, p in part.items()) for part in (sets.train, sets.test))
-        say("data", f"{mode}: train on {train}; test on {test}" + (f" at sigma {sigmas}" if sigmas else ""))
-    for name, why in job.absent.items():
-        say("", f"without {name}: {why}")
+        lines.append(("data", f"{mode}: train on {train}; test on {test}" + (f" at sigma {sigmas}" if sigmas else "")))
+    lines += [("", f"without {name}: {why}") for name, why in prepared.absent.items()]
     width, blocks = suite.backbone.width, list(suite.backbone.blocks)
     levels = ", ".join(map(str, sorted(set(suite.backbone.attention_levels))))
-    say("backbone", f"width {width}, blocks {blocks}, attention at levels {levels} of {len(blocks)}")
+    lines.append(("backbone", f"width {width}, blocks {blocks}, attention at levels {levels} of {len(blocks)}"))
     steps = f"{recipe.steps} steps of {recipe.batch} crops of {recipe.crop} px, {recipe.precision}"
-    say("recipe", f"{recipe.name}: {steps}; {recipe.card.time}")
-    for protocol in {protocol.stamp: protocol for protocol in job.protocols.values()}.values():
-        say("protocol", f"{protocol.stamp}: {protocol.summary}")
-    for net, note in job.lpips_notes.items():
-        say("lpips", f"{net} is n/a: {note}")
-    shared = f", {job.world.size} processes" if job.world.size > 1 else ""
-    at_a_time = f", {len(job.pieces[0])} crops at a time on each" if len(job.pieces) > 1 else ""
-    say("device", f"{device_name(job.device)}, {torch.get_num_threads()} threads{shared}{at_a_time}")
-    if job.device.type == "cuda" and suite.preset == "quick":
-        say("", "this machine has a CUDA device: --preset full runs the paper's recipe as we read it")
-    stored = len(job.cells) - len(todo)
-    if stored:
-        say("stored", f"{stored} of {len(job.cells)} runs are complete in {job.options.out} and are not run again")
-    seconds = 0.0
-    for name, probe in probes.items():
-        cost, mine = probe.cost, [cell for cell in todo if cell.method == name]
-        pixels = sum(
-            photo.shape[0] * photo.shape[1] * len(suite.task.conditions)
-            for cell in mine for photos in job.sets[cell.mode].test.values() for photo in photos
-        )  # fmt: skip
-        training = sum(not (job.options.out / cell.folder / "training.json").is_file() for cell in mine)
-        expected = training * probe.step_seconds * recipe.steps + pixels * probe.image_seconds
-        seconds += expected
-        macs = cost.macs if cost.macs is not None else cost.macs_counted
-        mark = f"; {cost.macs_note}" if cost.macs_note else ""
-        say(
-            "method",
-            f"{name}: {cost.parameters:,} parameters ({cost.attention_parameters:,} in the attention), "
-            f"{(macs or 0) / 1e9:.2f} GMACs at {cost.resolution} px{mark}, about {duration(expected)}",
-        )
-    if todo:
-        say("expected", f"about {duration(seconds)} for {len(todo)} runs")
+    lines.append(("recipe", f"{recipe.name}: {steps}; {recipe.card.time}"))
+    for protocol in {protocol.stamp: protocol for protocol in prepared.protocols.values()}.values():
+        lines.append(("protocol", f"{protocol.stamp}: {protocol.summary}"))
+    lines += [("lpips", f"{net} is n/a: {note}") for net, note in prepared.lpips_notes.items()]
+    world, pieces = prepared.world, prepared.pieces
+    shared = f", {world.size} processes" if world.size > 1 else ""
+    at_a_time = f", {len(pieces[0])} crops at a time on each" if len(pieces) > 1 else ""
+    threads = torch.get_num_threads()
+    workers = f", {slots} worker processes" if slots > 1 else ""
+    each = f"{threads} thread{'s' * (threads > 1)}{' each' * (slots > 1)}"
+    lines.append(("device", f"{device_name(prepared.device)}{workers}, {each}{shared}{at_a_time}"))
+    if prepared.device.type == "cuda" and suite.preset == "quick":
+        lines.append(("", "this machine has a CUDA device: --preset full runs the paper's recipe as we read it"))
+    return lines
+
+
+def cost_text(cost: Cost) -> str:
+    """Parameters and multiply-adds of a method, for people."""
+    macs = cost.macs if cost.macs is not None else cost.macs_counted
+    mark = f"; {cost.macs_note}" if cost.macs_note else ""
+    return (
+        f"{cost.parameters:,} parameters ({cost.attention_parameters:,} in the attention), "
+        f"{'n/a' if macs is None else f'{macs / 1e9:.2f}'} GMACs at {cost.resolution} px{mark}"
+    )

@@ -8,6 +8,7 @@ the test sets, or how often a checkpoint is written. Test sets and protocols onl
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,9 +18,34 @@ from kitbench.spec.fields import Mode, digest
 from kitbench.spec.suite import Recipe, Suite
 from kitbench.spec.tasks import Denoise
 
-_DECIDES_NO_NUMBER = {"name", "card", "checkpoint_every"}
-_ADDED_LATER = {"ema", "tf32", "channels_last", "compile", "fused"}
-"""Keys of a recipe that count only where they are not at their default, so that older runs keep their keys."""
+_DECIDES_NO_NUMBER = {"name", "card", "checkpoint_every", "validations"}
+_ADDED_LATER = {"ema": 0.0, "tf32": False, "channels_last": True, "compile": False, "fused": True, "threads": None}
+"""Keys of a recipe that do not count at these values, which stand for what was done before they existed: older runs
+keep their keys."""
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What a suite's cell is called: mode, method and seed (None for what is not trained). Reads no image."""
+
+    mode: Mode
+    method: str
+    seed: int | None
+
+    @property
+    def label(self) -> str:
+        """The same on every machine: `colour/kit/0`, `colour/nlm`."""
+        return f"{self.mode}/{self.method}" + ("" if self.seed is None else f"/{self.seed}")
+
+
+def axes(suite: Suite, modes: Iterable[Mode]) -> list[Axes]:
+    """The cells of a suite in the order in which they are run, by their names."""
+    return [
+        Axes(mode, name, seed)
+        for mode in modes
+        for seed, names in ((None, suite.references), *((seed, tuple(suite.methods)) for seed in suite.seeds))
+        for name in names
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +71,10 @@ class Cell:
     @property
     def trained(self) -> bool:
         return self.seed is not None
+
+    @property
+    def label(self) -> str:
+        return Axes(self.mode, self.method, self.seed).label
 
     def identity(self) -> dict[str, Any]:
         """All that decides the numbers of the run, as JSON values."""
@@ -96,4 +126,4 @@ class Cell:
 def decisive(recipe: Recipe) -> dict[str, Any]:
     """The keys of a recipe that decide numbers."""
     found = recipe.model_dump(mode="json", exclude=_DECIDES_NO_NUMBER)
-    return {k: v for k, v in found.items() if k not in _ADDED_LATER or v != Recipe.model_fields[k].default}
+    return {k: v for k, v in found.items() if k not in _ADDED_LATER or v != _ADDED_LATER[k]}

@@ -19,17 +19,21 @@ from torch import Tensor, nn
 from kitbench.errors import InputError, RunError, told
 from kitbench.model import methods
 from kitbench.model.weights import file_sha256, fit, read_state
+from kitbench.runs.announce import Expected
 from kitbench.runs.cell import Cell
-from kitbench.runs.one_cell import begin, score
-from kitbench.runs.prepare import CHANNELS, Options, Scoring
+from kitbench.runs.display import CellReporter, Display
+from kitbench.runs.prepare import CHANNELS, Options, PreparedScoring, prepare_scoring
 from kitbench.runs.probe import RESOLUTION, count_macs
+from kitbench.runs.score import score_cell
+from kitbench.runs.source import source_digests
+from kitbench.runs.work import begin
 from kitbench.scoring import evaluate
 from kitbench.spec.fields import Mode
 from kitbench.spec.loading import load
 from kitbench.spec.suite import Suite
 from kitbench.store.folder import RunFolder
 from kitbench.store.records import Cost, Run
-from kitbench.system.environment import device_name, environment, how_to_go_on
+from kitbench.system.environment import device_name, environment, how_to_go_on, numerics
 from kitbench.system.interrupt import interruptible
 
 
@@ -50,45 +54,39 @@ class Scored:
     cost: Cost | None
 
 
+@dataclass(frozen=True)
+class Given:
+    """What the command line names: a method (a name, or the path of a file), its weights, settings by `--set`."""
+
+    method: str
+    weights: Weights | None
+    overrides: Sequence[str]
+
+
 def run(
-    suite: str, preset: str | None, overrides: Sequence[str], method: str, weights: Weights | None, options: Options,
-    console: Console,
-) -> tuple[Suite, list[RunFolder]]:  # fmt: skip
-    """Score a method (a name, or the path of a file) on every test set of the suite that is not scored yet.
+    suite: str, preset: str | None, given: Given, options: Options, console: Console
+) -> tuple[Suite, list[RunFolder]]:
+    """Score a method on every test set of the suite that is not scored yet.
 
     Returns the resolved suite and the folders of the runs. Raises InputError before anything is written, RunError where
     scoring fails, and Interrupted on Ctrl-C or SIGTERM.
     """
-    loaded = methods.load(method)
-    if loaded.attention is not None:
-        raise InputError(
-            f"Method {method!r} is an attention inside the shared backbone, trained and scored by `kitbench run`; "
-            "eval takes a file with a class Network, or a training-free method."
-        )
-    if loaded.network is None and weights is not None:
-        raise InputError(f"Method {method!r} is training-free and takes no weights; leave --weights out.")
-    if loaded.network is not None and weights is None:
-        raise InputError(f"Method {method!r} is a network that needs its weights; name their file with --weights.")
-    source = Path(method) if method.endswith(".py") else _source(method)
-    resolved = load(suite, preset, overrides, [str(source)])
+    loaded, weights = _loaded(given), given.weights
+    source = Path(given.method) if given.method.endswith(".py") else _source(given.method)
+    resolved = load(suite, preset, given.overrides, [str(source)])
     [(name, described)] = resolved.methods.items()
     settings = loaded.resolve(described.settings)
     state = read_state(weights.path, weights.key) if weights is not None else None
-    scoring = Scoring(resolved, options)
+    scoring = prepare_scoring(resolved, options)
     for absent, why in scoring.absent.items():
         console.print(f"[bold]without[/bold] {absent}: {escape(why)}", highlight=False, soft_wrap=True)
-
-    runs = []
     if weights is None or state is None:
-        assert loaded.restore is not None
-        for mode in scoring.sets:
-            methods.check_restore(loaded, CHANNELS[mode], resolved.task.conditions[0])
-            attention = loaded.source_sha256 or name  # as `kitbench run` names a reference: one run, whoever made it
-            cell = Cell(resolved, mode, name, attention, loaded.source_sha256, {}, None, "cpu", None)
-            runs.append(Scored(cell, loaded.restore, None))
+        runs = _training_free(name, loaded, scoring)
     else:
+        networks = _fitting(loaded, settings, scoring, state, weights.path, console)
         sha256 = loaded.source_sha256 or file_sha256(source)
-        for mode, network in _fitting(loaded, settings, scoring, state, weights.path, console).items():
+        runs = []
+        for mode, network in networks.items():
             cost = _cost(network.eval(), CHANNELS[mode])  # on the CPU: counted on fake tensors
             methods.check_network(loaded, network.to(scoring.device), CHANNELS[mode], scoring.device)
             cell = Cell(
@@ -97,23 +95,57 @@ def run(
             )  # fmt: skip
             restore = evaluate.network(network, scoring.device, scoring.protocols[mode], "float32")
             runs.append(Scored(cell, restore, cost))
+    records = {one.cell: _record(one, loaded, weights, scoring) for one in runs}
+    return resolved, _score_all(runs, records, scoring, console)
 
+
+def _loaded(given: Given) -> methods.Loaded:
+    """The method, which must be one that weights are given for, or a training-free one without any."""
+    loaded = methods.load(given.method)
+    if loaded.attention is not None:
+        raise InputError(
+            f"Method {given.method!r} is an attention inside the shared backbone, trained and scored by "
+            "`kitbench run`; eval takes a file with a class Network, or a training-free method."
+        )
+    if loaded.network is None and given.weights is not None:
+        raise InputError(f"Method {given.method!r} is training-free and takes no weights; leave --weights out.")
+    if loaded.network is not None and given.weights is None:
+        raise InputError(
+            f"Method {given.method!r} is a network that needs its weights; name their file with --weights."
+        )
+    return loaded
+
+
+def _training_free(name: str, loaded: methods.Loaded, scoring: PreparedScoring) -> list[Scored]:
+    assert loaded.restore is not None
+    runs = []
+    for mode in scoring.sets:
+        methods.check_restore(loaded, CHANNELS[mode], scoring.suite.task.conditions[0])
+        attention = loaded.source_sha256 or name  # as `kitbench run` names a reference: one run, whoever made it
+        cell = Cell(scoring.suite, mode, name, attention, loaded.source_sha256, {}, None, "cpu", None)
+        runs.append(Scored(cell, loaded.restore, None))
+    return runs
+
+
+def _score_all(
+    runs: Sequence[Scored], records: Mapping[Cell, Run], scoring: PreparedScoring, console: Console
+) -> list[RunFolder]:
     folders = []
-    with interruptible(how_to_go_on) as stop:
+    display = Display(console, dict.fromkeys(records, Expected(0.0, 1.0)), 1)
+    with interruptible(how_to_go_on) as stop, display.shown():
         stop.idle = False
-        for scored in runs:
-            cell = scored.cell
-            folder = RunFolder(options.out / cell.folder)
+        for one in runs:
+            folder = RunFolder(scoring.options.out / one.cell.folder)
             with folder.lock():
-                begin(folder, _record(scored, loaded, weights, scoring))
+                begin(folder, records[one.cell])
                 try:
-                    score(scoring, cell, folder, scored.restore, f"{cell.mode} {name}", console, stop)
+                    score_cell(scoring, one.cell, one.restore, CellReporter(display, one.cell), stop)
                 except (RunError, InputError):
                     raise
                 except Exception as error:  # a network may be a stranger's code, and raise anything
-                    raise RunError(f"{cell.folder}: {told(error)}") from error
+                    raise RunError(f"{one.cell.folder}: {told(error)}") from error
             folders.append(folder)
-    return resolved, folders
+    return folders
 
 
 def _source(name: str) -> Path:
@@ -125,8 +157,8 @@ def _source(name: str) -> Path:
 
 
 def _fitting(
-    loaded: methods.Loaded, settings: Mapping[str, object], scoring: Scoring, state: Mapping[str, Tensor], path: Path,
-    console: Console,
+    loaded: methods.Loaded, settings: Mapping[str, object], scoring: PreparedScoring, state: Mapping[str, Tensor],
+    path: Path, console: Console,
 ) -> dict[Mode, nn.Module]:  # fmt: skip
     """The network with these weights in every mode that they fit; others are told. InputError where they fit none."""
     found: dict[Mode, nn.Module] = {}
@@ -155,7 +187,7 @@ def _cost(network: nn.Module, channels: int) -> Cost:
     )  # fmt: skip
 
 
-def _record(scored: Scored, loaded: methods.Loaded, weights: Weights | None, scoring: Scoring) -> Run:
+def _record(scored: Scored, loaded: methods.Loaded, weights: Weights | None, scoring: PreparedScoring) -> Run:
     cell, suite = scored.cell, scoring.suite
     settings = dict(cell.settings)
     if weights is not None:  # two files of one name must not look alike in a table
@@ -164,5 +196,6 @@ def _record(scored: Scored, loaded: methods.Loaded, weights: Weights | None, sco
         key=cell.key, comparison=cell.comparison, identity=cell.identity(), suite=suite.name, preset=suite.preset,
         mode=cell.mode, method=cell.method, attention=cell.attention, card=loaded.card, settings=settings, seed=None,
         device=cell.device, task=suite.task, backbone=None, recipe=None, train_sets={},
-        environment=environment(scoring.device), cost=scored.cost,
+        environment=environment(scoring.device), numerics=numerics(source_digests(cell.attention, trained=False)),
+        cost=scored.cost,
     )  # fmt: skip

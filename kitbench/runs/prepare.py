@@ -1,4 +1,4 @@
-"""A suite made ready to run on this machine: data read and proved disjoint, methods loaded and proved.
+"""A suite prepared to run on this machine: image sets read and proved disjoint, methods loaded and checked.
 
 Everything that can be refused is refused here, before anything is written. What each method costs is measured in
 probe.py.
@@ -6,8 +6,8 @@ probe.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,7 +20,8 @@ from kitbench.data.photograph import Photograph, read
 from kitbench.errors import InputError
 from kitbench.model import methods
 from kitbench.model.backbone import UNet, attention_levels
-from kitbench.runs.cell import Cell
+from kitbench.model.methods import Loaded
+from kitbench.runs.cell import Axes, Cell, axes
 from kitbench.scoring.lpips import LPIPS, available
 from kitbench.seeds import derive
 from kitbench.spec.fields import Mode, digest
@@ -30,10 +31,12 @@ from kitbench.spec.tasks import Denoise
 from kitbench.store.files import writable
 from kitbench.store.folder import RunFolder
 from kitbench.system.environment import choose_device, device_name, make_repeatable
-from kitbench.system.processes import current, pieces
-from kitbench.system.tracking import trackers
+from kitbench.system.processes import World, current, pieces
+from kitbench.system.tracking import Tracker, trackers
 
 CHANNELS: dict[Mode, int] = {"colour": 3, "gray": 1}
+Unit = tuple[str, float | None]
+"""An evaluation: a test set, and a noise level or None."""
 
 
 @dataclass(frozen=True)
@@ -49,98 +52,62 @@ class Options:
     """Most crops of a batch at a time on one device; None: all of its share."""
     track: tuple[str, ...] = ()
     """Names of trackers."""
+    jobs: int | None = None
+    """Cells at a time; None: as many as cores, memory or GPUs allow."""
+    gpus: str | None = None
+    """Numbers of the GPUs to use, like 0,1."""
 
 
 @dataclass(frozen=True)
-class Sets:
+class ImageSets:
     """The images of one colour mode, by set."""
 
     train: dict[str, list[Photograph]]
     test: dict[str, list[Photograph]]
+    validation: dict[str, list[Photograph]] = field(default_factory=dict)
 
     @property
     def training(self) -> list[Photograph]:
         return [photo for photos in self.train.values() for photo in photos]
 
 
-class Scoring:
-    """The test side of a suite, made ready on this machine: sets read, protocols and their metrics at hand."""
+@dataclass(frozen=True)
+class PreparedScoring:
+    """The test side of a suite on this machine: sets read, protocols and their metrics at hand."""
 
-    def __init__(self, suite: Suite, options: Options) -> None:
-        self.suite, self.options = suite, options
-        self.device, self.world = choose_device(options.device), current()
-        if self.world.size > suite.recipe.batch:
-            raise InputError(
-                f"{self.world.size} processes cannot share a batch of {suite.recipe.batch}; start fewer, or set a "
-                f"larger recipe.batch, which changes the numbers."
-            )
-        self.pieces = pieces(self.world.share(suite.recipe.batch), options.micro_batch)
+    suite: Suite
+    options: Options
+    device: torch.device
+    world: World
+    sets: dict[Mode, ImageSets]
+    absent: dict[str, str]
+    """Sets that are not here and are done without, with the reason."""
+    protocols: dict[Mode, Protocol]
+    lpips: dict[str, LPIPS]
+    """The networks of LPIPS that the protocols ask for, by name."""
+    lpips_notes: dict[str, str]
+    """Why one of them is missing."""
+
+    @property
+    def pieces(self) -> list[range]:
         """Of each batch, what this process takes, a piece at a time."""
-        self.trackers = trackers(options.track)
-        make_repeatable(suite.recipe)
-        self.absent: dict[str, str] = {}
-        source = suite.data.folder if options.data is not None else suite.data.embedded
-        named = {mode: getattr(source, mode) for mode in source.modes}
-        self.sets: dict[Mode, Sets] = self._read_all(named)
-        self.protocols: dict[Mode, Protocol] = {mode: named[mode].protocol or suite.protocol for mode in self.sets}
-        writable(options.out)
-        self.lpips: dict[str, LPIPS] = {}
-        """The networks of LPIPS that the protocols ask for, by name; a missing one has its reason in the notes."""
-        self.lpips_notes: dict[str, str] = {}
-        for net in {protocol.lpips for protocol in self.protocols.values()}:
-            if net != "none":
-                note = available(net, options.lpips_weights)
-                if note is None:
-                    self.lpips[net] = LPIPS(net, options.lpips_weights)
-                else:
-                    self.lpips_notes[net] = note
+        return pieces(self.world.share(self.suite.recipe.batch), self.options.micro_batch)
 
-    def _read_all(self, named: dict[Mode, NamedSets]) -> dict[Mode, Sets]:
-        """The sets of every mode. Training sets must all be there; test sets that are not are named and left out, and a
-        mode without any, as long as one is there.
-        """
-        root = self.options.data
-        check_root(root)
-        present: dict[Mode, list[str]] = {}
-        for mode, sets in named.items():
-            # Clean images will do to train for any task; pairs have inputs of their own.
-            for name in (*sets.test, *(name for name in sets.train if card(name).pairs)):
-                if self.suite.task.kind not in card(name).tasks:
-                    raise InputError(
-                        f"Data set {name} is made for {' and '.join(card(name).tasks)}, the suite's task is "
-                        f"{self.suite.task.kind}; choose another set."
-                    )
-            for name in sets.test:
-                if locate(card(name), root) is None:
-                    self.absent[name] = f"not in {root}; get it from {card(name).home}"
-                else:
-                    present.setdefault(mode, []).append(name)
-        if not present:
-            raise InputError(
-                f"None of the test sets {', '.join(self.absent)} is in {root}; get one, "
-                f"or change {' or '.join(f'data.folder.{mode}.test' for mode in named)}."
-            )
-        return {mode: self._read(mode, named[mode], names) for mode, names in present.items()}
-
-    def _read(self, mode: Mode, sets: NamedSets, present: list[str]) -> Sets:
-        """The sets of one mode: those to test on only."""
-        return Sets({}, {name: read(card(name), self.options.data, mode) for name in present})
-
-    def units(self, cell: Cell) -> list[tuple[str, float | None]]:
+    def units(self, cell: Cell) -> list[Unit]:
         """The evaluations of a cell: every test set under every condition of the task."""
         return [(name, sigma) for name in self.sets[cell.mode].test for sigma in self.suite.task.conditions]
 
     def test_sha256(self, mode: Mode, name: str) -> str:
-        """Of what a test set's inputs and truths are: its images, and the task's degradation where it makes the inputs.
+        """Of a test set's inputs and targets: its images, and the task's degradation where it makes the inputs.
 
-        Gaussian noise is told by sigma and protocol, which stand in every row, and is left out.
+        Gaussian noise is fixed by sigma and protocol, which stand in every row, and is left out.
         """
         photographs, task = self.sets[mode].test[name], self.suite.task
         sha256 = set_sha256(photographs)
         made = isinstance(task, Denoise) or all(photo.degraded is not None for photo in photographs)
         return sha256 if made else digest([sha256, task.model_dump(mode="json")])
 
-    def missing(self, cell: Cell, folder: RunFolder) -> list[tuple[str, float | None]]:
+    def missing(self, cell: Cell, folder: RunFolder) -> list[Unit]:
         """The evaluations that are not stored yet, or that LPIPS can now be added to."""
         absent, protocol = [], self.protocols[cell.mode]
         for name, sigma in self.units(cell):
@@ -150,51 +117,15 @@ class Scoring:
         return absent
 
 
-class Job(Scoring):
-    """A suite made ready to run on this machine: data read and checked, methods loaded and proved."""
+@dataclass(frozen=True)
+class PreparedSuite(PreparedScoring):
+    """A whole suite on this machine: what `PreparedScoring` holds, and methods with their settings and cells."""
 
-    def __init__(self, suite: Suite, options: Options) -> None:
-        self.methods = {name: methods.load(method.attention, name) for name, method in suite.methods.items()}
-        self.references = {name: methods.load(name) for name in suite.references}
-        for name, loaded in self.methods.items():
-            if loaded.network is not None:
-                raise InputError(f"Method {name!r} is a whole network; `kitbench eval` scores it with given weights.")
-            if loaded.attention is None:
-                raise InputError(f"Method {name!r} is training-free; name it in `references`, not in `methods`.")
-        for name, loaded in self.references.items():
-            if loaded.restore is None:
-                raise InputError(f"Method {name!r} is not training-free; it cannot stand in `references`.")
-        self.settings = {name: loaded.resolve(suite.methods[name].settings) for name, loaded in self.methods.items()}
-        super().__init__(suite, options)
-        for loaded in self.references.values():
-            for mode in self.sets:
-                methods.check_restore(loaded, CHANNELS[mode], suite.task.conditions[0])
-        levels = attention_levels(suite.backbone, suite.recipe.crop)
-        for name, loaded in self.methods.items():
-            methods.check(loaded, levels, self.settings[name])
-        for sets in self.sets.values():
-            Batches(sets.training, suite.task, suite.recipe, 0)  # refuses images smaller than the crop
-        self.cells = list(self._cells())
-
-    def _read(self, mode: Mode, sets: NamedSets, present: list[str]) -> Sets:
-        train = {name: read(card(name), self.options.data, mode) for name in sets.train}
-        test = super()._read(mode, sets, present).test
-        assert_disjoint(train, test)
-        return Sets(train, test)
-
-    def _cells(self) -> Iterator[Cell]:
-        for mode, sets in self.sets.items():
-            train_sha256 = digest([photo.sha256 for photo in sets.training])
-            for name in self.references:
-                yield Cell(self.suite, mode, name, name, None, {}, None, "cpu", None)
-            for seed in self.suite.seeds:
-                for name, loaded in self.methods.items():
-                    # A user's file is known by its content, wherever it lies.
-                    attention = loaded.source_sha256 or self.suite.methods[name].attention
-                    yield Cell(
-                        self.suite, mode, name, attention, loaded.source_sha256, self.settings[name], seed,
-                        device_name(self.device), train_sha256,
-                    )  # fmt: skip
+    methods: dict[str, Loaded]
+    references: dict[str, Loaded]
+    settings: dict[str, dict[str, object]]
+    """Of every trained method, defaults included."""
+    cells: tuple[Cell, ...]
 
     def build(self, cell: Cell) -> UNet:
         """The shared backbone with the cell's attention in it, initialised from the cell's seed."""
@@ -203,9 +134,167 @@ class Job(Scoring):
         model.lay_out(torch.channels_last if self.suite.recipe.channels_last else torch.contiguous_format)
         return model
 
-    def unfinished(self, cell: Cell, folder: RunFolder) -> bool:
+    def trackers(self) -> list[Tracker]:
+        """New trackers, for one run."""
+        return trackers(self.options.track)
+
+    def folder(self, cell: Cell) -> RunFolder:
+        return RunFolder(self.options.out / cell.folder)
+
+    def missing_units(self, cell: Cell) -> list[Unit]:
+        """The evaluations of a cell that are missing; all of them where a record is damaged, which is reported when the
+        cell's turn comes.
+        """
+        try:
+            return self.missing(cell, self.folder(cell))
+        except InputError:
+            return self.units(cell)
+
+    def unfinished(self, cell: Cell) -> bool:
         """Whether something of the cell is still to be done."""
-        return bool((cell.trained and not folder.trained) or self.missing(cell, folder))
+        return bool((cell.trained and not self.folder(cell).trained) or self.missing_units(cell))
+
+
+def prepare(suite: Suite, options: Options, checked: bool = True) -> PreparedSuite:
+    """Read what a suite needs, and check that it can run here.
+
+    checked: False in a worker process, whose parent has checked methods, sizes and overlaps. Raises InputError.
+    """
+    trackers(options.track)  # refuses unknown ones
+    loaded, references, settings = load_methods(suite)
+    scoring = prepare_scoring(suite, options, checked, training=True)
+    if checked:
+        check_methods(scoring, loaded, references, settings)
+    cells = tuple(
+        _cell(place, scoring, loaded[place.method] if place.seed is not None else None, settings)
+        for place in axes(suite, scoring.sets)
+    )
+    return PreparedSuite(**vars(scoring), methods=loaded, references=references, settings=settings, cells=cells)
+
+
+def prepare_scoring(suite: Suite, options: Options, checked: bool = True, training: bool = False) -> PreparedScoring:
+    """Read the test sets of a suite, with `training` the others too. Raises InputError."""
+    device, world = choose_device(options.device), current()
+    if world.size > suite.recipe.batch:
+        raise InputError(
+            f"{world.size} processes cannot share a batch of {suite.recipe.batch}; start fewer, or set a larger "
+            f"recipe.batch, which changes the numbers."
+        )
+    make_repeatable(suite.recipe)
+    named, absent = choose_sets(suite, options.data)
+    sets = {mode: read_sets(mode, chosen, options.data, training) for mode, chosen in named.items()}
+    if checked:
+        for found in sets.values():
+            assert_disjoint(found.train, found.test | found.validation)
+            assert_disjoint(found.validation, found.test, ("Validation", "test"))
+    writable(options.out)
+    protocols = {mode: named[mode].protocol or suite.protocol for mode in sets}
+    notes = {
+        net: available(net, options.lpips_weights)
+        for net in {protocol.lpips for protocol in protocols.values()} - {"none"}
+    }
+    return PreparedScoring(
+        suite, options, device, world, sets, absent, protocols,
+        lpips={net: LPIPS(net, options.lpips_weights) for net, note in notes.items() if note is None},
+        lpips_notes={net: note for net, note in notes.items() if note is not None},
+    )  # fmt: skip
+
+
+def choose_sets(suite: Suite, root: Path | None) -> tuple[dict[Mode, NamedSets], dict[str, str]]:
+    """The sets of every mode that are used here, and why the others are not.
+
+    Training sets must all be there; test and validation sets that are not are named and left out, and a mode without
+    any test set, as long as one is there. Raises InputError.
+    """
+    check_root(root)
+    source = suite.data.folder if root is not None else suite.data.embedded
+    named: dict[Mode, NamedSets] = {mode: getattr(source, mode) for mode in source.modes}
+    absent: dict[str, str] = {}
+    chosen: dict[Mode, NamedSets] = {}
+    for mode, sets in named.items():
+        # Clean images will do to train for any task; pairs have inputs of their own.
+        paired = (name for name in (*sets.train, *sets.validation) if card(name).pairs)
+        for name in (*sets.test, *paired):
+            if suite.task.kind not in card(name).tasks:
+                raise InputError(
+                    f"Data set {name} is made for {' and '.join(card(name).tasks)}, the suite's task is "
+                    f"{suite.task.kind}; choose another set."
+                )
+        there = {}
+        for part in ("test", "validation"):
+            names = getattr(sets, part)
+            there[part] = tuple(name for name in names if locate(card(name), root) is not None)
+            absent |= {
+                name: f"not in {root}; get it from {card(name).home}" for name in names if name not in there[part]
+            }
+        if there["test"]:
+            chosen[mode] = sets.model_copy(update=there)
+    if not chosen:
+        raise InputError(
+            f"None of the test sets {', '.join(absent)} is in {root}; get one, "
+            f"or change {' or '.join(f'data.folder.{mode}.test' for mode in named)}."
+        )
+    return chosen, absent
+
+
+def read_sets(mode: Mode, named: NamedSets, root: Path | None, training: bool) -> ImageSets:
+    """The images of one mode. Raises InputError, of training sets before the others are read."""
+
+    def images(names: tuple[str, ...]) -> dict[str, list[Photograph]]:
+        return {name: read(card(name), root, mode) for name in names}
+
+    train = images(named.train) if training else {}
+    return ImageSets(train, images(named.test), images(named.validation) if training else {})
+
+
+def load_methods(
+    suite: Suite,
+) -> tuple[dict[str, Loaded], dict[str, Loaded], dict[str, dict[str, object]]]:
+    """The trained methods, those without training, and the settings of the former. Raises InputError."""
+    trained = {name: methods.load(method.attention, name) for name, method in suite.methods.items()}
+    references = {name: methods.load(name) for name in suite.references}
+    for name, loaded in trained.items():
+        if loaded.network is not None:
+            raise InputError(f"Method {name!r} is a whole network; `kitbench eval` scores it with given weights.")
+        if loaded.attention is None:
+            raise InputError(f"Method {name!r} is training-free; name it in `references`, not in `methods`.")
+    for name, loaded in references.items():
+        if loaded.restore is None:
+            raise InputError(f"Method {name!r} is not training-free; it cannot stand in `references`.")
+    return trained, references, {name: one.resolve(suite.methods[name].settings) for name, one in trained.items()}
+
+
+def check_methods(
+    scoring: PreparedScoring,
+    trained: Mapping[str, Loaded],
+    references: Mapping[str, Loaded],
+    settings: Mapping[str, dict[str, object]],
+) -> None:
+    """Call every method once on small input, and compare image sizes with the crop. Raises InputError."""
+    suite = scoring.suite
+    for loaded in references.values():
+        for mode in scoring.sets:
+            methods.check_restore(loaded, CHANNELS[mode], suite.task.conditions[0])
+    levels = attention_levels(suite.backbone, suite.recipe.crop)
+    for name, loaded in trained.items():
+        methods.check(loaded, levels, settings[name])
+    for sets in scoring.sets.values():
+        Batches(sets.training, suite.task, suite.recipe, 0)  # refuses images smaller than the crop
+
+
+def _cell(
+    place: Axes, scoring: PreparedScoring, loaded: Loaded | None, settings: Mapping[str, dict[str, object]]
+) -> Cell:
+    suite = scoring.suite
+    if loaded is None:
+        return Cell(suite, place.mode, place.method, place.method, None, {}, None, "cpu", None)
+    # A user's file is known by its content, wherever it lies.
+    attention = loaded.source_sha256 or suite.methods[place.method].attention
+    train_sha256 = digest([photo.sha256 for photo in scoring.sets[place.mode].training])
+    return Cell(
+        suite, place.mode, place.method, attention, loaded.source_sha256, settings[place.method], place.seed,
+        device_name(scoring.device), train_sha256,
+    )  # fmt: skip
 
 
 def set_sha256(photographs: list[Photograph]) -> str:

@@ -1,12 +1,14 @@
-"""What each method costs on this machine, measured before training; refused where disk or memory will not do."""
+"""What each trained method costs here, measured before training: parameters, multiply-adds, memory, time of a step.
+
+Times are measured method by turn, with no other run of this command under way. On the CPU they are times of the
+processor, which other processes hardly disturb; on CUDA, from call to result.
+"""
 
 from __future__ import annotations
 
-import math
-import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,137 +16,123 @@ from rich.console import Console
 from torch import nn
 
 from kitbench.cost.flops import count_module, reconcile
-from kitbench.cost.memory import free_bytes, peak_bytes, predict_peak_bytes
-from kitbench.errors import InputError, RunError
-from kitbench.model.backbone import UNet
+from kitbench.cost.memory import peak_bytes
+from kitbench.cost.timing import Sample, compare
 from kitbench.runs.cell import Cell
-from kitbench.runs.prepare import CHANNELS, Job
+from kitbench.runs.limits import require_memory, tile_shape
+from kitbench.runs.prepare import CHANNELS, PreparedSuite
 from kitbench.runs.train import loss_of
 from kitbench.store.records import Cost
-from kitbench.text import gib
 
 RESOLUTION = 256
 """Side in pixels of the image that GMACs are stated for."""
-CROPS_BYTES = 1 << 20
-"""What one evaluation takes on disk, its crops with it."""
+ROUNDS = 5
+SECONDS = 60.0
+"""Longest time that the rounds take together, beyond the first."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What one method costs here, measured before training."""
+    """What one method costs here."""
 
     cost: Cost
     step_seconds: float
-    image_seconds: float
-    """One forward of a training batch, a pixel."""
+    pixel_seconds: float
+    """Of restoring an image, a pixel, in the tiles that the protocol cuts it into."""
 
 
-def require_space(job: Job, cells: list[Cell], probes: dict[str, Probe]) -> None:
-    """Raises InputError where the disk has no room for what these cells will write."""
-    average = 1 if job.suite.recipe.ema else 0
-    kept, working = 0, 0
-    for cell in cells:
-        weights = 4 * probes[cell.method].cost.parameters
-        kept += weights + len(job.units(cell)) * CROPS_BYTES
-        # Weights, two moments of the optimiser and the average; this checkpoint, the last, and the one before.
-        working = max(working, 3 * (3 + average) * weights)
-    out = job.options.out.absolute()
-    free = shutil.disk_usage(next(place for place in (out, *out.parents) if place.exists())).free
-    if kept + working > free:
-        raise InputError(
-            f"{job.options.out} has {gib(free)} left, and these {len(cells)} runs need about "
-            f"{gib(kept + working)}; free some, or choose another --out."
-        )
+@dataclass(frozen=True)
+class _Subject:
+    """A method that is being measured."""
+
+    cost: Cost
+    step: Callable[[], None]
+    restore: Callable[[], None]
+    pixels: int
+    """That one call of `restore` restores."""
 
 
-def require_memory(job: Job, model: UNet, cell: Cell) -> None:
-    """Raises RunError where a training step, or the largest test image, will not fit, as predicted without running.
-
-    A method that cannot run on fake tensors is let through: nothing is known of it.
-    """
-    recipe, channels, protocol = job.suite.recipe, CHANNELS[cell.mode], job.protocols[cell.mode]
-    sides = [photo.shape[:2] for photos in job.sets[cell.mode].test.values() for photo in photos]
-    tile = protocol.tile or max(map(max, sides))
-    height, width = max(((min(h, tile), min(w, tile)) for h, w in sides), key=math.prod)
-    free = free_bytes(job.device)
-
-    def step(model: nn.Module, x: torch.Tensor) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
-            y = model(x)
-        loss_of(y.float() - x, recipe).backward()
-
-    def forward(model: nn.Module, x: torch.Tensor) -> None:
-        with torch.no_grad():
-            model(x)
-
-    moments = 2 * 4 * sum(p.numel() for p in model.parameters())
-    batch = (len(job.pieces[0]), channels, recipe.crop, recipe.crop)
-    for what, call, shape, extra, advice in (
-        ("a training step", step, batch, moments, "--micro-batch"),
-        (f"a test image of {width} x {height} px", forward, (1, channels, height, width), 0, "protocol.tile"),
-    ):
-        try:
-            needed = predict_peak_bytes(call, model.train(call is step), shape) + extra
-        except Exception:  # noqa: BLE001 - a stranger's method may fail on fake tensors, as count_macs says
-            return
-        if needed > free:
-            raise RunError(
-                f"{what} needs about {gib(needed)} (predicted) and {gib(free)} are free on {job.device}; "
-                f"set a smaller {advice}, or use a machine with more memory"
-            )
+def probe(
+    prepared: PreparedSuite, cells: Sequence[Cell], console: Console
+) -> tuple[dict[str, Probe], dict[str, Exception]]:
+    """What each trained method among the cells costs, or why it cannot be trained here, by name."""
+    subjects: dict[str, _Subject] = {}
+    unfit: dict[str, Exception] = {}
+    with console.status("measuring what each method costs") as status:
+        for cell in {cell.method: cell for cell in cells if cell.trained}.values():
+            status.update(f"measuring what {cell.method} costs")
+            try:
+                subjects[cell.method] = _subject(prepared, cell)
+            except Exception as error:  # noqa: BLE001 - a method may be a stranger's code, and raise anything
+                unfit[cell.method] = error
+        status.update("measuring how long a step of each method takes")
+        return _timed(prepared, subjects), unfit
 
 
-def probe_method(job: Job, cell: Cell) -> Probe:
-    """Cost of a method: counted on fake tensors; memory and time from a few steps on the device."""
-    recipe, channels = job.suite.recipe, CHANNELS[cell.mode]
-    model = job.build(cell)
-    require_memory(job, model, cell)
+def _subject(prepared: PreparedSuite, cell: Cell) -> _Subject:
+    """A method's network, its costs but for time, and a training step and a restoration of it, called once each."""
+    recipe, channels, device = prepared.suite.recipe, CHANNELS[cell.mode], prepared.device
+    model = prepared.build(cell)
+    require_memory(prepared, model, cell)
     closed, counted, note = count_macs(model.eval(), channels, model.macs(RESOLUTION, RESOLUTION))
-    model.to(job.device).train()
+    model.to(device).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.lr)
-    x = torch.rand(len(job.pieces[0]), channels, recipe.crop, recipe.crop, device=job.device)
+    x = torch.rand(len(prepared.pieces[0]), channels, recipe.crop, recipe.crop, device=device)
+    image = torch.rand(1, channels, *tile_shape(prepared, cell.mode), device=device)
 
     def step() -> None:
         optimiser.zero_grad(set_to_none=True)
-        with torch.autocast(job.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
             y = model(x)
         loss_of(y.float() - x, recipe).backward()
         optimiser.step()
 
-    def forward() -> None:
-        with torch.inference_mode():
-            model(x)
+    def restore() -> None:
+        model.eval()
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+            model(image)
+        model.train()
 
     step()
-    peak = peak_bytes(step, job.device)
-    step_seconds, forward_seconds = (_seconds(fn, job.device) for fn in (step, forward))
-    calibration_seconds = _seconds(calibration(job.device), job.device, runs=5)
-    return Probe(
-        Cost(
-            parameters=sum(p.numel() for p in model.parameters()),
-            attention_parameters=sum(p.numel() for _, a in model.attentions() for p in a.parameters()),
-            resolution=RESOLUTION,
-            macs=closed,
-            macs_counted=counted,
-            macs_note=note,
-            train_peak_bytes=peak,
-            memory_note=None,
-            calibration_seconds=calibration_seconds,
-        ),
-        step_seconds * len(job.pieces),
-        forward_seconds / x[:, 0].numel(),
+    cost = Cost(
+        parameters=sum(p.numel() for p in model.parameters()),
+        attention_parameters=sum(p.numel() for _, a in model.attentions() for p in a.parameters()),
+        resolution=RESOLUTION,
+        macs=closed,
+        macs_counted=counted,
+        macs_note=note,
+        train_peak_bytes=peak_bytes(step, device),
+        memory_note=None,
     )
+    return _Subject(cost, step, restore, image[0, 0].numel())
 
 
-def _seconds(fn: Callable[[], None], device: torch.device, runs: int = 3) -> float:
-    times = []
-    for _ in range(runs):
-        clock = time.perf_counter()
+def _timed(prepared: PreparedSuite, subjects: dict[str, _Subject]) -> dict[str, Probe]:
+    device, pieces = prepared.device, len(prepared.pieces)
+    steps = {name: _sampler(subject.step, device) for name, subject in subjects.items()}
+    timings = compare(steps, ROUNDS, SECONDS) if steps else {}
+    calibrated = statistics.median(_sampler(calibration(device), device)().seconds for _ in range(5))
+    probes = {}
+    for name, subject in subjects.items():
+        seconds = timings[name].median * pieces
+        cost = subject.cost.model_copy(update={"calibration_seconds": calibrated, "step_seconds": seconds})
+        probes[name] = Probe(cost, seconds, _sampler(subject.restore, device)().seconds / subject.pixels)
+    return probes
+
+
+def _sampler(fn: Callable[[], None], device: torch.device) -> Callable[[], Sample]:
+    """A function that takes the seconds of one call."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
+
+    def sample() -> Sample:
+        start = clock()
         fn()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - clock)
-    return statistics.median(times)
+        return Sample(clock() - start)
+
+    return sample
 
 
 def calibration(device: torch.device) -> Callable[[], None]:
@@ -171,16 +159,3 @@ def count_macs(model: nn.Module, channels: int, closed: int | None) -> tuple[int
     if counted.uncounted:
         note = f"{note}; nobody counted {', '.join(sorted(counted.uncounted))}"
     return None, counted.macs, note
-
-
-def probe(job: Job, todo: list[Cell], console: Console) -> tuple[dict[str, Probe], dict[str, Exception]]:
-    """What each trained method costs, or why it cannot be trained here, by name."""
-    probes: dict[str, Probe] = {}
-    unfit: dict[str, Exception] = {}
-    with console.status("measuring what each method costs"):
-        for cell in {cell.method: cell for cell in todo if cell.trained}.values():
-            try:
-                probes[cell.method] = probe_method(job, cell)
-            except Exception as error:  # noqa: BLE001 - a method may be a stranger's code, and raise anything
-                unfit[cell.method] = error
-    return probes, unfit

@@ -1,4 +1,4 @@
-"""The main job: a suite's cells, one after another, each trained, evaluated and stored.
+"""The main job: a suite's cells, side by side or one after another, each trained, scored and stored.
 
 What is asked for is checked first (prepare.py); from here on a cell that fails leaves the others.
 """
@@ -7,22 +7,31 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from contextlib import nullcontext
 
 from rich.console import Console
-from rich.markup import escape
 
-from kitbench.errors import InputError, Interrupted, RunError, told
-from kitbench.runs.announce import announce
+from kitbench.errors import Interrupted, RunError
+from kitbench.runs.announce import Expected, announce, expected
 from kitbench.runs.cell import Cell
-from kitbench.runs.one_cell import record_of, run_cell
-from kitbench.runs.prepare import Job, Options
-from kitbench.runs.probe import Probe, probe, require_space
+from kitbench.runs.display import CellReporter, Display
+from kitbench.runs.failure import failure
+from kitbench.runs.finish import failed_meanwhile, finish
+from kitbench.runs.limits import require_space
+from kitbench.runs.plan import planned
+from kitbench.runs.pool import Pool, start_server
+from kitbench.runs.prepare import Options, PreparedSuite, prepare
+from kitbench.runs.probe import Probe, probe
+from kitbench.runs.score import restorer, score_cell
+from kitbench.runs.train_cell import train_cell
+from kitbench.runs.work import CellWork, begin, record_of
+from kitbench.runs.workers import worker_devices
 from kitbench.spec.suite import Suite
 from kitbench.store.folder import Held, RunFolder
 from kitbench.store.records import now
 from kitbench.system.environment import how_to_go_on
-from kitbench.system.interrupt import Stop, interruptible
+from kitbench.system.interrupt import GRACE, Stop, interruptible
 from kitbench.system.processes import joined
 
 
@@ -35,102 +44,105 @@ def run(suite: Suite, options: Options, console: Console) -> tuple[list[RunFolde
     with joined() as world, interruptible(how_to_go_on) as stop:
         if not world.first:
             console = Console(quiet=True)
-        job = Job(suite, options)
-        folders = {cell: RunFolder(options.out / cell.folder) for cell in job.cells}
-        todo = [job.cells[number] for number in world.agree(unfinished_cells(job, folders))]
-        probes, unfit = probe(job, todo, console)
-        require_space(job, [cell for cell in todo if cell.method in probes], probes)
-        announce(job, todo, probes, console)
+        if world.size == 1 and options.jobs != 1:
+            start_server()
+        prepared = prepare(suite, options)
+        todo = [prepared.cells[number] for number in world.agree(unfinished_cells(prepared))]
+        probes, unfit = probe(prepared, todo, console)
+        require_space(
+            prepared, [cell for cell in todo if cell.method in probes], {n: p.cost for n, p in probes.items()}
+        )
+        devices = worker_devices(prepared, [cell for cell in todo if cell.method not in unfit], probes)
+        work = {cell: expected(prepared, cell, probes.get(cell.method)) for cell in todo}
+        announce(prepared, work, probes, len(devices), console)
         stop.idle = False
-        failed = work_off(job, todo, folders, probes, unfit, console, stop)
-        complete = [folders[cell] for cell in job.cells if not unfinished(job, cell, folders[cell])]
+        failed = [failure(prepared, cell, unfit[cell.method]) for cell in todo if cell.method in unfit]
+        work = {cell: one for cell, one in work.items() if cell.method not in unfit}
+        display = Display(console, work, len(devices))
+        with display.shown(), planned(suite, options.out, list(work)):
+            if len(devices) > 1:
+                stop.grace = 2 * GRACE  # the workers save their state; this process waits for them
+                failed += Pool(prepared, work, probes, display, stop).run(devices)
+            else:
+                failed += run_here(prepared, work, probes, display, stop)
+        complete = [prepared.folder(cell) for cell in prepared.cells if not prepared.unfinished(cell)]
         return (complete, failed) if world.first else ([], [])
 
 
-def unfinished_cells(job: Job, folders: dict[Cell, RunFolder]) -> list[int]:
-    """The numbers of the job's cells that are to be worked on, in order: last those that have failed before."""
-    left = [number for number, cell in enumerate(job.cells) if unfinished(job, cell, folders[cell])]
-    return sorted(left, key=lambda number: (folders[job.cells[number]].path / "failed.json").is_file())
+def planned_cells(suite: Suite, options: Options) -> list[Cell]:
+    """The cells that `run` would work on, in order. Raises InputError; writes and runs nothing."""
+    prepared = prepare(suite, options)
+    return [prepared.cells[number] for number in unfinished_cells(prepared)]
 
 
-def unfinished(job: Job, cell: Cell, folder: RunFolder) -> bool:
-    """Whether something of the cell is still to be done; a damaged record is told where the cell's turn comes."""
-    try:
-        return job.unfinished(cell, folder)
-    except InputError:
-        return True
+def unfinished_cells(prepared: PreparedSuite) -> list[int]:
+    """The numbers of the cells that are to be worked on, in order: last those that have failed before."""
+    left = [number for number, cell in enumerate(prepared.cells) if prepared.unfinished(cell)]
+    return sorted(left, key=lambda number: (prepared.folder(prepared.cells[number]).path / "failed.json").is_file())
 
 
-def work_off(
-    job: Job,
-    todo: list[Cell],
-    folders: dict[Cell, RunFolder],
-    probes: dict[str, Probe],
-    unfit: dict[str, Exception],
-    console: Console,
+def run_here(
+    prepared: PreparedSuite,
+    cells: Mapping[Cell, Expected],
+    probes: Mapping[str, Probe],
+    display: Display,
     stop: Stop,
 ) -> list[str]:
-    """Run the cells, those last that other processes work on now. Returns a sentence for each that failed."""
-    begun, failed = now(), []
-    titles = {}
-    for number, cell in enumerate(todo, 1):
-        seed = f" seed {cell.seed}" if cell.trained else ""
-        titles[cell] = f"[{number}/{len(todo)}] {cell.mode} {cell.method}{seed}"
-    queue, held = deque(todo), set()
+    """Work through the cells one after another, in this process or with those that torchrun has started.
 
-    def attempt(cell: Cell, folder: RunFolder) -> str | None:
-        with folder.lock() if job.world.first else nullcontext() as killed:
-            if killed:
-                console.print(f"{titles[cell]}  {killed} was killed; going on from what it stored", highlight=False)
-            if cell in held and folder.failed is not None and folder.failed.when >= begun:
-                return folder.failed.message  # the process that was waited for has tried
-            try:
-                if cell.method in unfit:
-                    raise unfit[cell.method]
-                if job.unfinished(cell, folder):
-                    run_cell(job, cell, folder, probes.get(cell.method), titles[cell], console, stop)
-                (folder.path / "failed.json").unlink(missing_ok=True)
-            except Interrupted:
-                raise
-            except Exception as error:
-                # One run's failure (out of memory, a full disk, a damaged record) must not take the others with it.
-                sentence = failure(job, cell, folder, error)
-                if job.world.size > 1:  # the other processes may be waiting for this one: torchrun ends them
-                    raise RunError(sentence) from error
-                return sentence
-        return None
-
+    Cells that other processes work on come last. Returns a sentence for each that failed.
+    """
+    begun, failed, alone = now(), [], prepared.world.size == 1
+    queue, held = deque(cells), set()
     while queue:
         if stop():
-            raise Interrupted(f"stopped between two runs, {len(queue)} of {len(todo)} are left")
+            raise Interrupted(f"stopped between two runs, {len(queue)} of {len(cells)} are left")
         cell = queue.popleft()
+        folder = prepared.folder(cell)
+        work = CellWork(prepared, cell, probes.get(cell.method), CellReporter(display, cell), stop)
+        clock = time.monotonic()
         try:
-            sentence = attempt(cell, folders[cell])
+            message = failed_meanwhile(folder, begun) if cell in held else None
+            if message is None:
+                run_cell(work)
+                display.finished(cell, time.monotonic() - clock)
+            else:  # the process that was waited for has tried
+                failed.append(message)
+                display.failed(cell, message)
+        except Interrupted:
+            raise
         except Held as error:
-            if job.world.size > 1:
+            if not alone:
                 raise
             if cell not in held:
-                console.print(f"{titles[cell]}  waits: {error}", highlight=False)
+                display.say(cell, f"waits: {error}")
             held.add(cell)
             queue.append(cell)
             if held.issuperset(queue):
                 time.sleep(0.5)
-            continue
-        except OSError as error:  # no lock can be made
-            sentence = f"{cell.folder}: {told(error)}"
-        if sentence is not None:
+        except Exception as error:
+            # One run's failure (out of memory, a full disk, a damaged record) must not take the others with it.
+            sentence = failure(prepared, cell, error)
+            if not alone:  # the other processes may be waiting for this one: torchrun ends them
+                raise RunError(sentence) from error
             failed.append(sentence)
-            console.print(f"[red]failed[/red] {escape(sentence)}", highlight=False)
+            display.failed(cell, sentence)
     return failed
 
 
-def failure(job: Job, cell: Cell, folder: RunFolder, error: Exception) -> str:
-    """One line of what went wrong, kept with the run as far as it can be."""
-    sentence = f"{cell.folder}: {told(error)}"
-    try:
-        if not (folder.path / "run.json").is_file():
-            folder.write("run.json", record_of(job, cell))
-        folder.fail(cell.key, sentence)
-    except OSError as second:
-        return f"{sentence} (which could not be noted there: {told(second)})"
-    return sentence
+def run_cell(work: CellWork) -> None:
+    """Train a cell from where it stands, do the evaluations that are missing, and finish it."""
+    prepared, cell, folder = work.prepared, work.cell, work.folder
+    first = prepared.world.first
+    with folder.lock() if first else nullcontext() as killed:
+        if killed:
+            work.reporter.say(f"{killed} was killed; going on from what it stored")
+        if first:
+            begin(folder, record_of(prepared, cell))
+        if cell.trained and not folder.trained:
+            train_cell(work)
+        prepared.world.agree(None)  # the others load what the first has stored
+        if prepared.missing(cell, folder):
+            score_cell(prepared, cell, restorer(prepared, cell), work.reporter, work.stop)
+        if first:
+            finish(prepared, cell)

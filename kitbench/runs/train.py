@@ -6,10 +6,13 @@ their average, optimiser state and the number of the step are all that a checkpo
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,133 +22,219 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from kitbench.data.batches import Batches
 from kitbench.errors import Interrupted, RunError
 from kitbench.model.backbone import UNet
-from kitbench.runs.checkpoint import Line, resume, save, write_log
+from kitbench.runs.checkpoint import TrainingState, write_log
 from kitbench.seeds import derive
 from kitbench.spec.suite import Recipe
 from kitbench.store.folder import RunFolder
+from kitbench.store.log import LogLine
 from kitbench.system.environment import seed_torch
 from kitbench.system.interrupt import Stop
-from kitbench.system.processes import current, pieces
+from kitbench.system.processes import World, current, pieces
 
+T = TypeVar("T")
 LOG_EVERY = 10
 DIVERGED = 10.0
 """A loss that is not below it ends the run: images lie in [0, 1], and NaN is below nothing."""
-Report = Callable[[int, float, float, float], None]
-"""Called with (steps done, loss, training PSNR in dB, share of the time that was spent waiting for data), all of the
-stretch since the last call."""
 
 
-def train(
-    model: UNet,
-    batches: Batches,
-    recipe: Recipe,
-    device: torch.device,
-    folder: RunFolder,
-    workers: int,
-    report: Report,
-    stop: Stop,
-    say: Callable[[str], None] = print,
-    micro_batch: int | None = None,
-) -> list[Line]:
-    """Train in place from the last good checkpoint, or from the start; `say` is told of a damaged one.
+@dataclass(frozen=True)
+class TrainingContext:
+    """Where a training runs and whom it informs; decides no number beyond rounding."""
 
-    Each process takes its share of every batch, at most `micro_batch` samples at a time; the gradients add up to those
-    of the whole batch, and the first process alone writes. How a batch is shared changes rounding only.
+    device: torch.device
+    folder: RunFolder
+    stop: Stop
+    workers: int = 0
+    """Processes that prepare batches."""
+    micro_batch: int | None = None
+    """Most samples of a batch at a time; their gradients add up to those of the whole batch."""
+    report: Callable[[LogLine], None] = lambda line: None
+    say: Callable[[str], None] = print
+    """Called with a sentence about a damaged checkpoint."""
+    validate: Callable[[nn.Module], float] | None = None
+    """PSNR in dB of a network in evaluation mode on the validation crops."""
+
+
+def train(model: UNet, batches: Batches, context: TrainingContext) -> list[LogLine]:
+    """Train in place from the last good checkpoint, or from the start.
+
+    Each process takes its share of every batch; the gradients add up to those of the whole batch, and the first process
+    alone validates and writes. How a batch is shared changes rounding only.
     Returns the log: means over stretches of LOG_EVERY steps. Leaves the moving average in the model, if there is one.
     Raises RunError where the loss or the weights are not finite or the loss is not below DIVERGED, naming step and
     batch, with the last good checkpoint kept; and Interrupted, with a checkpoint written, once `stop()` is true.
     """
-    dtype, world = torch.float64 if recipe.precision == "float64" else torch.float32, current()
-    model.to(device, dtype).train()
-    parameters = list(model.parameters())
-    optimiser = torch.optim.AdamW(
-        decay_groups(model, recipe.weight_decay), lr=recipe.lr, betas=recipe.betas, fused=recipe.fused
-    )
-    average = [p.detach().clone() for p in parameters] if recipe.ema else []
-    move_average = get_ema_multi_avg_fn(recipe.ema)
-    # Of loss and of squared error, over the stretch since the last line of the log.
-    sums = torch.zeros(2, device=device, dtype=dtype)
-    losses = torch.zeros(LOG_EVERY, device=device, dtype=dtype)  # of single steps: tells which one went wrong
-    start, log = resume(model, optimiser, average, sums, folder, say)
-    done = start
-    network: nn.Module = torch.compile(model) if recipe.compile else model  # type: ignore[assignment]
-    if world.size > 1:
-        network = DistributedDataParallel(network, [device] if device.type == "cuda" else None)
-
-    def keep() -> str:
-        """Write the state after `done` steps. Raises RunError where it is not worth keeping."""
-        check(losses, range(done - done % LOG_EVERY, done), parameters, batches, folder)
-        if world.first:
-            save(model, optimiser, average, sums, done, log, folder)
-        return f"stopped at step {done} of {recipe.steps} of {folder.path.name}, saved"
-
-    shares = pieces(world.share(recipe.batch), micro_batch)
-    loader = batches.from_step(start, workers, shares, pinned=device.type == "cuda")
-    queued = torch.cuda.Event() if device.type == "cuda" else None
-    first, clock, waited = start, time.perf_counter(), 0.0
-    with stop.saved_by(keep):
-        for step in range(start, recipe.steps):
+    loop = _Loop(model, batches, context)
+    recipe, state, stop, world = loop.recipe, loop.state, context.stop, loop.world
+    validated = validation_steps(recipe) if context.validate else frozenset()
+    loop.start()
+    with stop.saved_by(loop.keep):
+        for step in range(state.done, recipe.steps):
             asked_to_stop = world.any(stop)
-            for group in optimiser.param_groups:
+            for group in state.optimiser.param_groups:
                 group["lr"] = learning_rate(recipe, step)
-            optimiser.zero_grad(set_to_none=True)
-            found = torch.zeros_like(sums)  # loss and squared error of this step
-            for share in shares:
-                if queued is not None:
-                    queued.record()
-                asked = time.perf_counter()
-                batch = next(loader)
-                if queued is None or queued.query():  # else the device is still at work on what came before
-                    waited += time.perf_counter() - asked
-                degraded, clean = (images.to(device, dtype, non_blocking=True) for images in batch)
-                seed_torch(derive(batches.seed, "step", step), device)  # for each piece: all draw as the whole batch
-                with gradients_of(network, last=share is shares[-1]):
-                    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-                        restored = network(degraded)
-                    error = restored.to(dtype) - clean
-                    loss = loss_of(error, recipe)
-                    weight = len(share) / recipe.batch
-                    (loss * (weight * world.size)).backward()  # the processes' gradients are averaged, not added
-                squared = torch.linalg.vector_norm(error.detach()).square() / error.numel()
-                found += weight * torch.stack((loss.detach(), squared))
-            world.sum(found)
+            state.optimiser.zero_grad(set_to_none=True)
+            found = loop.gradients(step)
             if recipe.clip:
-                clip_gradients(parameters, recipe.clip)
+                clip_gradients(loop.parameters, recipe.clip)
 
             with stop.state:  # from here to the end of the block the state is that of no step
-                optimiser.step()
-                if recipe.ema:
-                    move_average(average, parameters, None)
-                losses[step % LOG_EVERY] = found[0]
-                sums += found
-                done = step + 1
-                if done % LOG_EVERY == 0 or done == recipe.steps:
-                    stretch = (done - 1) % LOG_EVERY + 1
-                    mean_loss, mse = (sums / stretch).tolist()  # waits for the device
-                    if not mean_loss < DIVERGED:
-                        check(losses, range(done - stretch, done), parameters, batches, folder)
-                    now = time.perf_counter()
-                    psnr = -10 * math.log10(mse) if mse else math.inf
-                    seconds, waiting = ((now - clock) / (done - first), waited / (done - first))
-                    log.append((done, mean_loss, psnr, learning_rate(recipe, step), seconds, waiting))
-                    report(done, mean_loss, psnr, waiting / seconds)
-                    sums.zero_()
-                    first, clock, waited = done, now, 0.0
-            stopping = asked_to_stop() and done < recipe.steps
-            if stopping or (done % recipe.checkpoint_every == 0 and done < recipe.steps):
-                paused = time.perf_counter()
+                loop.update(step, found)
+                if state.done % LOG_EVERY == 0 or state.done == recipe.steps:
+                    loop.log(step)
+            if world.first and state.done in validated:
+                loop.off_the_clock(loop.validate)
+            if state.log and state.log[-1].step == state.done:
+                context.report(state.log[-1])
+            stopping = asked_to_stop() and state.done < recipe.steps
+            if stopping or (state.done % recipe.checkpoint_every == 0 and state.done < recipe.steps):
                 with stop.state:
-                    said = keep()
-                clock += time.perf_counter() - paused  # a checkpoint is no part of a step's time
+                    message = loop.off_the_clock(loop.keep)
                 if stopping:
-                    raise Interrupted(said)
-    check(losses, range(0), parameters, batches, folder)
+                    raise Interrupted(message)
+    loop.check(range(0))
     with torch.no_grad():
-        for parameter, mean in zip(parameters, average, strict=False):
+        for parameter, mean in zip(loop.parameters, state.average, strict=False):
             parameter.copy_(mean)
     if world.first:
-        write_log(log, folder)
-    return log
+        write_log(state.log, context.folder)
+    return state.log
+
+
+class _Loop:
+    """What the steps of a training share."""
+
+    def __init__(self, model: UNet, batches: Batches, context: TrainingContext) -> None:
+        self.batches, self.context, self.recipe, device = batches, context, batches.recipe, context.device
+        self.dtype = torch.float64 if self.recipe.precision == "float64" else torch.float32
+        self.world: World = current()
+        model.to(device, self.dtype).train()
+        self.parameters = list(model.parameters())
+        optimiser = torch.optim.AdamW(
+            decay_groups(model, self.recipe.weight_decay),
+            lr=self.recipe.lr, betas=self.recipe.betas, fused=self.recipe.fused,
+        )  # fmt: skip
+        average = [p.detach().clone() for p in self.parameters] if self.recipe.ema else []
+        self.move_average = get_ema_multi_avg_fn(self.recipe.ema)
+        self.state = TrainingState(model, optimiser, average, torch.zeros(2, device=device, dtype=self.dtype))
+        self.losses = torch.zeros(LOG_EVERY, device=device, dtype=self.dtype)
+        """Of the last steps: tells which one went wrong."""
+        self.averaged: nn.Module | None = None
+        """A copy of the network that holds the averaged weights while it is validated."""
+
+    def start(self) -> None:
+        """Load the last checkpoint, and prepare batches from there."""
+        device, recipe = self.context.device, self.recipe
+        self.state.resume(self.context.folder, self.context.say)
+        self.network: nn.Module = torch.compile(self.state.model) if recipe.compile else self.state.model  # type: ignore[assignment]
+        if self.world.size > 1:
+            self.network = DistributedDataParallel(self.network, [device] if device.type == "cuda" else None)
+        self.shares = pieces(self.world.share(recipe.batch), self.context.micro_batch)
+        self.loader: Iterator[tuple[Tensor, Tensor]] = self.batches.from_step(
+            self.state.done, self.context.workers, self.shares, pinned=device.type == "cuda"
+        )
+        self.queued = torch.cuda.Event() if device.type == "cuda" else None
+        self.first, self.clock, self.waited = self.state.done, time.perf_counter(), 0.0
+
+    def gradients(self, step: int) -> Tensor:
+        """Add up the gradients of a step's batch. Returns its loss and squared error, [2], over all processes."""
+        device, recipe = self.context.device, self.recipe
+        found = torch.zeros_like(self.state.sums)
+        for share in self.shares:
+            degraded, clean = (images.to(device, self.dtype, non_blocking=True) for images in self._next_batch())
+            seed_torch(derive(self.batches.seed, "step", step), device)  # for each piece: all draw as the whole batch
+            with gradients_of(self.network, last=share is self.shares[-1]):
+                with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+                    restored = self.network(degraded)
+                error = restored.to(self.dtype) - clean
+                loss = loss_of(error, recipe)
+                weight = len(share) / recipe.batch
+                (loss * (weight * self.world.size)).backward()  # the processes' gradients are averaged, not added
+            squared = torch.linalg.vector_norm(error.detach()).square() / error.numel()
+            found += weight * torch.stack((loss.detach(), squared))
+        return self.world.sum(found)
+
+    def _next_batch(self) -> tuple[Tensor, Tensor]:
+        if self.queued is not None:
+            self.queued.record()
+        asked = time.perf_counter()
+        batch = next(self.loader)
+        if self.queued is None or self.queued.query():  # else the device is still at work on what came before
+            self.waited += time.perf_counter() - asked
+        return batch
+
+    def update(self, step: int, found: Tensor) -> None:
+        """Change the weights by the gradients."""
+        self.state.optimiser.step()
+        if self.recipe.ema:
+            self.move_average(self.state.average, self.parameters, None)
+        self.losses[step % LOG_EVERY] = found[0]
+        self.state.sums += found
+        self.state.done = step + 1
+
+    def log(self, step: int) -> None:
+        """Add a line to the log. Raises RunError where a loss is not below DIVERGED."""
+        state, done = self.state, self.state.done
+        stretch = (done - 1) % LOG_EVERY + 1
+        mean_loss, mse = (state.sums / stretch).tolist()  # waits for the device
+        if not mean_loss < DIVERGED:
+            self.check(range(done - stretch, done))
+        now, steps = time.perf_counter(), done - self.first
+        psnr = -10 * math.log10(mse) if mse else math.inf
+        rate = learning_rate(self.recipe, step)
+        seconds, waiting = (now - self.clock) / steps, self.waited / steps
+        state.log.append(LogLine(done, mean_loss, psnr, rate, seconds, waiting))
+        state.sums.zero_()
+        self.first, self.clock, self.waited = done, now, 0.0
+
+    def validate(self) -> None:
+        """Score the validation crops with the averaged weights, and note the mean in the last line of the log."""
+        assert self.context.validate is not None
+        if self.averaged is None:
+            self.averaged = copy.deepcopy(self.state.model)
+        self.averaged.load_state_dict(self.state.model.state_dict())
+        with torch.no_grad():
+            for parameter, mean in zip(self.averaged.parameters(), self.state.average, strict=False):
+                parameter.copy_(mean)
+        psnr = self.context.validate(self.averaged.eval())
+        self.state.log[-1] = self.state.log[-1]._replace(validation_psnr_db=psnr)
+
+    def keep(self) -> str:
+        """Write a checkpoint. Raises RunError where the state is not worth keeping."""
+        state, folder = self.state, self.context.folder
+        self.check(range(state.done - state.done % LOG_EVERY, state.done))
+        if self.world.first:
+            state.save(folder)
+        return f"stopped at step {state.done} of {self.recipe.steps} of {folder.path.name}, saved"
+
+    def check(self, steps: range) -> None:
+        """Raises RunError where a loss of these steps is not below DIVERGED, or a weight is not finite."""
+        folder, values = self.context.folder, self.losses.tolist()
+        bad = next((step for step in steps if not values[step % LOG_EVERY] < DIVERGED), None)
+        if bad is not None:
+            places = self.batches.places(bad)
+            crops = ", ".join(places[:16]) + (f" and {len(places) - 16} more" if len(places) > 16 else "")
+            what = f"the loss is {values[bad % LOG_EVERY]:.4g} at step {bad}, on the crops {crops}"
+        elif not torch.stack([p.isfinite().all() for p in self.parameters]).all():
+            what = "weights are not finite, though every loss was"
+        else:
+            return
+        kept = f"{folder.checkpoint} is kept" if folder.checkpoint.is_file() else "there was no checkpoint yet"
+        raise RunError(f"training diverged: {what}; stopped, {kept}. A smaller recipe.lr or a longer warmup may help")
+
+    def off_the_clock(self, work: Callable[[], T]) -> T:
+        """Do work that is no part of a step's time."""
+        paused = time.perf_counter()
+        result = work()
+        self.clock += time.perf_counter() - paused
+        return result
+
+
+def validation_steps(recipe: Recipe) -> frozenset[int]:
+    """Steps after which the validation crops are scored: evenly spread, at lines of the log, the last step included."""
+    count = recipe.validations
+    wanted = (recipe.steps * number / count for number in range(1, count + 1))
+    return frozenset(min(recipe.steps, LOG_EVERY * math.ceil(step / LOG_EVERY)) for step in wanted)
 
 
 def gradients_of(network: nn.Module, last: bool) -> AbstractContextManager[None]:
@@ -161,24 +250,6 @@ def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> None:
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
-
-
-def check(
-    losses: Tensor, steps: range, parameters: Sequence[nn.Parameter], batches: Batches, folder: RunFolder
-) -> None:
-    """Raises RunError where a loss of these steps is not below DIVERGED, or a weight is not finite."""
-    values = losses.tolist()
-    bad = next((step for step in steps if not values[step % LOG_EVERY] < DIVERGED), None)
-    if bad is not None:
-        places = batches.places(bad)
-        crops = ", ".join(places[:16]) + (f" and {len(places) - 16} more" if len(places) > 16 else "")
-        what = f"the loss is {values[bad % LOG_EVERY]:.4g} at step {bad}, on the crops {crops}"
-    elif not torch.stack([p.isfinite().all() for p in parameters]).all():
-        what = "weights are not finite, though every loss was"
-    else:
-        return
-    kept = f"{folder.checkpoint} is kept" if folder.checkpoint.is_file() else "there was no checkpoint yet"
-    raise RunError(f"training went astray: {what}; stopped, {kept}. A smaller recipe.lr or a longer warmup may help")
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from kitbench.data.degrade import degrade
 from kitbench.data.photograph import Photograph
+from kitbench.errors import RunError
 from kitbench.model.methods import Restore
 from kitbench.scoring import metrics
 from kitbench.scoring.lpips import LPIPS
@@ -51,25 +53,51 @@ def network(model: nn.Module, device: torch.device, protocol: Protocol, precisio
     return restore
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """Under which a set is scored."""
+
+    data_set: str
+    task: Task
+    sigma: float | None
+    protocol: Protocol
+    lpips: LPIPS | None
+
+
 def scores(
     restore: Restore,
-    photographs: list[Photograph],
-    data_set: str,
-    task: Task,
-    sigma: float | None,
-    protocol: Protocol,
-    lpips: LPIPS | None,
+    photographs: Iterable[Photograph],
+    conditions: Conditions,
     keep: Callable[[Photograph, np.ndarray, np.ndarray], None] | None = None,
 ) -> Iterator[Score]:
-    """Restore and score the images of a set, one by one; `keep` is shown each: photograph, input, restored."""
+    """Restore and score images of a set, one by one; `keep` is shown each: photograph, input, restored.
+
+    Raises RunError, naming the image, for a restored image that is not finite or has another shape than its target.
+    """
     for photo in photographs:
-        image = degraded(photo, data_set, task, sigma, protocol)
+        image = degraded(photo, conditions.data_set, conditions.task, conditions.sigma, conditions.protocol)
         clock = time.perf_counter()
-        restored = restore(image, sigma)
+        restored = restore(image, conditions.sigma)
         seconds = time.perf_counter() - clock
+        require_valid(restored, photo, conditions.data_set)
         if keep is not None:
             keep(photo, image, restored)
-        yield score(restored, photo, protocol, lpips, seconds)
+        yield score(restored, photo, conditions.protocol, conditions.lpips, seconds)
+
+
+def require_valid(restored: np.ndarray, photo: Photograph, data_set: str) -> None:
+    """Raises RunError where a restored image cannot be scored."""
+    if restored.shape != photo.shape:
+        raise RunError(
+            f"the method returned shape {list(restored.shape)} for image {photo.name} of {data_set}, "
+            f"which has shape {list(photo.shape)}; it must keep the size"
+        )
+    bad = np.count_nonzero(~np.isfinite(restored))
+    if bad:
+        raise RunError(
+            f"the method returned {bad} of {restored.size} values that are NaN or infinite for image {photo.name} of "
+            f"{data_set}; it cannot be scored"
+        )
 
 
 def score(restored: np.ndarray, photo: Photograph, protocol: Protocol, lpips: LPIPS | None, seconds: float) -> Score:
@@ -92,7 +120,7 @@ def score(restored: np.ndarray, photo: Photograph, protocol: Protocol, lpips: LP
     return Score(
         image=photo.name,
         psnr=psnr if math.isfinite(psnr) else None,
-        ssim=ssim(prediction, target),
+        ssim=ssim(prediction, target, threads=torch.get_num_threads()),
         lpips=distance,
         seconds=seconds,
     )

@@ -66,6 +66,8 @@ class Sets(Frozen):
 
     train: Annotated[tuple[str, ...], Field(min_length=1)]
     test: Annotated[tuple[str, ...], Field(min_length=1)]
+    validation: tuple[str, ...] = ()
+    """Those that learning curves and the tuning of learning rates are measured on; neither trained on nor reported."""
     protocol: Protocol | None = None
     """How these are scored, where the suite's own protocol does not fit them."""
 
@@ -164,6 +166,11 @@ class Recipe(Frozen):
     fused: bool = True
     """One kernel for the optimiser's step."""
     deterministic: bool = True
+    threads: Annotated[int, Field(ge=1, le=256)] | None = 1
+    """CPU threads of the process that trains and scores: the order of a sum, and so its last bits, depend on them.
+    None: not fixed, as in runs made before this key existed."""
+    validations: Annotated[int, Field(ge=0, le=1000)] = 8
+    """How often during training the validation crops are scored; decides no number but the curve."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 500
     """Steps between checkpoints; decides no number."""
 

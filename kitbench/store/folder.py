@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import json
 import os
 import platform
@@ -32,6 +31,7 @@ from filelock import FileLock, Timeout
 from kitbench.errors import InputError, RunError
 from kitbench.spec.fields import Frozen, digest
 from kitbench.store.files import write_atomic
+from kitbench.store.log import LogLine, parse_log
 from kitbench.store.records import Evaluation, Failure, Owner, Progress, Run, Training, now, read_record
 
 
@@ -90,19 +90,16 @@ class RunFolder:
         found = read_record(Evaluation, path) if path.is_file() else None
         return found if found is not None and found.data_sha256 == data_sha256 else None
 
-    def logged(self) -> list[dict[str, float]]:
-        """The lines of the training log, by column; none without a log. Raises InputError where it is damaged."""
+    def logged(self) -> list[LogLine]:
+        """The training log; empty without one. Raises InputError where it is damaged."""
         if not self.log.is_file():
             return []
         try:
             data, training = self.log.read_bytes(), self.training
             if training and training.log_sha256 not in (None, hashlib.sha256(data).hexdigest()):
-                raise ValueError("it has not the checksum that training.json states")
-            lines = csv.DictReader(io.StringIO(data.decode(), newline=""))
-            if not {"step", "loss", "psnr_db"} <= set(lines.fieldnames or ()):
-                raise ValueError("columns are missing")
-            return [{name: float(value) for name, value in line.items()} for line in lines]
-        except (OSError, TypeError, ValueError, csv.Error) as error:
+                raise ValueError("it does not have the checksum that training.json states")
+            return parse_log(data.decode())
+        except (OSError, ValueError, csv.Error) as error:
             raise InputError(f"{self.log} is no training log ({error}); restore it or delete it.") from error
 
     def write(self, name: str, record: Frozen) -> None:

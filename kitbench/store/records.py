@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from kitbench.errors import InputError
 from kitbench.spec.fields import Frozen, Mode, Setting, digest
@@ -43,6 +43,20 @@ class Environment(Frozen):
     flags: dict[str, bool | int | str | None]
 
 
+class Numerics(Frozen):
+    """What the last bits of a run's numbers depend on, beside the cell: numbers of one source, release of torch, thread
+    count and set of flags may stand side by side without a mark.
+    """
+
+    source: dict[str, str]
+    """By part (attention, network, data, training, scoring): digest of the syntax trees of the source files, without
+    comments and docstrings."""
+    torch: str
+    threads: int
+    flags: dict[str, bool | int | str | None]
+    """Of torch: deterministic, cudnn_benchmark, tf32, float32_matmul_precision."""
+
+
 class Cost(Frozen):
     """What a method costs, at a stated resolution."""
 
@@ -59,7 +73,11 @@ class Cost(Frozen):
     """Peak memory of one training step beyond what was held before it."""
     memory_note: str | None
     calibration_seconds: float | None = None
-    """Time of a fixed piece of work on the same device in the same minute: seconds a step divided by it travel."""
+    """Time of a fixed piece of work on the same device in the same minute: a step's seconds divided by it can be
+    compared across machines."""
+    step_seconds: float | None = None
+    """Of a training step on a whole batch: median, measured before training with no other run under way, all methods in
+    turn; on the CPU, the time of the processor. None: not measured."""
 
 
 class Run(Frozen):
@@ -83,9 +101,19 @@ class Run(Frozen):
     recipe: Recipe | None
     train_sets: dict[str, str]
     """Digest of each training set's image checksums."""
+    validation_sets: dict[str, str] = Field(default_factory=dict)
+    """Likewise of the sets that the learning curve is measured on."""
     environment: Environment
+    numerics: Numerics | None = None
+    """Of the training; None in runs that were made before it was recorded."""
     cost: Cost | None = None
     """Of a network with given weights; that of a trained one is in training.json."""
+
+    @field_validator("recipe", mode="before")
+    @classmethod
+    def _threads_were_not_fixed(cls, recipe: Any) -> Any:
+        """Runs made before recipes had the key `threads` took as many as torch chose."""
+        return {"threads": None, **recipe} if isinstance(recipe, dict) else recipe
 
 
 class Training(Frozen):
@@ -95,7 +123,7 @@ class Training(Frozen):
     steps: int
     seconds: float
     seconds_per_step: float
-    """Median over the logged stretches of training, data loading included."""
+    """Median over the logged stretches of training, data loading included, other runs perhaps under way beside it."""
     contended: float | None = None
     """Share of the time of training that its threads waited for a processor: above a few hundredths other work slowed
     the steps. None: not recorded."""
@@ -133,6 +161,8 @@ class Evaluation(Frozen):
     """In 8-bit grey levels; None where the task has one condition."""
     protocol: Protocol
     stamp: Stamp
+    numerics: Numerics | None = None
+    """Of the scoring; None in evaluations that were made before it was recorded."""
     lpips_note: str | None
     """Why LPIPS is n/a; None where it was measured or not asked for."""
     scores: tuple[Score, ...]

@@ -18,7 +18,7 @@ import torch
 import kitbench
 from kitbench.errors import InputError
 from kitbench.spec.suite import Recipe
-from kitbench.store.records import Environment
+from kitbench.store.records import Environment, Numerics
 from kitbench.system.processes import own_gpus
 
 _PACKAGES = ("torch", "numpy", "scipy", "scikit-image", "opencv-python-headless", "pillow", "pandas", "fvcore", "lpips")
@@ -64,7 +64,10 @@ def device_name(device: torch.device) -> str:
 
 
 def make_repeatable(recipe: Recipe) -> None:
-    """Deterministic algorithms and TF32 as the recipe says: the same flags for every method."""
+    """Threads, deterministic algorithms and TF32 as the recipe says: the same for every method."""
+    if recipe.threads is not None:
+        # Also where the number stands already: torch would else leave MKL to choose fewer threads by itself.
+        torch.set_num_threads(recipe.threads)
     torch.use_deterministic_algorithms(recipe.deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # a debugging aid that costs a pass over memory
     torch.backends.cudnn.benchmark = not recipe.deterministic
@@ -95,15 +98,23 @@ def environment(device: torch.device, **more: int | None) -> Environment:
         threads=torch.get_num_threads(),
         python=platform.python_version(),
         versions={name: found for name in _PACKAGES if (found := _version(name))},
-        flags={
-            "deterministic": torch.are_deterministic_algorithms_enabled(),
-            "cudnn_benchmark": torch.backends.cudnn.benchmark,
-            "tf32": torch.backends.cuda.matmul.allow_tf32,
-            "float32_matmul_precision": torch.get_float32_matmul_precision(),
-            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
-            **more,
-        },
+        flags={**precision_flags(), "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"), **more},
     )
+
+
+def precision_flags() -> dict[str, bool | int | str | None]:
+    """Flags of torch that decide the last bits of a result."""
+    return {
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def numerics(source: dict[str, str]) -> Numerics:
+    """What the last bits of numbers made now depend on; `source`: digests of the source, by part."""
+    return Numerics(source=source, torch=torch.__version__, threads=torch.get_num_threads(), flags=precision_flags())
 
 
 def command_line() -> str:

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -22,7 +22,7 @@ from kitbench.errors import Interrupted, RunError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE = 6.0
-"""Seconds that the work has to leave by itself."""
+"""Seconds."""
 LOCK_SECONDS = 2.0
 """Longest wait for a state that can be saved."""
 EXIT_CODE = 3
@@ -39,6 +39,8 @@ class Stop:
         """Saves the state, in another thread than the work's, and returns what to say of it."""
         self.idle = True
         """Nothing is lost by leaving at once, wherever the signal finds the work."""
+        self.grace = GRACE
+        """Seconds that the work has to leave by itself."""
 
     def __call__(self) -> bool:
         return self.asked
@@ -55,10 +57,11 @@ class Stop:
 
 
 @contextmanager
-def interruptible(how_to_go_on: Callable[[], str]) -> Iterator[Stop]:
+def interruptible(how_to_go_on: Callable[[], str], signals: Sequence[signal.Signals] = SIGNALS) -> Iterator[Stop]:
     """Ctrl-C and SIGTERM ask for a stop while the block runs; a second Ctrl-C ends the process at once, unsaved.
 
-    Only for the main thread. `how_to_go_on` ends the line that is printed where the process is ended from here.
+    signals: those that ask for a stop. Only for the main thread.
+    how_to_go_on: makes the end of the line that is printed where the process is ended from here.
     """
     stop = Stop()
 
@@ -69,9 +72,9 @@ def interruptible(how_to_go_on: Callable[[], str]) -> Iterator[Stop]:
 
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    before = {number: signal.signal(number, ask) for number in SIGNALS}
+    before = {number: signal.signal(number, ask) for number in signals}
     wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    watcher = threading.Thread(target=_watch, args=(stop, reading, how_to_go_on), daemon=True)
+    watcher = threading.Thread(target=_watch, args=(stop, reading, signals, how_to_go_on), daemon=True)
     watcher.start()
     try:
         yield stop
@@ -86,16 +89,16 @@ def interruptible(how_to_go_on: Callable[[], str]) -> Iterator[Stop]:
         os.close(reading)
 
 
-def _watch(stop: Stop, reading: int, how_to_go_on: Callable[[], str]) -> None:
+def _watch(stop: Stop, reading: int, signals: Sequence[signal.Signals], how_to_go_on: Callable[[], str]) -> None:
     asked: float | None = None
     while True:
-        left = None if asked is None else max(0.0, asked + GRACE - time.monotonic())
+        left = None if asked is None else max(0.0, asked + stop.grace - time.monotonic())
         if not select.select([reading], [], [], left)[0]:
             _leave(stop, how_to_go_on)
         numbers = os.read(reading, 64)  # one byte a signal, SIGCHLD of the data workers among them
         if not numbers:
             return
-        if not any(number in numbers for number in SIGNALS):
+        if not any(number in numbers for number in signals):
             continue
         if asked is None:
             asked, stop.asked = time.monotonic(), True

@@ -6,10 +6,12 @@ takes the same decisions: those that depend on files are taken by the first proc
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext, SpawnContext
 from typing import TypeVar
 
 import torch
@@ -68,6 +70,16 @@ class World:
         boxes: list[list[T]] = [[] for _ in range(self.size)]
         dist.all_gather_object(boxes, values)
         return [value for box in boxes for value in box]
+
+
+def process_context() -> ForkServerContext | SpawnContext:
+    """How processes of our own are started: by a fork server, which imports once for all, where the system has one.
+
+    A plain fork would copy the state of torch's threads.
+    """
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("forkserver")
+    return multiprocessing.get_context("spawn")
 
 
 def current() -> World:

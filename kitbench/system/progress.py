@@ -26,7 +26,7 @@ BEAT_SECONDS = 5.0
 def progress(console: Console, title: str, total: int) -> Iterator[Update]:
     """Show work of `total` parts while the block runs; the block calls what it is given."""
     if not console.is_terminal:
-        yield _lines(console, title, total)
+        yield lines_of(console, title, total)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -42,8 +42,11 @@ def progress(console: Console, title: str, total: int) -> Iterator[Update]:
         yield lambda done, text: bar.update(task, completed=done, text=text)
 
 
-def _lines(console: Console, title: str, total: int) -> Update:
-    """A line at the first call, at the last, and between them when LINE_SECONDS have gone by."""
+def lines_of(console: Console, title: str, total: int, side_by_side: int = 1) -> Update:
+    """Print a line at the first call, at the last, and between them when LINE_SECONDS have gone by.
+
+    side_by_side: how many such works print on the console at the same time; each then prints less often.
+    """
     first: tuple[int, float] | None = None
     last = 0.0
 
@@ -52,7 +55,7 @@ def _lines(console: Console, title: str, total: int) -> Update:
         now = time.monotonic()
         if first is None:
             first = (done, now)
-        elif done < total and now - last < LINE_SECONDS:
+        elif done < total and now - last < LINE_SECONDS * side_by_side:
             return
         last = now
         left = ""

@@ -135,8 +135,8 @@ def tracked(made: Sequence[Tracker], folder: RunFolder, step: int | None) -> Ite
 
 def logged_steps(folder: RunFolder) -> int:
     """Up to which step the log of a run's last checkpoint goes."""
-    lines = folder.log.read_text().splitlines()[1:] if folder.log.is_file() else []
-    return int(lines[-1].split(",")[0]) if lines else 0
+    log = folder.logged()
+    return log[-1].step if log else 0
 
 
 def test_means(folder: RunFolder) -> dict[str, float]:

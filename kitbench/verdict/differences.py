@@ -84,8 +84,8 @@ def numbers(a: RunFolder, b: RunFolder) -> list[Difference]:
     one, two = a.training, b.training
     if one is not None and two is not None:
         for first, second in zip(a.logged(), b.logged(), strict=False):
-            if first["loss"] != second["loss"]:
-                found.append(Difference("numbers", f"loss at step {first['step']:.0f}", first["loss"], second["loss"]))
+            if first.loss != second.loss:
+                found.append(Difference("numbers", f"loss at step {first.step}", first.loss, second.loss))
                 break
         if one.weights_sha256 != two.weights_sha256:
             found.append(Difference("numbers", "weights", one.weights_sha256, two.weights_sha256))

@@ -7,7 +7,6 @@ comes (the children of one size take turns), and to stop. Whatever ends a child 
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
 import re
 import sys
@@ -27,6 +26,7 @@ from kitbench.model import methods
 from kitbench.spec.suite import Backbone
 from kitbench.store.sweeps import Outcome, Scope, What
 from kitbench.system.environment import choose_device
+from kitbench.system.processes import process_context
 
 _SMALL_RSS = 16 << 20  # below it the resident set says nothing
 
@@ -115,7 +115,7 @@ class Child:
     """A process that holds the module of one point. Use as a context manager: leaving it ends the process."""
 
     def __init__(self, spec: Spec, device: torch.device, threads: int, limit: int) -> None:
-        context = multiprocessing.get_context("forkserver")
+        context = process_context()
         context.set_forkserver_preload(["kitbench.cost.sweep.worker"])
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, spec, str(device), threads, limit), daemon=True)

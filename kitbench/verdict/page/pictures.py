@@ -95,7 +95,7 @@ def curves(logs: Mapping[str, Sequence[RunFolder]]) -> bytes | None:
 def _curve(folders: Sequence[RunFolder]) -> tuple[np.ndarray, np.ndarray] | None:
     """Steps and smoothed PSNR, the mean over runs of the same length."""
     lines = [folder.logged() for folder in folders]
-    logs = [np.array([(line["step"], line["psnr_db"]) for line in own]) for own in lines if own]
+    logs = [np.array([(line.step, line.psnr_db) for line in own]) for own in lines if own]
     logs = [log for log in logs if len(log) == len(logs[0]) > 0]
     if not logs:
         return None

@@ -1,4 +1,4 @@
-"""What a launcher is to run: the cells by their labels, the command of each worker, and the plan that is kept.
+"""Which cells are about to be run: a suite restricted to one of them, and the plan that is kept for `status`.
 
 What is planned is written to `OUT/.launch/`, where `kitbench status` reads it.
 """
@@ -6,77 +6,37 @@ What is planned is written to `OUT/.launch/`, where `kitbench status` reads it.
 from __future__ import annotations
 
 import os
-import shlex
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
-from rich.console import Console
 
 from kitbench.errors import InputError
-from kitbench.runs.cell import Cell
+from kitbench.runs.cell import Cell, axes
 from kitbench.spec.fields import Frozen, Mode, digest
 from kitbench.spec.suite import Suite
 from kitbench.store.files import write_atomic
-
-
-@dataclass(frozen=True)
-class Spread:
-    """What the command line says of where the cells run."""
-
-    jobs: int | None
-    """Cells at a time."""
-    gpus: str | None
-    """Local: which GPUs, by their numbers. Slurm: how many a cell."""
-    cpus: int | None
-    """CPU cores a cell."""
-    partition: str | None
-    minutes: int | None
-    dry_run: bool
-
-
-def label(cell: Cell) -> str:
-    """A cell by the names of its axes, which are the same on every machine: `colour/kit/0`, `colour/nlm`."""
-    return f"{cell.mode}/{cell.method}" + (f"/{cell.seed}" if cell.trained else "")
+from kitbench.system.processes import current
 
 
 def restrict(suite: Suite, wanted: str) -> Suite:
     """The suite with one of its cells alone, by its label. Raises InputError for a label that names none."""
     data = suite.data
-    for mode in dict.fromkeys((*data.embedded.modes, *data.folder.modes)):
-        changes: dict[str, dict[str, Any]] = {
-            f"{mode}/{name}": {"references": (name,), "methods": {}} for name in suite.references
-        }
-        changes |= {
-            f"{mode}/{name}/{seed}": {"references": (), "methods": {name: method}, "seeds": (seed,)}
-            for name, method in suite.methods.items()
-            for seed in suite.seeds
-        }
-        if wanted in changes:
+    for cell in axes(suite, dict.fromkeys((*data.embedded.modes, *data.folder.modes))):
+        if cell.label == wanted:
+            changes: dict[str, Any] = {"references": (cell.method,), "methods": {}}
+            if cell.seed is not None:
+                methods = {cell.method: suite.methods[cell.method]}
+                changes = {"references": (), "methods": methods, "seeds": (cell.seed,)}
             sources = {
-                name: source.model_copy(update={"modes": (mode,)})
+                name: source.model_copy(update={"modes": (cell.mode,)})
                 for name, source in (("embedded", data.embedded), ("folder", data.folder))
-                if mode in source.modes
+                if cell.mode in source.modes
             }
-            return suite.model_copy(update={**changes[wanted], "data": data.model_copy(update=sources)})
+            return suite.model_copy(update={**changes, "data": data.model_copy(update=sources)})
     raise InputError(f"Suite {suite.name!r} has no cell {wanted!r}; give MODE/METHOD/SEED, for example colour/kit/0.")
-
-
-def command(arguments: Sequence[str], cell: Cell, processes: int = 1) -> list[str]:
-    """What a worker runs: `run` with these arguments, which are without the launcher's, in so many processes."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    shared = torchrun if processes > 1 else []
-    return [sys.executable, *shared, "-m", "kitbench", "run", *arguments, "--only", label(cell)]
-
-
-def show(cells: Sequence[Cell], arguments: Sequence[str], console: Console, processes: int = 1) -> None:
-    """What would be run: each cell, and the command of its worker."""
-    for cell in cells:
-        words = ["python", *command(arguments, cell, processes)[1:]]
-        console.print(f"{label(cell):<28}{shlex.join(words)}", highlight=False, soft_wrap=True, markup=False)
 
 
 def write_plan(suite: Suite, out: Path, launcher: str, cells: Sequence[Cell]) -> Path:
@@ -87,6 +47,19 @@ def write_plan(suite: Suite, out: Path, launcher: str, cells: Sequence[Cell]) ->
     path = plan_path(out, suite.name, launcher)
     write_atomic(path, (plan.model_dump_json(indent=1) + "\n").encode())
     return path
+
+
+@contextmanager
+def planned(suite: Suite, out: Path, cells: Sequence[Cell]) -> Iterator[None]:
+    """Keep what is about to be run here, for `status`, while the block runs."""
+    if len(cells) < 2 or not current().first:  # a single run says by itself what it is at
+        yield
+        return
+    path = write_plan(suite, out, "local", cells)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
 
 
 class Planned(Frozen):

@@ -1,0 +1,81 @@
+"""What the steps of one cell's work share, as one object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from kitbench.errors import RunError
+from kitbench.runs.cell import Cell
+from kitbench.runs.prepare import PreparedSuite, set_sha256
+from kitbench.runs.probe import Probe
+from kitbench.runs.source import source_digests
+from kitbench.store.folder import RunFolder
+from kitbench.store.records import Run
+from kitbench.system.environment import environment, numerics
+from kitbench.system.interrupt import Stop
+
+Phase = Literal["training", "scoring"]
+
+
+class Reporter(Protocol):
+    """Whom a cell's work informs: the terminal, or the process that has started this one."""
+
+    def say(self, text: str) -> None:
+        """A sentence about the cell."""
+
+    def advance(self, phase: Phase, done: int, total: int, text: str) -> None:
+        """So many steps or images are done; `text` says what came out of the last."""
+
+
+@dataclass(frozen=True)
+class CellWork:
+    """A cell, and what is needed to train and score it."""
+
+    prepared: PreparedSuite
+    cell: Cell
+    probe: Probe | None
+    """None for what is not trained."""
+    reporter: Reporter
+    stop: Stop
+
+    @property
+    def folder(self) -> RunFolder:
+        return self.prepared.folder(self.cell)
+
+
+def begin(folder: RunFolder, record: Run) -> None:
+    """Write run.json where it is not there yet. Raises RunError where the folder holds another run."""
+    if not (folder.path / "run.json").is_file():
+        folder.write("run.json", record)
+    elif folder.run.key != record.key:
+        raise RunError(f"{folder.path} holds another run (key {folder.run.key[:12]}); choose another --out")
+
+
+def record_of(prepared: PreparedSuite, cell: Cell) -> Run:
+    """The record that a cell's run begins with."""
+    suite, sets, trained = prepared.suite, prepared.sets[cell.mode], cell.trained
+    loaded = prepared.methods[cell.method] if trained else prepared.references[cell.method]
+    return Run(
+        key=cell.key,
+        comparison=cell.comparison,
+        identity=cell.identity(),
+        suite=suite.name,
+        preset=suite.preset,
+        mode=cell.mode,
+        method=cell.method,
+        attention=cell.attention,
+        card=loaded.card,
+        settings=cell.settings,
+        seed=cell.seed,
+        device=cell.device,
+        task=suite.task,
+        backbone=suite.backbone if trained else None,
+        recipe=suite.recipe if trained else None,
+        train_sets={name: set_sha256(photos) for name, photos in sets.train.items()} if trained else {},
+        validation_sets={name: set_sha256(photos) for name, photos in sets.validation.items()} if trained else {},
+        environment=environment(
+            prepared.device, processes=prepared.world.size, micro_batch=prepared.options.micro_batch
+        ),
+        numerics=numerics(source_digests(cell.attention, trained)),
+    )
