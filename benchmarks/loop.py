@@ -42,10 +42,11 @@ from kitbench.data.photograph import read
 from kitbench.errors import InputError
 from kitbench.model import methods
 from kitbench.model.backbone import UNet
-from kitbench.runs.train import LOG_EVERY, decay_groups, loss_of, train
+from kitbench.runs.train import LOG_EVERY, TrainingContext, decay_groups, loss_of, train
 from kitbench.spec import loading
 from kitbench.spec.suite import Recipe, Suite
 from kitbench.store.folder import RunFolder
+from kitbench.store.log import LogLine
 from kitbench.system.environment import choose_device, device_name, environment, gpu_state, make_repeatable
 from kitbench.system.interrupt import Stop
 
@@ -117,9 +118,9 @@ def measured(
     by_hand = bare(network(chosen, name), ready, chosen.recipe, device)
     ours, theirs, start = [], [], now(device)
 
-    def turn(done: int, *_: object) -> None:
+    def turn(line: LogLine) -> None:
         nonlocal start
-        if done % len(ready):
+        if line.step % len(ready):
             return
         ours.append(since(start, device))
         theirs.append(next(by_hand))
@@ -127,10 +128,10 @@ def measured(
 
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(Path(folder))
-        log = train(network(chosen, name), batches, chosen.recipe, device, run, workers, turn, Stop())
+        log = train(network(chosen, name), batches, TrainingContext(device, run, Stop(), workers, report=turn))
     # A line of the log is the mean of LOG_EVERY steps; its last entry is what each of them waited.
     lines = len(ready) // LOG_EVERY
-    waited = [LOG_EVERY * sum(line[-1] for line in log[at : at + lines]) for at in range(0, len(log), lines)]
+    waited = [LOG_EVERY * sum(line.seconds_data for line in log[at : at + lines]) for at in range(0, len(log), lines)]
     state = gpu_state(device, lambda: next(by_hand)) if device.type == "cuda" else None
     return Stretches(ours, theirs, waited, state)
 

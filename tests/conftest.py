@@ -11,6 +11,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests themselves run in parallel
+os.environ.setdefault("KITBENCH_JOBS", "1")  # but for the tests of side-by-side runs
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 

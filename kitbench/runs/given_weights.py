@@ -33,7 +33,7 @@ from kitbench.spec.loading import load
 from kitbench.spec.suite import Suite
 from kitbench.store.folder import RunFolder
 from kitbench.store.records import Cost, Run
-from kitbench.system.environment import device_name, environment, how_to_go_on, numerics
+from kitbench.system.environment import device_name, environment, how_to_go_on
 from kitbench.system.interrupt import interruptible
 
 
@@ -196,6 +196,6 @@ def _record(scored: Scored, loaded: methods.Loaded, weights: Weights | None, sco
         key=cell.key, comparison=cell.comparison, identity=cell.identity(), suite=suite.name, preset=suite.preset,
         mode=cell.mode, method=cell.method, attention=cell.attention, card=loaded.card, settings=settings, seed=None,
         device=cell.device, task=suite.task, backbone=None, recipe=None, train_sets={},
-        environment=environment(scoring.device), numerics=numerics(source_digests(cell.attention, trained=False)),
+        environment=environment(scoring.device), source=source_digests(cell.attention, trained=False),
         cost=scored.cost,
     )  # fmt: skip

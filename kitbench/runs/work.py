@@ -12,7 +12,7 @@ from kitbench.runs.probe import Probe
 from kitbench.runs.source import source_digests
 from kitbench.store.folder import RunFolder
 from kitbench.store.records import Run
-from kitbench.system.environment import environment, numerics
+from kitbench.system.environment import environment
 from kitbench.system.interrupt import Stop
 
 Phase = Literal["training", "scoring"]
@@ -77,5 +77,5 @@ def record_of(prepared: PreparedSuite, cell: Cell) -> Run:
         environment=environment(
             prepared.device, processes=prepared.world.size, micro_batch=prepared.options.micro_batch
         ),
-        numerics=numerics(source_digests(cell.attention, trained)),
+        source=source_digests(cell.attention, trained),
     )

@@ -104,8 +104,8 @@ class Run(Frozen):
     validation_sets: dict[str, str] = Field(default_factory=dict)
     """Likewise of the sets that the learning curve is measured on."""
     environment: Environment
-    numerics: Numerics | None = None
-    """Of the training; None in runs that were made before it was recorded."""
+    source: dict[str, str] | None = None
+    """Digests of the source that decides the numbers, as in `Numerics`; None in runs made before they were recorded."""
     cost: Cost | None = None
     """Of a network with given weights; that of a trained one is in training.json."""
 

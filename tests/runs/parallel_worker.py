@@ -19,7 +19,7 @@ from kitbench.data.photograph import read
 from kitbench.errors import Interrupted
 from kitbench.model import methods
 from kitbench.model.backbone import UNet
-from kitbench.runs.train import train
+from kitbench.runs.train import TrainingContext, train
 from kitbench.spec import loading
 from kitbench.store.folder import RunFolder
 from kitbench.system.interrupt import Stop
@@ -65,7 +65,7 @@ def trained(
         stop = StopAt(world.rank, stop_at, die_at)
         cpu, run = torch.device("cpu"), RunFolder(folder)
         try:
-            train(model, batches, recipe, cpu, run, 0, lambda *_: None, stop, micro_batch=micro_batch)
+            train(model, batches, TrainingContext(cpu, run, stop, micro_batch=micro_batch))
         except Interrupted:
             assert stop_at is not None
             return model
