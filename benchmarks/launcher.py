@@ -1,14 +1,14 @@
-"""24 cells over four local workers, one of which is killed: speed-up over one after another, and what it cost.
+"""Cells side by side: the main job's time, the speed-up of workers, what a killed one costs, and equal bits throughout.
 
-    python benchmarks/launcher.py [--jobs 4] [--steps 200]   # measures: launcher.json
-    python benchmarks/launcher.py --markdown                 # the table of the stored JSON
+    python benchmarks/launcher.py [--steps 400] [--skip-quick]   # on a quiet machine: launcher.json
+    python benchmarks/launcher.py --markdown                      # the tables of the stored JSON
 
-Every run is the real command line with one thread a cell, so that speed-up is that of the launcher alone: 4 methods
-and 6 seeds of a small suite, into an empty folder. Efficiency is speed-up over the lesser of workers and cores. Cores
-share memory and caches, so that two of them seldom do twice the work: "by hand" is the same cells cut by seeds into one
-plain command for each core, all at once, which is what this machine can do without a launcher. In the last run the
-first worker at a checkpoint gets SIGKILL; its cell has to be finished by another, and all weights have to be
-bit-identical with those of the first run.
+Every run is the real command line into an empty folder. First `run --suite denoise`, the main job, with the time that
+it announces before it trains. Then 24 cells (4 methods, 6 seeds of a small suite) with one, two and four workers, the
+last with SIGKILL to the first worker that has saved a checkpoint. All weights must be bit-identical with those made one
+after another. Overhead is what a cell takes beyond its own training and scoring: worker time (wall time of the command
+times workers at work) less what the records say that training and scoring took, over the cells; the start of the
+command, the reading of images and the measuring of costs are part of it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ import psutil
 from tabulate import tabulate
 
 HERE = Path(__file__).parent
+BEFORE_SECONDS = 356
+"""Of the main job when cells were trained one after another with two threads each, on the same kind of machine."""
 
 SUITE = """
 name = "cells"
@@ -61,86 +64,128 @@ recipe = {{ from = "smoke", steps = {steps}, batch = 4, crop = 48, checkpoint_ev
 """
 
 
-def run(folder: Path, steps: int, *arguments: str, kill: bool = False) -> str:
-    """What one run of the suite printed; kill: SIGKILL to the first worker that has saved a checkpoint."""
-    folder.mkdir()
-    (folder / "cells.toml").write_text(SUITE.format(steps=steps))
-    command = [sys.executable, "-m", "kitbench", "run", "--suite", "cells.toml", *arguments]
+@dataclass(frozen=True)
+class Done:
+    """A finished command."""
+
+    seconds: float
+    text: str
+    folder: Path
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """Checksum of every run's weights."""
+        return {path.parent.name: record["weights_sha256"] for path, record in self.records("training.json")}
+
+    def records(self, name: str) -> list[tuple[Path, dict[str, Any]]]:
+        return [(path, json.loads(path.read_text())) for path in sorted(self.folder.rglob(name))]
+
+    @property
+    def worked(self) -> float:
+        """Seconds of training and of restoring images, by the records."""
+        training = sum(record["seconds"] for _, record in self.records("training.json"))
+        evaluations = [record for _, record in self.records("eval/*.json")]
+        return training + sum(score["seconds"] for record in evaluations for score in record["scores"])
+
+    @property
+    def announced(self) -> float:
+        """Seconds that the command expected before it trained."""
+        [found] = re.findall(r"^expected +about (?:(\d+) h )?(?:(\d+) min )?(?:(\d+) s )?for", self.text, re.MULTILINE)
+        hours, minutes, seconds = (int(part or 0) for part in found)
+        return float(3600 * hours + 60 * minutes + seconds)
+
+
+def run(folder: Path, *arguments: str, kill: bool = False) -> Done:
+    """Run the command in `folder`; kill: SIGKILL to the first worker that has saved a checkpoint."""
+    command = [sys.executable, "-m", "kitbench", "run", *arguments]
+    environment = {k: v for k, v in os.environ.items() if k not in ("KITBENCH_DATA", "KITBENCH_JOBS")}
+    started = time.perf_counter()
     with (folder / "out.txt").open("w+") as out:
-        process = subprocess.Popen(
-            command, cwd=folder, stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
+        process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=out, env=environment)
         while process.poll() is None:
-            if kill and any(folder.glob("results/*/checkpoint.safetensors")):
-                workers = [p for p in psutil.Process(process.pid).children() if "--only" in p.cmdline()]
-                if workers:
-                    workers[0].kill()
-                    kill = False
+            if kill and (worker := at_a_checkpoint(folder, process.pid)):
+                worker.kill()
+                kill = False
             time.sleep(0.05)
+        seconds = time.perf_counter() - started
         out.seek(0)
         text = out.read()
     if process.returncode:
         raise SystemExit(f"exit code {process.returncode}\n{text}")
-    return text
+    return Done(seconds, text, folder)
 
 
-def weights(folder: Path) -> dict[str, str]:
-    """Checksum of every run's weights."""
-    records = {path.parent.name: json.loads(path.read_text()) for path in folder.rglob("training.json")}
-    return {name: record["weights_sha256"] for name, record in records.items()}
+def at_a_checkpoint(folder: Path, parent: int) -> psutil.Process | None:
+    """A worker whose run has a checkpoint: the process that the run's lock names."""
+    for checkpoint in folder.glob("results/*/checkpoint.safetensors"):
+        found = re.search(r'"pid": (\d+)', (checkpoint.parent / ".owner").read_text("utf-8", "replace"))
+        if found and int(found[1]) != parent:
+            return psutil.Process(int(found[1]))
+    return None
 
 
 def markdown(stored: dict[str, Any]) -> str:
-    alone, cores = stored["seconds"]["one after another"], stored["cores"]
+    cells, quick = stored["cells"], stored["quick"]
+    alone = cells["runs"]["1"]["seconds"]
     rows = [
-        (name, f"{seconds:.0f}", f"{alone / seconds:.2f}", "" if seconds == alone else f"{alone / seconds / cores:.0%}")
-        for name, seconds in stored["seconds"].items()
+        (jobs, f"{one['seconds']:.0f}", f"{alone / one['seconds']:.2f}", f"{one['overhead']:.2f}", one["killed"])
+        for jobs, one in cells["runs"].items()
     ]
-    note = (
-        f"{stored['cells']} cells of {stored['steps']} steps, {stored['jobs']} workers, {cores} cores; workers killed: "
-        f"{stored['killed']}; weights bit-identical: {'yes' if stored['identical'] else 'no'}."
-    )
-    return tabulate(rows, ("", "seconds", "speed-up", "efficiency"), "github", disable_numparse=True) + f"\n\n{note}"
+    head = ("workers", "seconds", "speed-up", "overhead of a cell, s", "workers killed")
+    same = "bit-identical" if cells["identical"] else "NOT identical"
+    lines = [
+        tabulate(rows, head, "github", disable_numparse=True), "",
+        f"{cells['count']} cells of {cells['steps']} steps on {stored['cores']} cores; weights {same} throughout.",
+    ]  # fmt: skip
+    if quick:
+        lines += [
+            "",
+            f"The main job, `run --suite denoise`, takes {quick['seconds']:.0f} s, scoring and table included; before "
+            f"training it announces {quick['announced']:.0f} s from there. One after another, with two threads a cell, "
+            f"it took {BEFORE_SECONDS} s.",
+        ]
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=400, help="of each of the 24 cells")
+    parser.add_argument("--skip-quick", action="store_true", help="keep the stored figures of the main job")
     parser.add_argument(
-        "--markdown", action="store_true", help="print the table of the stored JSON and measure nothing"
+        "--markdown", action="store_true", help="print the tables of the stored JSON and measure nothing"
     )
     parser.add_argument("--json", type=Path, default=HERE / "launcher.json", help="where the figures are kept")
     options = parser.parse_args()
     if options.markdown:
         print(markdown(json.loads(options.json.read_text())))
         return
-    cores = min(options.jobs, len(os.sched_getaffinity(0)))
-    seeds = [",".join(map(str, range(6)[core::cores])) for core in range(cores)]
-    seconds: dict[str, float] = {}
+    stored: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "quick": None}
+    if options.skip_quick and options.json.is_file():
+        stored["quick"] = json.loads(options.json.read_text()).get("quick")
     with tempfile.TemporaryDirectory() as folder:
-        place, started = Path(folder), time.perf_counter()
-
-        def done(name: str) -> None:
-            seconds[name] = time.perf_counter() - started - sum(seconds.values())
-            print(f"{name}: {seconds[name]:.1f} s", flush=True)
-
-        run(place / "alone", options.steps)
-        done("one after another")
-        (place / "by hand").mkdir()
-        with ThreadPoolExecutor(cores) as pool:
-            commands = [
-                pool.submit(run, place / "by hand" / str(core), options.steps, "--seeds", seeds[core])
-                for core in range(cores)
-            ]
-        for command in commands:
-            command.result()
-        done("by hand")
-        text = run(place / "workers", options.steps, "--launcher", "local", "--jobs", str(options.jobs), kill=True)
-        done("workers, one killed")
-        first, *others = (weights(place / name) for name in ("alone", "by hand", "workers"))
-    stored = {"cells": len(first), "steps": options.steps, "jobs": options.jobs, "cores": cores, "seconds": seconds,
-              "killed": text.count("was killed"), "identical": all(first == other for other in others)}  # fmt: skip
+        place = Path(folder)
+        if not options.skip_quick:
+            (place / "quick").mkdir()
+            done = run(place / "quick", "--suite", "denoise")
+            stored["quick"] = {"seconds": done.seconds, "announced": done.announced}
+            print(f"main job: {done.seconds:.0f} s, announced {done.announced:.0f} s", flush=True)
+        runs, weights = {}, []
+        for jobs in (1, 2, 4):
+            own = place / str(jobs)
+            own.mkdir()
+            (own / "cells.toml").write_text(SUITE.format(steps=options.steps))
+            done = run(own, "--suite", "cells.toml", "--jobs", str(jobs), kill=jobs == 4)
+            weights.append(done.weights)
+            busy = min(jobs, stored["cores"])
+            runs[str(jobs)] = {
+                "seconds": done.seconds, "announced": done.announced, "killed": done.text.count("was killed"),
+                "overhead": (done.seconds * busy - done.worked / max(1, jobs // busy)) / len(done.weights),
+            }  # fmt: skip
+            print(f"{jobs} workers: {done.seconds:.1f} s", flush=True)
+    stored["cells"] = {
+        "count": len(weights[0]), "steps": options.steps, "runs": runs,
+        "identical": all(weights[0] == other for other in weights[1:]),
+    }  # fmt: skip
     options.json.write_text(json.dumps(stored, indent=1) + "\n")
     print(f"\n{markdown(stored)}")
 

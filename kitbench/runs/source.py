@@ -13,6 +13,7 @@ import kitbench
 from kitbench.model.methods import shipped
 
 PACKAGE = Path(kitbench.__file__).parent
+BASELINES = Path(str(resources.files("kitbench.baselines")))
 NETWORK = ("kitbench.model.backbone", "kitbench.seeds")
 DATA = (
     "kitbench.data.batches", "kitbench.data.degrade", "kitbench.data.images", "kitbench.data.photograph",
@@ -68,7 +69,7 @@ def _reached(module: str) -> tuple[str, ...]:
 def _path(name: str) -> Path:
     """The file of a module of this package, found without importing anything."""
     package, _, rest = name.removeprefix("kitbench.").partition(".")
-    root = Path(str(resources.files("kitbench.baselines"))) if package == "baselines" else PACKAGE / package
+    root = BASELINES if package == "baselines" else PACKAGE / package
     file = root.joinpath(*rest.split(".")) if rest else root
     return file / "__init__.py" if file.is_dir() else file.with_name(f"{file.name}.py")
 

@@ -1,0 +1,109 @@
+"""Digests of the source: they change with what is computed, and with nothing else."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kitbench.model import methods
+from kitbench.runs import source
+from tests.conftest import ROOT
+
+TRAINED = [name for name, (kind, _) in methods.cards().items() if kind == "trained"]
+
+
+def digest_of(text: str) -> object:
+    return source.canonical(ast.parse(text))
+
+
+@pytest.mark.parametrize(
+    "other",
+    ['"""Another docstring."""\ndef f(x):\n    return x + 1', "def f(x):  # a comment\n\n    return (x + 1)",
+     'def f(x):\n    """Says what it does."""\n    return x + 1'],
+)  # fmt: skip
+def test_comments_docstrings_and_layout_do_not_count(other: str) -> None:
+    assert digest_of(other) == digest_of("def f(x):\n    return x + 1")
+
+
+@pytest.mark.parametrize(
+    "other", ["def f(x):\n    return x + 2", "def f(x):\n    return x - 1", "def f(y):\n    return y + 1"]
+)
+def test_everything_else_counts(other: str) -> None:
+    assert digest_of(other) != digest_of("def f(x):\n    return x + 1")
+
+
+@pytest.fixture
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the sources that may be edited, and is the one that is read."""
+    for name in ("kitbench", "baselines"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(source, "PACKAGE", tmp_path / "kitbench")
+    monkeypatch.setattr(source, "BASELINES", tmp_path / "baselines")
+    caches = (source._path, source._tree, source._digest, source._reached)
+    for cache in caches:
+        cache.cache_clear()
+    yield tmp_path
+    for cache in caches:
+        cache.cache_clear()
+
+
+def digests() -> dict[str, dict[str, str]]:
+    for cache in (source._tree, source._digest, source._reached):
+        cache.cache_clear()
+    return {name: source.source_digests(name, trained=True) for name in TRAINED}
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new, 1))
+
+
+def changed(before: dict[str, dict[str, str]]) -> set[tuple[str, str]]:
+    """Methods and parts whose digests are others now."""
+    return {(name, part) for name, parts in digests().items() for part in parts if parts[part] != before[name][part]}
+
+
+def test_a_constant_of_one_attention_changes_that_attention_alone(copied: Path) -> None:
+    before = digests()
+    edit(
+        copied / "baselines" / "window.py",
+        "layout.grid(height, width, self.window)",
+        "layout.grid(height, width, self.window + 1)",
+    )
+    assert changed(before) == {("window", "attention")}
+
+
+def test_a_comment_changes_nothing(copied: Path) -> None:
+    before = digests()
+    for file in (copied / "baselines" / "window.py", copied / "kitbench" / "runs" / "train.py"):
+        file.write_text(file.read_text() + "\n# a comment\n")
+    assert not changed(before)
+
+
+def test_what_an_attention_imports_is_part_of_it(copied: Path) -> None:
+    before = digests()
+    file = copied / "kitbench" / "attention" / "layout.py"
+    file.write_text(file.read_text() + "\nADDED = 1\n")
+    reached = {name for name, part in changed(before) if part == "attention"}
+    assert {"kit", "kit-random", "window", "local"} <= reached
+    assert not reached & {"conv", "global"}
+
+
+@pytest.mark.parametrize(
+    ("file", "part"),
+    [("runs/train.py", "training"), ("data/batches.py", "data"), ("model/backbone.py", "network"),
+     ("scoring/metrics.py", "scoring")],
+)  # fmt: skip
+def test_the_common_parts_count_for_every_method(copied: Path, file: str, part: str) -> None:
+    before = digests()
+    path = copied / "kitbench" / file
+    path.write_text(path.read_text() + "\nADDED = 1\n")
+    assert changed(before) == {(name, part) for name in TRAINED}
+
+
+def test_a_users_own_file_stands_for_itself() -> None:
+    assert source.source_digests("ab" * 32, trained=True)["attention"] == "ab" * 32
