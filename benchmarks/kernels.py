@@ -222,7 +222,7 @@ def compiled(variant: Variant) -> list[Compiled]:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(binary.asm["cubin"])
             file.flush()
-            command = [CUOBJDUMP, "-res-usage", "-sass", file.name]
+            command = [str(CUOBJDUMP), "-res-usage", "-sass", file.name]
             printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         usage = re.search(r"REG:(\d+) STACK:(\d+)", printed)
         assert usage is not None, printed[:1000]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,12 +19,14 @@ ENVIRONMENT = Environment(
     driver=None, threads=1, python="3", versions={"torch": "2"}, flags={},
 )  # fmt: skip
 
+Settings = dict[str, Any] | None
+
 
 def store(
     out: Path, method: str, psnr: float | Sequence[float] | np.ndarray, seed: int | None = 0, protocol: str = "awgn8",
-    sha256: str = "aa", note: str | None = None, settings: dict | None = None, lr: float = 1e-3, ssim: float = 0.5,
+    sha256: str = "aa", note: str | None = None, settings: Settings = None, lr: float = 1e-3, ssim: float = 0.5,
     sigma: float | None = 25, data_set: str = "Set_A", macs: int = 2_500_000_000, peak: int = 3 * 2**20,
-    seconds_per_step: float = 0.25, calibration: float | None = 0.1, steps: int | None = None, notes: dict | None = None,
+    seconds_per_step: float = 0.25, calibration: float | None = 0.1, steps: int | None = None, notes: Settings = None,
     of: suite.Suite = SUITE,
 ) -> RunFolder:  # fmt: skip
     """Write a run, or another evaluation of it. psnr: the mean of two images, or the value of every image, dB."""

@@ -52,7 +52,7 @@ OPERATORS = {
     "kitbench/attention/triton_launch.py backward": "its kernel",
     "kitbench/attention/triton_launch.py problem": "its arguments",
     "benchmarks/kernels.py record.forward": "stands in for the kernel's launch",
-    "kitbench/cost/flops.py _convolution_backward": "torch's own operator",
+    "kitbench/cost/formulas.py _convolution_backward": "torch's own operator",
 }
 """Functions whose parameters are those of an operator, without a decorator that says so."""
 TO_BE_MENDED = {
@@ -66,7 +66,6 @@ TO_BE_MENDED = {
         "kitbench/attention/kit.py check_settings: parameters",
         "kitbench/attention/triton_kernels.py _dkv_kernel: function",
     },
-    "cost": {"kitbench/cost/flops.py: file"},
     "scoring": {"kitbench/scoring/evaluate.py scores: parameters"},
     "runs": {
         "kitbench/runs/checkpoint.py save: parameters",

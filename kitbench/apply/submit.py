@@ -37,7 +37,8 @@ def denoiser(model: UNet, device: torch.device) -> Denoise:
     def denoise(image: np.ndarray) -> np.ndarray:
         x = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None].to(device)
         with torch.inference_mode():
-            return model(x)[0].float().permute(1, 2, 0).cpu().numpy()
+            restored: torch.Tensor = model(x)[0]
+            return restored.float().permute(1, 2, 0).cpu().numpy()
 
     return denoise
 

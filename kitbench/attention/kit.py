@@ -110,7 +110,7 @@ class Attention(nn.Module):
         q, k, v = (table.flatten(0, 1).unflatten(-1, (self.heads, -1)) for table in (q, k, v))  # [B * N, ., h, d]
         query_label, key_label = layout.padding_labels(batch, height, width, self.patch, self.margin, x.device)
         out = patch_attention(q, k, v, neighbours, self.bias(), query_label, key_label, weights, order)
-        y = self.proj(layout.join(out.reshape(batch, count, -1, channels), self.patch, height, width))
+        y: Tensor = self.proj(layout.join(out.reshape(batch, count, -1, channels), self.patch, height, width))
         return y.roll((self.roll, self.roll), (1, 2)) if self.roll else y
 
     def follow(self, previous: Attention) -> None:

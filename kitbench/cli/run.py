@@ -51,6 +51,7 @@ from kitbench.errors import InputError, RunError
 @click.pass_context
 def run(
     context: click.Context,
+    /,
     suite: str,
     preset: str | None,
     method: tuple[str, ...],

@@ -107,4 +107,5 @@ def kernels(path: Path) -> list[np.ndarray]:
 
 def to_gray(pixels: np.ndarray) -> np.ndarray:
     """uint8 [H, W, 3] to uint8 [H, W, 1] by MATLAB's rgb2gray."""
-    return np.floor(pixels @ GRAY_WEIGHTS + 0.5).astype(np.uint8)[..., None]
+    rounded: np.ndarray = np.floor(pixels @ GRAY_WEIGHTS + 0.5).astype(np.uint8)
+    return rounded[..., None]

@@ -29,7 +29,7 @@ def pixels_of(card: Card, path: Path, block: tuple[int, ...]) -> np.ndarray:
             array = blocks(path)
             if any(i >= n for i, n in zip(block, array.shape[:-3], strict=True)):
                 raise InputError(f"{path} holds {len(array)} images, fewer than its other half; restore the file.")
-            pixels = array[block]
+            pixels: np.ndarray = array[block]
         else:
             pixels = decode(path)
     except InputError as error:

@@ -16,13 +16,14 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor, nn
 
+from kitbench.cost.agreement import state_macs
 from kitbench.errors import InputError, RunError, told
 from kitbench.model import methods
 from kitbench.model.weights import file_sha256, fit, read_state
 from kitbench.runs.cell import Cell
 from kitbench.runs.one_cell import begin, score
 from kitbench.runs.prepare import CHANNELS, Options, Scoring
-from kitbench.runs.probe import RESOLUTION, count_macs
+from kitbench.runs.probe import RESOLUTION
 from kitbench.scoring import evaluate
 from kitbench.spec.fields import Mode
 from kitbench.spec.loading import load
@@ -148,10 +149,10 @@ def _fitting(
 
 def _cost(network: nn.Module, channels: int) -> Cost:
     closed = network.macs(RESOLUTION, RESOLUTION) if hasattr(network, "macs") else None  # type: ignore[operator]
-    macs, counted, note = count_macs(network, channels, closed)
+    macs = state_macs(network.eval(), channels, RESOLUTION, closed)
     return Cost(
         parameters=sum(p.numel() for p in network.parameters()), attention_parameters=0, resolution=RESOLUTION,
-        macs=macs, macs_counted=counted, macs_note=note, train_peak_bytes=None, memory_note=None,
+        macs=macs.closed, macs_counted=macs.counted, macs_note=macs.note, train_peak_bytes=None, memory_note=None,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from kitbench.cost.flops import count_module, reconcile
+from kitbench.cost.agreement import state_macs
 from kitbench.cost.memory import free_bytes, peak_bytes, predict_peak_bytes
 from kitbench.errors import InputError, RunError
 from kitbench.model.backbone import UNet
@@ -85,7 +85,7 @@ def require_memory(job: Job, model: UNet, cell: Cell) -> None:
     ):
         try:
             needed = predict_peak_bytes(call, model.train(call is step), shape) + extra
-        except Exception:  # noqa: BLE001 - a stranger's method may fail on fake tensors, as count_macs says
+        except Exception:  # noqa: BLE001 - a stranger's method may fail on fake tensors, as state_macs says
             return
         if needed > free:
             raise RunError(
@@ -99,7 +99,7 @@ def probe_method(job: Job, cell: Cell) -> Probe:
     recipe, channels = job.suite.recipe, CHANNELS[cell.mode]
     model = job.build(cell)
     require_memory(job, model, cell)
-    closed, counted, note = count_macs(model.eval(), channels, model.macs(RESOLUTION, RESOLUTION))
+    macs = state_macs(model.eval(), channels, RESOLUTION, model.macs(RESOLUTION, RESOLUTION))
     model.to(job.device).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.lr)
     x = torch.rand(len(job.pieces[0]), channels, recipe.crop, recipe.crop, device=job.device)
@@ -124,9 +124,9 @@ def probe_method(job: Job, cell: Cell) -> Probe:
             parameters=sum(p.numel() for p in model.parameters()),
             attention_parameters=sum(p.numel() for _, a in model.attentions() for p in a.parameters()),
             resolution=RESOLUTION,
-            macs=closed,
-            macs_counted=counted,
-            macs_note=note,
+            macs=macs.closed,
+            macs_counted=macs.counted,
+            macs_note=macs.note,
             train_peak_bytes=peak,
             memory_note=None,
             calibration_seconds=calibration_seconds,
@@ -157,20 +157,6 @@ def calibration(device: torch.device) -> Callable[[], None]:
         (tokens @ tokens.mT).softmax(-1).sum()
 
     return work
-
-
-def count_macs(model: nn.Module, channels: int, closed: int | None) -> tuple[int | None, int | None, str | None]:
-    """Multiply-adds of one image of RESOLUTION: closed form, count of what runs, and what the two leave open."""
-    try:
-        counted = count_module(model, (1, channels, RESOLUTION, RESOLUTION))
-    except Exception as error:  # noqa: BLE001 - a stranger's attention may fail on fake tensors: the row says so
-        return closed, None, f"closed form only: it could not be counted ({type(error).__name__})"
-    if closed is not None:
-        return closed, counted.macs, reconcile(closed, counted.macs, counted.uncounted)
-    note = "counted only: the method states no closed form (macs)"
-    if counted.uncounted:
-        note = f"{note}; nobody counted {', '.join(sorted(counted.uncounted))}"
-    return None, counted.macs, note
 
 
 def probe(job: Job, todo: list[Cell], console: Console) -> tuple[dict[str, Probe], dict[str, Exception]]:

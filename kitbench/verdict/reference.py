@@ -278,7 +278,8 @@ def junit(lines: Sequence[Line]) -> bytes:
         case = ElementTree.SubElement(suite, "testcase", classname=line.name, name=line.quantity)
         if line.failed:
             ElementTree.SubElement(case, "failure", message=str(line))
-    return ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True) + b"\n"
+    text: bytes = ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True)
+    return text + b"\n"
 
 
 def summary(lines: Sequence[Line]) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kitbench.cost.flops import count_module, reconcile
+from kitbench.cost.agreement import reconcile
+from kitbench.cost.flops import count_module
 from kitbench.errors import InputError
 from kitbench.model import methods
 from kitbench.model.backbone import UNet, pad

@@ -90,4 +90,5 @@ def parse_bytes(text: str) -> int:
     if not match or float(match[1]) <= 0:
         raise InputError(f"{text!r} is no amount of memory; write for example 8GiB or 512MiB.")
     base = 1000 if (match[3] or "iB").lower() == "b" and match[2] else 1024
-    return round(float(match[1]) * base ** " KMGTP".index(match[2].upper() or " "))
+    unit: int = base ** " KMGTP".index(match[2].upper() or " ")
+    return round(float(match[1]) * unit)

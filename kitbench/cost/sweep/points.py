@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from kitbench.cost.flops import count_module, reconcile
+from kitbench.cost.agreement import reconcile
+from kitbench.cost.flops import count_module
 from kitbench.cost.memory import predict_peak_bytes
 from kitbench.cost.sweep.options import Options
 from kitbench.cost.sweep.worker import Child, Failed, Memory, Spec, build, closed_form, step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv as csv_format
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tabulate import tabulate
@@ -22,7 +22,7 @@ QUANTITIES: dict[str, Quantity] = {
 }
 TELLING_BYTES = 16 << 20
 LINEAR = 1.1  # exponents up to this are called linear
-_COLUMNS = {
+_COLUMNS: dict[str, Callable[[Point], object]] = {
     "method": lambda p: p.method,
     "what": lambda p: p.what,
     "side_px": lambda p: p.size,

@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 
 from kitbench.cli.main import cli
-from kitbench.cost.flops import count_module, reconcile
+from kitbench.cost.agreement import reconcile
+from kitbench.cost.flops import count_module
 from kitbench.cost.sweep import points as measuring
 from kitbench.cost.sweep import run
 from kitbench.cost.sweep.options import Options, parse_bytes, parse_method, parse_sizes
