@@ -17,7 +17,7 @@ from rich.markup import escape
 from torch import Tensor, nn
 
 from kitbench.cost.agreement import state_macs
-from kitbench.errors import InputError, RunError, told
+from kitbench.errors import InputError, RunError, describe_error
 from kitbench.model import methods
 from kitbench.model.weights import file_sha256, fit, read_state
 from kitbench.runs.cell import Cell
@@ -112,7 +112,7 @@ def run(
                 except (RunError, InputError):
                     raise
                 except Exception as error:  # a network may be a stranger's code, and raise anything
-                    raise RunError(f"{cell.folder}: {told(error)}") from error
+                    raise RunError(f"{cell.folder}: {describe_error(error)}") from error
             folders.append(folder)
     return resolved, folders
 

@@ -25,7 +25,7 @@ from kitbench.runs.prepare import Job, Scoring, set_sha256
 from kitbench.runs.probe import Probe
 from kitbench.runs.train import LOG_EVERY, train
 from kitbench.scoring import evaluate
-from kitbench.scoring.crops import keeper
+from kitbench.scoring.crops import crop_saver
 from kitbench.seeds import derive
 from kitbench.store.files import write_atomic
 from kitbench.store.folder import RunFolder
@@ -85,7 +85,7 @@ def score(
         done = 0
         for name, sigma in missing:
             scores = []
-            keep = keeper(folder, sets.test[name], name, sigma, protocol.stamp)
+            keep = crop_saver(folder, sets.test[name], name, sigma, protocol.stamp)
             photos = [photo for _, photo in mine[name]]
             for found in evaluate.scores(restore, photos, name, job.suite.task, sigma, protocol, lpips, keep):
                 if stop():

@@ -12,14 +12,14 @@ from contextlib import nullcontext
 from rich.console import Console
 from rich.markup import escape
 
-from kitbench.errors import InputError, Interrupted, RunError, told
+from kitbench.errors import InputError, Interrupted, RunError, describe_error
 from kitbench.runs.announce import announce
 from kitbench.runs.cell import Cell
 from kitbench.runs.one_cell import record_of, run_cell
 from kitbench.runs.prepare import Job, Options
 from kitbench.runs.probe import Probe, probe, require_space
 from kitbench.spec.suite import Suite
-from kitbench.store.folder import Held, RunFolder
+from kitbench.store.folder import RunFolder, RunLocked
 from kitbench.store.records import now
 from kitbench.system.environment import how_to_go_on
 from kitbench.system.interrupt import Stop, interruptible
@@ -106,7 +106,7 @@ def work_off(
         cell = queue.popleft()
         try:
             sentence = attempt(cell, folders[cell])
-        except Held as error:
+        except RunLocked as error:
             if job.world.size > 1:
                 raise
             if cell not in held:
@@ -117,7 +117,7 @@ def work_off(
                 time.sleep(0.5)
             continue
         except OSError as error:  # no lock can be made
-            sentence = f"{cell.folder}: {told(error)}"
+            sentence = f"{cell.folder}: {describe_error(error)}"
         if sentence is not None:
             failed.append(sentence)
             console.print(f"[red]failed[/red] {escape(sentence)}", highlight=False)
@@ -126,11 +126,11 @@ def work_off(
 
 def failure(job: Job, cell: Cell, folder: RunFolder, error: Exception) -> str:
     """One line of what went wrong, kept with the run as far as it can be."""
-    sentence = f"{cell.folder}: {told(error)}"
+    sentence = f"{cell.folder}: {describe_error(error)}"
     try:
         if not (folder.path / "run.json").is_file():
             folder.write("run.json", record_of(job, cell))
         folder.fail(cell.key, sentence)
     except OSError as second:
-        return f"{sentence} (which could not be noted there: {told(second)})"
+        return f"{sentence} (which could not be noted there: {describe_error(second)})"
     return sentence
