@@ -58,7 +58,6 @@ OPERATORS = {
 TO_BE_MENDED = {
     "baselines": set[str](),
     "benchmarks": {
-        "benchmarks/faults.py: file",
         "benchmarks/attention.py: file",
     },
     "tests": {"tests/data/test_fetch.py: file", "tests/fake_cuda/device.py: file", "tests/test_docs.py: file"},
