@@ -369,7 +369,7 @@ def rates(device: torch.device, dtypes: list[str], rounds: int) -> tuple[dict[st
 
 
 def median_seconds(call: Callable[[], object], device: torch.device, rounds: int) -> float:
-    return timing.compare({"": timing.sampler(call, device, least(rounds))}, rounds)[""].median
+    return timing.compare_times({"": timing.sampler(call, device, least(rounds))}, rounds)[""].median
 
 
 def least(rounds: int) -> float | None:
@@ -471,7 +471,7 @@ def timed(
             reasons[name] = ("failed", why(name, error, device))
     while samplers:
         try:
-            return timing.compare(samplers, rounds, SECONDS[device.type])
+            return timing.compare_times(samplers, rounds, SECONDS[device.type])
         except Exception as error:  # noqa: BLE001 - as above
             del samplers[asked]
             reasons[asked] = ("failed", why(asked, error, device))

@@ -134,10 +134,10 @@ def shapes_of_suites() -> tuple[Shape, ...]:
     found: dict[Shape, None] = {}
     for name in shipped.suite_names():
         for preset in loading.read_toml(name, "suites", Path())["presets"]:
-            chosen = loading.load(name, preset)
+            chosen = loading.load_suite(name, preset)
             width = chosen.backbone.head_dim
             for label, method in chosen.methods.items():
-                loaded = methods.load(method.attention, label)
+                loaded = methods.load_method(method.attention, label)
                 if loaded.attention is None:
                     continue
                 settings = loaded.resolve(method.settings)

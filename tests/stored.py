@@ -13,7 +13,7 @@ from kitbench.spec import loading, suite
 from kitbench.store.folder import RunFolder
 from kitbench.store.records import Cost, Environment, Evaluation, Run, Score, Training
 
-SUITE = loading.load("denoise", "smoke")
+SUITE = loading.load_suite("denoise", "smoke")
 ENVIRONMENT = Environment(
     kitbench="0", commit=None, command=("kitbench", "run"), started="2026-01-01T00:00:00+00:00", host="h", device="cpu",
     driver=None, threads=1, python="3", versions={"torch": "2"}, flags={},
@@ -57,7 +57,7 @@ def store(
             notes=notes or {},
         )
         folder.write("training.json", training)
-    stamped = loading.load(of.name, overrides=[f"protocol={protocol}"]).protocol
+    stamped = loading.load_suite(of.name, overrides=[f"protocol={protocol}"]).protocol
     values = [psnr - 1, psnr + 1] if isinstance(psnr, float) else list(psnr)
     scores = tuple(Score(image=f"{i}", psnr=float(p), ssim=ssim, lpips=None, seconds=0) for i, p in enumerate(values))
     evaluation = Evaluation(

@@ -125,7 +125,7 @@ def test_the_page_of_methods_lists_every_setting_with_its_default() -> None:
     expected = {
         (name, setting, written(default))
         for name in methods.shipped()
-        if name != "kit-unshifted" and (loaded := methods.load(name)).restore is None
+        if name != "kit-unshifted" and (loaded := methods.load_method(name)).restore is None
         for setting, default in loaded.resolve({}).items()
     }
     assert {(row[0], row[1], row[2]) for row in table("docs/methods.md", "Settings")} == expected
@@ -147,7 +147,7 @@ def table_of_methods() -> list[list[str]]:
 def test_the_suite_on_the_page_of_suites_is_one_that_kitbench_reads(tmp_path: Path) -> None:
     [text] = fenced("docs/suites.md", "toml")
     (tmp_path / "mine.toml").write_text(text)
-    loaded = loading.load(str(tmp_path / "mine.toml"))
+    loaded = loading.load_suite(str(tmp_path / "mine.toml"))
     assert list(loaded.methods) == ["kit", "kit-k2", "kit-k8"]
     assert loaded.recipe.lr == 2e-3
     assert {loaded.methods[name].settings.get("k") for name in loaded.methods} == {None, 2, 8}

@@ -97,7 +97,7 @@ def parse_kitbench(words: list[str], in_text: bool = False) -> None:
     chosen = given.get("suite")
     if command.name == "run" and chosen in shipped.suite_names() and "mine.py" not in given["method"]:
         seeds = [int(seed) for seed in (given["seeds"] or "").split(",") if seed]
-        loading.load(chosen, given["preset"], given["overrides"], given["method"], seeds)
+        loading.load_suite(chosen, given["preset"], given["overrides"], given["method"], seeds)
 
 
 class Parsed(Exception):

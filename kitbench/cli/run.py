@@ -69,13 +69,13 @@ def run(
     **where: Any,
 ) -> None:
     """Train and compare the methods of a suite; what is stored already is not run again."""
-    from kitbench.spec.loading import load
+    from kitbench.spec.loading import load_suite
 
     if not launcher:
         for option in context.command.params:
             if where.get(str(option.name)):
                 raise InputError(f"{option.opts[0]} is of --launcher; give --launcher local or slurm too.")
-    resolved = load(suite, preset, overrides, method, _seeds(seeds))
+    resolved = load_suite(suite, preset, overrides, method, _seeds(seeds))
     from kitbench.launch import local, plan, slurm
     from kitbench.runs.prepare import Options
     from kitbench.runs.queue import run as run_suite

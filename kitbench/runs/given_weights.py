@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from kitbench.cost.agreement import state_macs
 from kitbench.errors import InputError, RunError, describe_error
 from kitbench.model import methods
-from kitbench.model.weights import file_sha256, fit, read_state
+from kitbench.model.weights import fit, given_file_sha256, read_state
 from kitbench.runs.cell import Cell
 from kitbench.runs.one_cell import begin, score
 from kitbench.runs.prepare import CHANNELS, Options, Scoring
 from kitbench.runs.probe import RESOLUTION
 from kitbench.scoring import evaluate
 from kitbench.spec.fields import Mode
-from kitbench.spec.loading import load
+from kitbench.spec.loading import load_suite
 from kitbench.spec.suite import Suite
 from kitbench.store.folder import RunFolder
 from kitbench.store.records import Cost, Run
@@ -60,7 +60,7 @@ def run(
     Returns the resolved suite and the folders of the runs. Raises InputError before anything is written, RunError where
     scoring fails, and Interrupted on Ctrl-C or SIGTERM.
     """
-    loaded = methods.load(method)
+    loaded = methods.load_method(method)
     if loaded.attention is not None:
         raise InputError(
             f"Method {method!r} is an attention inside the shared backbone, trained and scored by `kitbench run`; "
@@ -71,7 +71,7 @@ def run(
     if loaded.network is not None and weights is None:
         raise InputError(f"Method {method!r} is a network that needs its weights; name their file with --weights.")
     source = Path(method) if method.endswith(".py") else _source(method)
-    resolved = load(suite, preset, overrides, [str(source)])
+    resolved = load_suite(suite, preset, overrides, [str(source)])
     [(name, described)] = resolved.methods.items()
     settings = loaded.resolve(described.settings)
     state = read_state(weights.path, weights.key) if weights is not None else None
@@ -88,13 +88,13 @@ def run(
             cell = Cell(resolved, mode, name, attention, loaded.source_sha256, {}, None, "cpu", None)
             runs.append(Scored(cell, loaded.restore, None))
     else:
-        sha256 = loaded.source_sha256 or file_sha256(source)
+        sha256 = loaded.source_sha256 or given_file_sha256(source)
         for mode, network in _fitting(loaded, settings, scoring, state, weights.path, console).items():
             cost = _cost(network.eval(), CHANNELS[mode])  # on the CPU: counted on fake tensors
             methods.check_network(loaded, network.to(scoring.device), CHANNELS[mode], scoring.device)
             cell = Cell(
                 resolved, mode, name, sha256, sha256, settings, None, device_name(scoring.device), None,
-                weights_sha256=file_sha256(weights.path), weights_key=weights.key,
+                weights_sha256=given_file_sha256(weights.path), weights_key=weights.key,
             )  # fmt: skip
             restore = evaluate.network(network, scoring.device, scoring.protocols[mode], "float32")
             runs.append(Scored(cell, restore, cost))

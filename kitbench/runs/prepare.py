@@ -16,7 +16,7 @@ from kitbench.data.batches import Batches
 from kitbench.data.cards import card
 from kitbench.data.locate import check_root, locate
 from kitbench.data.overlap import assert_disjoint
-from kitbench.data.photograph import Photograph, read
+from kitbench.data.photograph import Photograph, read_set
 from kitbench.errors import InputError
 from kitbench.model import methods
 from kitbench.model.backbone import UNet, attention_levels
@@ -25,7 +25,7 @@ from kitbench.scoring.lpips import LPIPS, available
 from kitbench.seeds import derive
 from kitbench.spec.fields import Mode, digest
 from kitbench.spec.suite import Protocol, Suite
-from kitbench.spec.suite import Sets as NamedSets
+from kitbench.spec.suite import SetNames as NamedSets
 from kitbench.spec.tasks import Denoise
 from kitbench.store.files import writable
 from kitbench.store.folder import RunFolder
@@ -124,7 +124,7 @@ class Scoring:
 
     def _read(self, mode: Mode, sets: NamedSets, present: list[str]) -> Sets:
         """The sets of one mode: those to test on only."""
-        return Sets({}, {name: read(card(name), self.options.data, mode) for name in present})
+        return Sets({}, {name: read_set(card(name), self.options.data, mode) for name in present})
 
     def units(self, cell: Cell) -> list[tuple[str, float | None]]:
         """The evaluations of a cell: every test set under every condition of the task."""
@@ -154,8 +154,8 @@ class Job(Scoring):
     """A suite made ready to run on this machine: data read and checked, methods loaded and proved."""
 
     def __init__(self, suite: Suite, options: Options) -> None:
-        self.methods = {name: methods.load(method.attention, name) for name, method in suite.methods.items()}
-        self.references = {name: methods.load(name) for name in suite.references}
+        self.methods = {name: methods.load_method(method.attention, name) for name, method in suite.methods.items()}
+        self.references = {name: methods.load_method(name) for name in suite.references}
         for name, loaded in self.methods.items():
             if loaded.network is not None:
                 raise InputError(f"Method {name!r} is a whole network; `kitbench eval` scores it with given weights.")
@@ -171,13 +171,13 @@ class Job(Scoring):
                 methods.check_restore(loaded, CHANNELS[mode], suite.task.conditions[0])
         levels = attention_levels(suite.backbone, suite.recipe.crop)
         for name, loaded in self.methods.items():
-            methods.check(loaded, levels, self.settings[name])
+            methods.check_method(loaded, levels, self.settings[name])
         for sets in self.sets.values():
             Batches(sets.training, suite.task, suite.recipe, 0)  # refuses images smaller than the crop
         self.cells = list(self._cells())
 
     def _read(self, mode: Mode, sets: NamedSets, present: list[str]) -> Sets:
-        train = {name: read(card(name), self.options.data, mode) for name in sets.train}
+        train = {name: read_set(card(name), self.options.data, mode) for name in sets.train}
         test = super()._read(mode, sets, present).test
         assert_disjoint(train, test)
         return Sets(train, test)

@@ -34,7 +34,7 @@ METHODS = [
 
 def attention(name, dim=32, heads=2, **settings):
     torch.manual_seed(0)
-    return methods.load(name).build(dim, heads, False, **settings).eval()
+    return methods.load_method(name).build(dim, heads, False, **settings).eval()
 
 
 @pytest.mark.parametrize(("name", "settings"), METHODS)
@@ -271,7 +271,7 @@ def test_a_row_says_where_fvcore_cannot_trace():
 
 @pytest.mark.parametrize(("name", "side"), [("window", 256), ("global", 64)])
 def test_the_counters_are_compared_once_at_a_size_that_takes_a_moment(name, side):
-    method = methods.load(name)
+    method = methods.load_method(name)
     config = Backbone(width=16, head_dim=8, blocks=(1, 1), attention_levels=(1,))
     model = UNet(3, config, method, method.resolve({}), seed=0).eval()
     sides = []
@@ -285,7 +285,7 @@ def test_the_counters_are_compared_once_at_a_size_that_takes_a_moment(name, side
 class SwinBlock(nn.Module):
     def __init__(self, dim, heads, shift):
         super().__init__()
-        self.attention = methods.load("window").build(dim, heads, shift, window=7)
+        self.attention = methods.load_method("window").build(dim, heads, shift, window=7)
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2))
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 

@@ -23,7 +23,7 @@ from kitbench.data import cards as catalogue
 from kitbench.data import fetch as fetching
 from kitbench.data.cards import Card, card
 from kitbench.data.fetch import Patience, fetch, unpack
-from kitbench.data.photograph import read
+from kitbench.data.photograph import read_set
 from kitbench.data.pixels import pixel_sha256
 from kitbench.errors import InputError, RunError
 from tests.data.server import ARCHIVE, PAIRS, Server, own, png, zipped
@@ -54,7 +54,7 @@ def test_a_set_is_fetched_unpacked_and_put_in_its_place(server: Server, tmp_path
     chosen = own(server, archive=hashlib.sha256(ARCHIVE).hexdigest())
     folder, fetched = fetch(chosen, tmp_path / "data", lambda *report: seen.append(report), QUICK)
     assert (folder, fetched) == (tmp_path / "data" / "Own" / "test", True)
-    assert len(read(chosen, tmp_path / "data", "colour")) == 3
+    assert len(read_set(chosen, tmp_path / "data", "colour")) == 3
     assert left(tmp_path / "data") == sorted(f"Own/test/{name}" for name in PAIRS)
     assert seen[-1] == ("own.zip", len(ARCHIVE), len(ARCHIVE))
     assert fetch(chosen, tmp_path / "data", lambda *seen: None, QUICK) == (folder, False)

@@ -17,7 +17,7 @@ DEFAULT_SIZES = "64:4096"
 
 
 @dataclass(frozen=True)
-class Options:
+class SweepOptions:
     """What to sweep, and within which bounds."""
 
     methods: tuple[str, ...] = DEFAULT_METHODS
@@ -51,7 +51,7 @@ def parse_method(text: str) -> tuple[str, dict[str, Setting]]:
         if not equals:
             raise InputError(f"Method {text!r}: {item!r} is no setting; write NAME:key=value:key=value.")
         settings[key] = _value(value)
-    return name, methods.load(name).resolve(settings) and settings
+    return name, methods.load_method(name).resolve(settings) and settings
 
 
 def _value(text: str) -> Setting:

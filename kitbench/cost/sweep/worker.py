@@ -57,7 +57,7 @@ def build(spec: Spec) -> nn.Module:
     """The module of a point, on the CPU. Raises InputError."""
     from kitbench.model.backbone import Block, UNet
 
-    loaded = methods.load(spec.method)
+    loaded = methods.load_method(spec.method)
     if loaded.attention is None:
         raise InputError(f"Method {spec.method!r} is training-free: the sweep measures attentions.")
     settings = loaded.resolve(spec.settings)

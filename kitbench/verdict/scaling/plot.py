@@ -32,7 +32,7 @@ _PANELS: dict[str, tuple[Callable[[Point], float | None], str]] = {
 }
 
 
-def draw(sweep: Sweep, folder: Path) -> list[Path]:
+def draw_sweep(sweep: Sweep, folder: Path) -> list[Path]:
     """Write scale.png and scale.svg into `folder`."""
     import matplotlib as mpl
 
