@@ -28,7 +28,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.value_gate(x).chunk(2, dim=-1)
         mixed = self.mix(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.proj(mixed * gate)
+        y: Tensor = self.proj(mixed * gate)
+        return y
 
     def macs(self, height: int, width: int) -> int:
         """Multiply-adds of one forward pass of one image; the gate's product is a scaling, not a multiply-add."""

@@ -30,7 +30,8 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """float [B, C, H, W], nominal range 0..1 but not clipped, to the same."""
-        return x - self.model(x)
+        noise: Tensor = self.model(x)
+        return x - noise
 
     def macs(self, height: int, width: int) -> int:
         """Closed form, one image."""

@@ -38,7 +38,8 @@ class Attention(nn.Module):
             out = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
         else:
             out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).reshape(batch, height, width, channels))
+        y: Tensor = self.proj(out.transpose(1, 2).reshape(batch, height, width, channels))
+        return y
 
     def macs(self, height: int, width: int) -> int:
         """Multiply-adds of one forward pass of one image."""

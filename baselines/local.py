@@ -46,7 +46,8 @@ class Attention(nn.Module):
         q, k, v = (table.flatten(0, 1).unflatten(-1, (self.heads, -1)) for table in (q, k, v))  # [B * N, ., h, d]
         query_label, key_label = layout.padding_labels(batch, height, width, TILE, margin, x.device)
         out = patch_attention(q, k, v, None, self.bias(), query_label, key_label)
-        return self.proj(layout.join(out.reshape(batch, -1, TILE**2, channels), TILE, height, width))
+        y: Tensor = self.proj(layout.join(out.reshape(batch, -1, TILE**2, channels), TILE, height, width))
+        return y
 
     def macs(self, height: int, width: int) -> int:
         """Multiply-adds executed in one forward pass of one image: tiles with their halos."""

@@ -52,8 +52,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (table.unflatten(-1, (self.heads, -1)) for table in layout.project(self.qkv, x))  # [B, H, W, h, d]
         if self.form == "natten":
-            return self.proj(self.natten(q, k, v, kernel_size=self.size).flatten(-2))
-        return self.proj(neighbourhood(q, k, v, self.size))
+            y: Tensor = self.proj(self.natten(q, k, v, kernel_size=self.size).flatten(-2))
+        else:
+            y = self.proj(neighbourhood(q, k, v, self.size))
+        return y
 
     def macs(self, height: int, width: int) -> int:
         """Multiply-adds executed in one forward pass of one image: tiles with the keys around them."""

@@ -21,4 +21,6 @@ def restore(image: np.ndarray, sigma: float | None) -> np.ndarray:
     restored = denoise_nl_means(
         image, patch_size=5, patch_distance=6, h=0.8 * level, sigma=level, fast_mode=True, channel_axis=-1
     )
-    return restored.reshape(image.shape).astype(np.float32)  # scikit-image drops the axis of a single channel
+    # scikit-image drops the axis of a single channel.
+    whole: np.ndarray = restored.reshape(image.shape).astype(np.float32)
+    return whole

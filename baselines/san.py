@@ -57,7 +57,8 @@ class Attention(nn.Module):
         out = torch.zeros_like(values[:, :height, :width])
         for place, (y, z) in enumerate(places):
             out = out + weights[:, :, :, place, :, None] * values[:, y, z]
-        return self.proj(out.flatten(-2))
+        mixed: Tensor = self.proj(out.flatten(-2))
+        return mixed
 
     def macs(self, height: int, width: int) -> int:
         """Multiply-adds of one forward pass of one image.  Counters do not see the products of weights and values."""

@@ -77,7 +77,8 @@ class Attention(nn.Module):
         y = layout.join(out.reshape(batch, rows * columns, -1, channels), self.window, *padded)
         if any(roll):
             y = y.roll(roll, (1, 2))
-        return self.proj(y[:, :height, :width])
+        projected: Tensor = self.proj(y[:, :height, :width])
+        return projected
 
     def macs(self, height: int, width: int) -> int:
         """Multiply-adds of one forward pass of one image."""

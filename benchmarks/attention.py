@@ -132,7 +132,8 @@ class Window(nn.Module):
         height, width, channels = x.shape[1:]
         bias = None if self.bias is None else self.bias()
         out = self.attend(*self.tables(x), bias)
-        return self.proj(layout.join(out.reshape(1, -1, 256, channels), 16, height, width))
+        y: Tensor = self.proj(layout.join(out.reshape(1, -1, 256, channels), 16, height, width))
+        return y
 
     def tables(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [windows, keys, h, d]."""
@@ -276,7 +277,8 @@ def modules(case: Case, x: Tensor) -> dict[str, Operator]:
     def running(module: nn.Module) -> Callable[[], Tensor]:
         def run() -> Tensor:
             with torch.autocast(x.device.type, torch.bfloat16, enabled=case.dtype == "bfloat16"):
-                return module(leaf)
+                y: Tensor = module(leaf)
+                return y
 
         return run
 
@@ -367,7 +369,7 @@ def rates(device: torch.device, dtypes: list[str], rounds: int) -> tuple[dict[st
 
 
 def median_seconds(call: Callable[[], object], device: torch.device, rounds: int) -> float:
-    return timing.compare({"": timing.sampler(call, device, least(rounds))}, rounds)[""].median
+    return timing.compare_times({"": timing.sampler(call, device, least(rounds))}, rounds)[""].median
 
 
 def least(rounds: int) -> float | None:
@@ -469,7 +471,7 @@ def timed(
             reasons[name] = ("failed", why(name, error, device))
     while samplers:
         try:
-            return timing.compare(samplers, rounds, SECONDS[device.type])
+            return timing.compare_times(samplers, rounds, SECONDS[device.type])
         except Exception as error:  # noqa: BLE001 - as above
             del samplers[asked]
             reasons[asked] = ("failed", why(asked, error, device))

@@ -26,7 +26,7 @@ def line(row: Row) -> str:
 
 
 def marks(row: Row) -> str:
-    return " ~" * row["noisy"] + " L" * row.get("launch_bound", False)
+    return (" ~" if row["noisy"] else "") + (" L" if row.get("launch_bound") else "")
 
 
 def measured(rows: list[Row], scope: str) -> list[Row]:
@@ -37,7 +37,8 @@ def exponent(rows: list[Row], key: str) -> float:
     """Slope of log(value) over log(number of pixels) of rows of one operator and several sizes, by least squares."""
     points = [(2 * math.log(row["pixels"]), math.log(row[key])) for row in rows]
     x, y = (sum(values) / len(points) for values in zip(*points, strict=True))
-    return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
+    slope: float = sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
+    return slope
 
 
 def exponents(rows: list[Row]) -> list[Row]:

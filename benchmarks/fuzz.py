@@ -29,10 +29,10 @@ os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # as the command line does,
 from kitbench.cli.main import cli
 from kitbench.data.cards import Card
 from kitbench.data.images import decode
-from kitbench.data.photograph import read
+from kitbench.data.photograph import read_set
 from kitbench.errors import InputError, RunError
 from kitbench.spec.fields import digest
-from kitbench.spec.loading import load
+from kitbench.spec.loading import load_suite
 from kitbench.spec.messages import parse
 
 LONGEST = 60.0
@@ -162,7 +162,7 @@ def suites(fuzzer: Fuzzer, text: str) -> None:
 
     def work(changed: str) -> None:
         path.write_text(changed, encoding="utf-8", errors="surrogatepass")
-        load(str(path))
+        load_suite(str(path))
 
     fuzzer.each(altered_text(text), "suite", work)
 
@@ -178,7 +178,7 @@ def data_cards(fuzzer: Fuzzer, texts: Sequence[str]) -> None:
         except (tomllib.TOMLDecodeError, UnicodeError) as error:
             raise InputError("no TOML") from error
         card = parse(Card, raw, "data card")
-        read(card, fuzzer.place, "colour")
+        read_set(card, fuzzer.place, "colour")
 
     fuzzer.each(st.sampled_from([*texts, *[OWN] * len(texts)]).flatmap(altered_text), "data card", work)
 

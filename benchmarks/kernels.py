@@ -134,10 +134,10 @@ def shapes_of_suites() -> tuple[Shape, ...]:
     found: dict[Shape, None] = {}
     for name in shipped.suite_names():
         for preset in loading.read_toml(name, "suites", Path())["presets"]:
-            chosen = loading.load(name, preset)
+            chosen = loading.load_suite(name, preset)
             width = chosen.backbone.head_dim
             for label, method in chosen.methods.items():
-                loaded = methods.load(method.attention, label)
+                loaded = methods.load_method(method.attention, label)
                 if loaded.attention is None:
                     continue
                 settings = loaded.resolve(method.settings)
@@ -222,7 +222,7 @@ def compiled(variant: Variant) -> list[Compiled]:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(binary.asm["cubin"])
             file.flush()
-            command = [CUOBJDUMP, "-res-usage", "-sass", file.name]
+            command = [str(CUOBJDUMP), "-res-usage", "-sass", file.name]
             printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         usage = re.search(r"REG:(\d+) STACK:(\d+)", printed)
         assert usage is not None, printed[:1000]

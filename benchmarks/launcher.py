@@ -83,9 +83,9 @@ class Done:
     @property
     def worked(self) -> float:
         """Seconds of training and of restoring images, by the records."""
-        training = sum(record["seconds"] for _, record in self.records("training.json"))
+        training = sum(float(record["seconds"]) for _, record in self.records("training.json"))
         evaluations = [record for _, record in self.records("eval/*.json")]
-        return training + sum(score["seconds"] for record in evaluations for score in record["scores"])
+        return training + sum(float(score["seconds"]) for record in evaluations for score in record["scores"])
 
     @property
     def announced(self) -> float:
@@ -118,7 +118,8 @@ def run(folder: Path, *arguments: str, kill: bool = False) -> Done:
 def at_a_checkpoint(folder: Path, parent: int) -> psutil.Process | None:
     """A worker whose run has a checkpoint: the process that the run's lock names."""
     for checkpoint in folder.glob("results/*/checkpoint.safetensors"):
-        found = re.search(r'"pid": (\d+)', (checkpoint.parent / ".owner").read_text("utf-8", "replace"))
+        owner = checkpoint.parent / ".owner"
+        found = re.search(r'"pid": (\d+)', owner.read_text("utf-8", "replace") if owner.is_file() else "")
         if found and int(found[1]) != parent:
             return psutil.Process(int(found[1]))
     return None

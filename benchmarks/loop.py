@@ -38,7 +38,7 @@ from tabulate import tabulate
 from kitbench.cost.timing import waited_seconds
 from kitbench.data.batches import Batches
 from kitbench.data.cards import card
-from kitbench.data.photograph import read
+from kitbench.data.photograph import read_set
 from kitbench.errors import InputError
 from kitbench.model import methods
 from kitbench.model.backbone import UNet
@@ -73,7 +73,7 @@ def since(start: Spent, device: torch.device) -> Spent:
 
 
 def network(chosen: Suite, name: str) -> UNet:
-    loaded = methods.load(chosen.methods[name].attention, name)
+    loaded = methods.load_method(chosen.methods[name].attention, name)
     return UNet(3, chosen.backbone, loaded, loaded.resolve(chosen.methods[name].settings), 0)
 
 
@@ -192,10 +192,10 @@ def main() -> None:
         device = choose_device(options.device)
     except InputError as error:
         parser.error(str(error))
-    chosen = loading.load("denoise", options.preset, [f"recipe.steps={steps}", "recipe.warmup=0"])
+    chosen = loading.load_suite("denoise", options.preset, [f"recipe.steps={steps}", "recipe.warmup=0"])
     recipe = chosen.recipe
     make_repeatable(recipe)
-    batches = Batches(read(card("skimage-train"), None, "colour"), chosen.task, recipe, 0)
+    batches = Batches(read_set(card("skimage-train"), None, "colour"), chosen.task, recipe, 0)
     ready = [batches[step] for step in range(stretch)]
     if device.type == "cuda":
         ready = [(degraded.pin_memory(), clean.pin_memory()) for degraded, clean in ready]

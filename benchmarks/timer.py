@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from kitbench.cost.timing import compare, ratio, sampler
+from kitbench.cost.timing import compare_times, ratio, sampler
 
 REPETITIONS, ROUNDS = 12, 15
 
@@ -33,10 +33,10 @@ def main() -> None:
         dropped = 0
         for seed in range(REPETITIONS):
             first, second = sampler(fn, cpu), sampler(fn, cpu)
-            both = compare({"a": first, "b": second}, ROUNDS, seed=seed)
+            both = compare_times({"a": first, "b": second}, ROUNDS, seed=seed)
             dropped += both["a"].dropped
             errors["interleaved"].append(abs(ratio(both["a"], both["b"]) - 1))
-            alone = [compare({"a": take}, ROUNDS)["a"].median for take in (first, second)]
+            alone = [compare_times({"a": take}, ROUNDS)["a"].median for take in (first, second)]
             errors["one after the other"].append(abs(alone[0] / alone[1] - 1))
         for how, found in errors.items():
             middle = sorted(found)[len(found) // 2]

@@ -27,7 +27,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"{hint}Known: {', '.join(names) if names else 'none'}."
 
 
-def told(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
+    """One line for a failure that kitbench did not expect: its type and the first line of its message."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "no space is left on the disk; free some, or choose another --out"
     return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"

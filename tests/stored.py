@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,18 +13,20 @@ from kitbench.spec import loading, suite
 from kitbench.store.folder import RunFolder
 from kitbench.store.records import Cost, Environment, Evaluation, Run, Score, Training
 
-SUITE = loading.load("denoise", "smoke")
+SUITE = loading.load_suite("denoise", "smoke")
 ENVIRONMENT = Environment(
     kitbench="0", commit=None, command=("kitbench", "run"), started="2026-01-01T00:00:00+00:00", host="h", device="cpu",
     driver=None, threads=1, python="3", versions={"torch": "2"}, flags={},
 )  # fmt: skip
 
+Settings = dict[str, Any] | None
+
 
 def store(
     out: Path, method: str, psnr: float | Sequence[float] | np.ndarray, seed: int | None = 0, protocol: str = "awgn8",
-    sha256: str = "aa", note: str | None = None, settings: dict | None = None, lr: float = 1e-3, ssim: float = 0.5,
+    sha256: str = "aa", note: str | None = None, settings: Settings = None, lr: float = 1e-3, ssim: float = 0.5,
     sigma: float | None = 25, data_set: str = "Set_A", macs: int = 2_500_000_000, peak: int = 3 * 2**20,
-    seconds_per_step: float = 0.25, calibration: float | None = 0.1, steps: int | None = None, notes: dict | None = None,
+    seconds_per_step: float = 0.25, calibration: float | None = 0.1, steps: int | None = None, notes: Settings = None,
     of: suite.Suite = SUITE,
 ) -> RunFolder:  # fmt: skip
     """Write a run, or another evaluation of it. psnr: the mean of two images, or the value of every image, dB."""
@@ -54,7 +57,7 @@ def store(
             notes=notes or {},
         )
         folder.write("training.json", training)
-    stamped = loading.load(of.name, overrides=[f"protocol={protocol}"]).protocol
+    stamped = loading.load_suite(of.name, overrides=[f"protocol={protocol}"]).protocol
     values = [psnr - 1, psnr + 1] if isinstance(psnr, float) else list(psnr)
     scores = tuple(Score(image=f"{i}", psnr=float(p), ssim=ssim, lpips=None, seconds=0) for i, p in enumerate(values))
     evaluation = Evaluation(

@@ -36,7 +36,7 @@ Command = Callable[..., "subprocess.CompletedProcess[str]"]
 def trained_methods() -> list[str]:
     """Beside kit and conv, which the tiny suite has; neighbourhood's package is not everywhere."""
     absent = {"kit", "conv"} | (set() if importlib.util.find_spec("natten") else {"neighbourhood"})
-    return [name for name in methods.shipped() if name not in absent and methods.load(name).attention]
+    return [name for name in methods.shipped() if name not in absent and methods.load_method(name).attention]
 
 
 class Device:

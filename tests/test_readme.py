@@ -36,8 +36,8 @@ def test_the_attention_in_the_readme_is_one_that_kitbench_takes(tmp_path: Path) 
     assert len(code[1].splitlines()) <= 25
     path = tmp_path / "mine.py"
     path.write_text(code[1])
-    loaded = methods.load(str(path), "mine")
-    methods.check(loaded, {1: (16, 1, 12)}, loaded.resolve({"reduction": 8}))
+    loaded = methods.load_method(str(path), "mine")
+    methods.check_method(loaded, {1: (16, 1, 12)}, loaded.resolve({"reduction": 8}))
 
 
 def test_every_trained_method_of_the_reference_gains_6_db_and_beats_non_local_means() -> None:

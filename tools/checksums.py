@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kitbench.data.cards import card
 from kitbench.data.images import decode
-from kitbench.data.locate import entries, locate
+from kitbench.data.locate import files_of_set, locate
 from kitbench.data.pixels import pixel_sha256
 
 
@@ -23,7 +23,7 @@ def main(name: str, root: Path) -> None:
     if folder is None or chosen.checksum == "none":
         raise SystemExit(f"{name} is not in {root}, or its card asks for no checksums")
     sums = {}
-    for path in sorted({path for entry in entries(chosen, folder) for path in entry.paths}):
+    for path in sorted({path for entry in files_of_set(chosen, folder) for path in entry.paths}):
         relative = path.relative_to(folder)
         if chosen.checksum == "pixels":
             sums[relative.with_suffix("").as_posix()] = pixel_sha256(decode(path))

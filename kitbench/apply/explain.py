@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
 import torch
 
-from kitbench.apply.restore import Picture, read
-from kitbench.apply.trained import load
+from kitbench.apply.restore import Picture, read_picture
+from kitbench.apply.trained import load_trained
 from kitbench.attention import layout
 from kitbench.errors import InputError
 from kitbench.model.backbone import UNet
@@ -34,19 +34,26 @@ class Choice:
     squares: list[tuple[int, int, int]]
 
 
-def choices(model: UNet, picture: Picture, x: int, y: int, device: torch.device) -> list[Choice]:
-    """What every k-NN attention of the network chose for the pixel (x, y), in one forward pass of the whole picture.
+class Pixel(NamedTuple):
+    """A place in a picture: column and row, from 0."""
+
+    x: int
+    y: int
+
+
+def choices(model: UNet, picture: Picture, at: Pixel, device: torch.device) -> list[Choice]:
+    """What every k-NN attention of the network chose for a pixel, in one forward pass of the whole picture.
 
     Raises InputError for a pixel outside the picture, and for a network without k-NN attention.
     """
     height, width = picture.pixels.shape[:2]
-    if not (0 <= x < width and 0 <= y < height):
-        raise InputError(f"The pixel {x},{y} lies outside the picture of {width} x {height}; give one inside.")
+    if not (0 <= at.x < width and 0 <= at.y < height):
+        raise InputError(f"The pixel {at.x},{at.y} lies outside the picture of {width} x {height}; give one inside.")
     found: dict[str, Choice] = {}
     coarsest = 1 << (len(model.config.blocks) - 1)
     padded = -(-height // coarsest) * coarsest
     handles = [
-        module.register_forward_hook(_listener(name, found, x, y, padded))
+        module.register_forward_hook(_listener(name, found, at, padded))
         for name, module in model.attentions()
         if hasattr(module, "neighbours") and hasattr(module, "patch")
     ]
@@ -63,7 +70,7 @@ def choices(model: UNet, picture: Picture, x: int, y: int, device: torch.device)
     return list(found.values())
 
 
-def _listener(name: str, found: dict[str, Choice], x: int, y: int, padded: int) -> Any:
+def _listener(name: str, found: dict[str, Choice], at: Pixel, padded: int) -> Any:
     def after(module: Any, arguments: tuple[torch.Tensor], _: torch.Tensor) -> None:
         tokens = arguments[0]  # [1, h, w, C]: the map is a power of two smaller than the padded image
         rows, columns = tokens.shape[1:3]
@@ -73,7 +80,7 @@ def _listener(name: str, found: dict[str, Choice], x: int, y: int, padded: int) 
         real = layout.real_positions(rows, columns, patch, 0, tokens.device)
         chosen = module.neighbours(layout.cut(rolled, patch), real).neighbours
         across = layout.grid(rows, columns, patch)[1]
-        row, column = (y // stride - roll) % rows // patch, (x // stride - roll) % columns // patch
+        row, column = (at.y // stride - roll) % rows // patch, (at.x // stride - roll) % columns // patch
         squares = []
         for number in chosen[0, row * across + column].tolist():
             left, top = (number % across * patch + roll) % columns, (number // across * patch + roll) % rows
@@ -83,7 +90,7 @@ def _listener(name: str, found: dict[str, Choice], x: int, y: int, padded: int) 
     return after
 
 
-def draw(picture: Picture, choices: list[Choice], x: int, y: int, path: Path) -> None:
+def draw_choices(picture: Picture, choices: list[Choice], at: Pixel, path: Path) -> None:
     """A panel a choice: the query patch in yellow, its neighbours numbered in order of similarity."""
     full = np.iinfo(picture.pixels.dtype).max
     shown = np.repeat(picture.pixels, 3, 2) if picture.pixels.shape[2] == 1 else picture.pixels
@@ -109,20 +116,20 @@ def draw(picture: Picture, choices: list[Choice], x: int, y: int, path: Path) ->
                     corner = (left + side, top)
                     offset = {"xytext": (3, 0), "textcoords": "offset points", "annotation_clip": False}
                     axes.annotate(str(number), corner, color="white", va="center", fontsize=7, bbox=box, **offset)
-            axes.plot([x], [y], "+", color="#ffd400", markersize=9)
+            axes.plot([at.x], [at.y], "+", color="#ffd400", markersize=9)
             axes.set_title(choice.name)
         replace_with(path, lambda aside: figure.savefig(aside, format=path.suffix[1:].lower() or "png", dpi=110))
         plt.close(figure)
 
 
-def explain(
-    image: Path, folder: RunFolder, method_file: Path | None, x: int, y: int, device: torch.device, out: Path
+def explain_pixel(
+    image: Path, folder: RunFolder, method_file: Path | None, at: Pixel, device: torch.device, out: Path
 ) -> list[Choice]:
     """Draw what a run's attentions chose for one pixel of an image, and return it. Raises InputError."""
     if out.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise InputError(f"{out} names no picture format; end it in .png, .svg or .pdf.")
-    picture = read(image)
-    model, _ = load(folder, method_file, device)
-    found = choices(model, picture, x, y, device)
-    draw(picture, found, x, y, out)
+    picture = read_picture(image)
+    model, _ = load_trained(folder, method_file, device)
+    found = choices(model, picture, at, device)
+    draw_choices(picture, found, at, out)
     return found

@@ -25,13 +25,13 @@ from kitbench.errors import InputError, RunError
 from kitbench.model import methods
 from kitbench.runs.prepare import Options, PreparedSuite, prepare, set_sha256
 from kitbench.runs.queue import run
-from kitbench.spec.loading import load
-from kitbench.spec.suite import Data, Method, Sets, Source, Suite
+from kitbench.spec.loading import load_suite
+from kitbench.spec.suite import Data, Method, SetNames, Source, Suite
 from kitbench.spec.tasks import Denoise
 from kitbench.store.folder import RunFolder
 from kitbench.store.records import Evaluation, Run
 from kitbench.system.environment import commit, device_name
-from kitbench.verdict.differences import Difference, differences, shared
+from kitbench.verdict.differences import RunDifference, differences, shared
 from kitbench.verdict.reference import FLOOR, ONE_SEED
 
 WIDTH = 2.0
@@ -44,7 +44,7 @@ class Outcome:
 
     verdict: Verdict
     why: str
-    first: Difference | None
+    first: RunDifference | None
     """What may explain it; None where nothing that is recorded differs."""
     notes: tuple[str, ...]
 
@@ -177,13 +177,13 @@ def _by_protocol(evaluations: Sequence[Evaluation]) -> list[list[Evaluation]]:
 
 def _suite(record: Run, evaluations: Sequence[Evaluation], method_file: Path | None) -> Suite:
     """The suite that holds nothing but the record's cell, scored under one protocol."""
-    blank = load("denoise", "smoke")
+    blank = load_suite("denoise", "smoke")
     task = record.task
     if isinstance(task, Denoise):
         task = task.model_copy(update={"sigma_test": tuple(dict.fromkeys(e.sigma for e in evaluations))})
     # A training-free method trains on nothing, but a suite names what the others would train on.
     train = tuple(record.train_sets) or blank.data.embedded.colour.train  # type: ignore[union-attr]
-    sets = Sets(train=train, test=tuple(dict.fromkeys(e.data_set for e in evaluations)))
+    sets = SetNames(train=train, test=tuple(dict.fromkeys(e.data_set for e in evaluations)))
     source = Source.model_validate({"modes": (record.mode,), record.mode: sets})
     changes = {
         "name": record.suite, "preset": record.preset, "title": "one run again", "task": task,
@@ -195,7 +195,7 @@ def _suite(record: Run, evaluations: Sequence[Evaluation], method_file: Path | N
     if attention not in methods.shipped():
         if method_file is None:
             raise InputError(f"{record.method} is no shipped method; name its Python file with --method FILE.")
-        if methods.load(str(method_file)).source_sha256 != attention:
+        if methods.load_method(str(method_file)).source_sha256 != attention:
             raise InputError(f"{method_file} is not the file that the run was made with; give that version.")
         attention = str(method_file)
     method = Method(attention=attention, settings=record.settings)
@@ -208,18 +208,18 @@ def _suite(record: Run, evaluations: Sequence[Evaluation], method_file: Path | N
     )  # fmt: skip
 
 
-def _data(record: Run, evaluations: Sequence[Evaluation], prepared: PreparedSuite) -> Difference | None:
+def _data(record: Run, evaluations: Sequence[Evaluation], prepared: PreparedSuite) -> RunDifference | None:
     """The first set whose images are not those of the record."""
     sets = prepared.sets[record.mode]
     for name, photographs in sets.train.items():
         if name in record.train_sets and set_sha256(photographs) != record.train_sets[name]:
-            return Difference("data", f"training set {name}", record.train_sets[name], set_sha256(photographs))
+            return RunDifference("data", f"training set {name}", record.train_sets[name], set_sha256(photographs))
     for evaluation in evaluations:
         if evaluation.data_set not in sets.test:
             raise InputError(f"Test set {evaluation.data_set} is not here; name the data folder with --data.")
         found = prepared.test_sha256(record.mode, evaluation.data_set)
         if found != evaluation.data_sha256:
-            return Difference("data", f"test set {evaluation.data_set}", evaluation.data_sha256, found)
+            return RunDifference("data", f"test set {evaluation.data_set}", evaluation.data_sha256, found)
     return None
 
 

@@ -2,11 +2,12 @@
 
 Reads PNG, JPEG, TIFF, WebP and BMP of 8 or 16 bits, gray or colour, with or without alpha (kept as it is). A run that
 was trained on colour restores a gray picture as three equal channels and averages them; one that was trained on gray
-restores each channel of a colour picture by itself. The result is written beside the input in its format and depth.
+restores each channel of a colour picture by itself. The result is written in the input's format and depth.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +15,10 @@ import cv2
 import numpy as np
 import torch
 
-from kitbench.apply.trained import load
 from kitbench.errors import InputError
 from kitbench.model.backbone import UNet
 from kitbench.scoring.tiles import tiled
 from kitbench.store.files import replace_with
-from kitbench.store.folder import RunFolder
 
 WHOLE = 1024 * 1024
 """Pixels up to which a picture is restored whole, unless a tile is asked for."""
@@ -36,7 +35,7 @@ class Picture:
     alpha: np.ndarray | None
 
 
-def read(path: Path) -> Picture:
+def read_picture(path: Path) -> Picture:
     """Decode a picture, turned upright where its EXIF says so. Raises InputError."""
     try:
         data = np.frombuffer(path.read_bytes(), np.uint8)
@@ -59,7 +58,7 @@ def read(path: Path) -> Picture:
     return Picture(np.ascontiguousarray(pixels), alpha)
 
 
-def write(path: Path, picture: Picture) -> None:
+def write_picture(path: Path, picture: Picture) -> None:
     """Encode in the format of the suffix, at the depth of the pixels; whole or not at all."""
     image = picture.pixels[..., ::-1]
     if picture.alpha is not None:
@@ -71,7 +70,7 @@ def write(path: Path, picture: Picture) -> None:
     replace_with(path, lambda aside: aside.write_bytes(data.tobytes()))
 
 
-def restore(model: UNet, picture: Picture, device: torch.device, tile: int | None) -> Picture:
+def restore_picture(model: UNet, picture: Picture, device: torch.device, tile: int | None) -> Picture:
     """Restore a picture; alpha is kept. tile: side in pixels, 0 for the whole picture, None to choose by size."""
     full = np.float32(np.iinfo(picture.pixels.dtype).max)
     x = torch.from_numpy(picture.pixels.astype(np.float32) / full).permute(2, 0, 1)  # [1 or 3, H, W]
@@ -90,26 +89,24 @@ def restore(model: UNet, picture: Picture, device: torch.device, tile: int | Non
     return Picture(pixels, picture.alpha)
 
 
-def target(path: Path, out: Path | None) -> Path:
-    """Where the restored picture goes: NAME-restored.SUFFIX beside the input, or in the folder `out`."""
-    return (out or path.parent) / f"{path.stem}-restored{path.suffix}"
+def targets_of(images: Sequence[Path], out: Path | None, overwrite: bool) -> list[Path]:
+    """Where the restored pictures go: NAME-restored.SUFFIX, in the folder of the input or in `out`.
 
-
-def run(
-    images: list[Path], folder: RunFolder, method_file: Path | None, device: torch.device, tile: int | None,
-    out: Path | None, overwrite: bool,
-) -> list[Path]:  # fmt: skip
-    """Restore pictures and write them. Raises InputError, before anything is written, where one cannot be read."""
-    targets = [target(path, out) for path in images]
+    Raises InputError where a picture cannot be read, two would be written to one file, or a file exists that may not
+    be overwritten.
+    """
+    targets = [(out or path.parent) / f"{path.stem}-restored{path.suffix}" for path in images]
     twice = next((t for t in targets if targets.count(t) > 1), None)
     if twice is not None:
         raise InputError(f"Two pictures would be written to {twice}; restore them into different folders.")
     for path in images:
-        read(path)
-    for path in targets:
-        if path.exists() and not overwrite:
-            raise InputError(f"{path} exists; move it away, or allow its replacement with --overwrite.")
-    model, _ = load(folder, method_file, device)
-    for path, aim in zip(images, targets, strict=True):
-        write(aim, restore(model, read(path), device, tile))
+        read_picture(path)
+    for target in targets:
+        if target.exists() and not overwrite:
+            raise InputError(f"{target} exists; move it away, or allow its replacement with --overwrite.")
     return targets
+
+
+def restore_file(model: UNet, path: Path, target: Path, device: torch.device, tile: int | None) -> None:
+    """Read a picture, restore it and write it to `target`. tile: as in `restore_picture`."""
+    write_picture(target, restore_picture(model, read_picture(path), device, tile))

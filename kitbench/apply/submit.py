@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from kitbench.data.cards import Card
-from kitbench.data.images import blocks
-from kitbench.data.locate import entries
+from kitbench.data.images import blocks_of_mat
+from kitbench.data.locate import files_of_set
 from kitbench.errors import InputError
 from kitbench.model.backbone import UNet
 from kitbench.store.files import replace_with
@@ -37,7 +37,8 @@ def denoiser(model: UNet, device: torch.device) -> Denoise:
     def denoise(image: np.ndarray) -> np.ndarray:
         x = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None].to(device)
         with torch.inference_mode():
-            return model(x)[0].float().permute(1, 2, 0).cpu().numpy()
+            restored: torch.Tensor = model(x)[0]
+            return restored.float().permute(1, 2, 0).cpu().numpy()
 
     return denoise
 
@@ -51,13 +52,13 @@ def submit(card: Card, folder: Path, denoise: Denoise, out: Path, report: Report
         raise InputError(
             f"The server of {card.name} takes a {suffix} file; give --out FILE{suffix}, found {out.name!r}."
         )
-    paths = [entry.input for entry in entries(card, folder) if entry.input is not None]
+    paths = [entry.input for entry in files_of_set(card, folder) if entry.input is not None]
     replace_with(out, lambda aside: writer(paths, denoise, aside, report))
 
 
 def _sidd(paths: list[Path], denoise: Denoise, out: Path, report: Report) -> None:
     [path] = paths
-    noisy = blocks(path)
+    noisy = blocks_of_mat(path)
     noisy = noisy.reshape(-1, *noisy.shape[-3:])
     with out.open("w", newline="", encoding="utf-8") as file:
         lines = csv.writer(file, lineterminator="\n")

@@ -15,7 +15,7 @@ from kitbench.store.folder import RunFolder
 from kitbench.store.records import Run
 
 
-def load(folder: RunFolder, method_file: Path | None, device: torch.device) -> tuple[UNet, Run]:
+def load_trained(folder: RunFolder, method_file: Path | None, device: torch.device) -> tuple[UNet, Run]:
     """The trained network of a run, in evaluation mode. Raises InputError where the run holds none, or not this one's.
 
     method_file: the Python file of a method that is not shipped; it must be the one that the run was trained with.
@@ -28,7 +28,7 @@ def load(folder: RunFolder, method_file: Path | None, device: torch.device) -> t
     shipped = run.attention in methods.shipped()
     if not shipped and method_file is None:
         raise InputError(f"{run.method} is no shipped method; name its Python file with --method FILE.")
-    loaded = methods.load(run.attention if shipped else str(method_file), run.method)
+    loaded = methods.load_method(run.attention if shipped else str(method_file), run.method)
     if not shipped and loaded.source_sha256 != run.attention:
         raise InputError(f"{method_file} is not the file that {folder.path.name} was trained with; give that version.")
     channels = 3 if run.mode == "colour" else 1

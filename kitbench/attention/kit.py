@@ -68,7 +68,12 @@ class Attention(nn.Module):
         reuse: bool = False,
     ) -> None:
         super().__init__()
-        check_settings(dim, heads, patch, k, rounds, chunk, tau, size)
+        require(heads >= 1 and dim % heads == 0, f"heads must divide dim, but dim is {dim} and heads is {heads}")
+        for name, value in (("patch", patch), ("k", k), ("rounds", rounds)):
+            require(value >= 1, f"{name} must be at least 1, but is {value}")
+        require(chunk >= k, f"chunk must be at least k, to offer k neighbours, but chunk is {chunk} and k is {k}")
+        require(tau > 0, f"tau must be positive, but is {tau}")
+        require(size >= 1 and size % 2 == 1, f"size must be odd and positive, but is {size}")
         self.dim, self.heads, self.patch, self.k = dim, heads, patch, k
         self.roll = patch // 2 if shift else 0
         self.retrieval, self.descriptor, self.rounds, self.chunk = retrieval, descriptor, rounds, chunk
@@ -110,7 +115,7 @@ class Attention(nn.Module):
         q, k, v = (table.flatten(0, 1).unflatten(-1, (self.heads, -1)) for table in (q, k, v))  # [B * N, ., h, d]
         query_label, key_label = layout.padding_labels(batch, height, width, self.patch, self.margin, x.device)
         out = patch_attention(q, k, v, neighbours, self.bias(), query_label, key_label, weights, order)
-        y = self.proj(layout.join(out.reshape(batch, count, -1, channels), self.patch, height, width))
+        y: Tensor = self.proj(layout.join(out.reshape(batch, count, -1, channels), self.patch, height, width))
         return y.roll((self.roll, self.roll), (1, 2)) if self.roll else y
 
     def follow(self, previous: Attention) -> None:
@@ -188,19 +193,10 @@ class Attention(nn.Module):
 MAX_HALF = retrieval.MAX_BUCKETS // 2
 
 
-def check_settings(dim: int, heads: int, patch: int, k: int, rounds: int, chunk: int, tau: float, size: int) -> None:
-    """Raise ValueError, saying what was found and what is expected, for the settings of KiT that are out of range."""
-    if heads < 1 or dim % heads:
-        raise ValueError(f"heads must divide dim, but dim is {dim} and heads is {heads}")
-    for name, value in (("patch", patch), ("k", k), ("rounds", rounds)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, but is {value}")
-    if chunk < k:
-        raise ValueError(f"chunk must be at least k, to offer k neighbours, but chunk is {chunk} and k is {k}")
-    if not tau > 0:
-        raise ValueError(f"tau must be positive, but is {tau}")
-    if size < 1 or size % 2 == 0:
-        raise ValueError(f"size must be odd and positive, but is {size}")
+def require(condition: bool, otherwise: str) -> None:
+    """Raises ValueError with the sentence `otherwise` where a condition on the settings does not hold."""
+    if not condition:
+        raise ValueError(otherwise)
 
 
 @torch.no_grad()

@@ -63,7 +63,8 @@ def patch_attention(
         raise ValueError("weights must have the shape of neighbours")
     if order is not None and order.shape != q.shape[:1]:
         raise ValueError(f"order must be {[q.shape[0]]}, but is {list(order.shape)}")
-    return _forward(q, k, v, neighbours, bias, query_label, key_label, weights, order)[0]
+    out: Tensor = _forward(q, k, v, neighbours, bias, query_label, key_label, weights, order)[0]
+    return out
 
 
 def gather_reason(q: Tensor, weights: Tensor | None = None) -> str | None:
@@ -143,7 +144,9 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Te
     """Attention of q [b, h, T, d] over k, v [b, h, K, d] with mask [b or 1, h, T, K] added: output and log-sum-exp."""
     if q.device.type == "cpu":
         mask = mask.expand(q.shape[0], -1, -1, -1)
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask)
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = flash(q, k, v, 0.0, False, attn_mask=mask)
+        return out, lse
     logits = (q @ k.mT / math.sqrt(q.shape[-1]) + mask).to(accumulator(q.dtype))
     log_sum = logits.logsumexp(-1)
     return (logits - log_sum[..., None]).exp().to(v.dtype) @ v, log_sum
@@ -206,7 +209,8 @@ def heads_first(rows: Tensor) -> Tensor:
 
 def heads_last(rows: Tensor, heads: int) -> Tensor:
     """[b * h, L, d] -> [b, L, h, d]: the inverse of `heads_first`."""
-    return rows.unflatten(0, (-1, heads)).transpose(1, 2)
+    by_head: Tensor = rows.unflatten(0, (-1, heads))
+    return by_head.transpose(1, 2)
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ def list_(data: Path | None) -> None:
     show(
         "Methods",
         ["name", "kind", "about"],
-        [[n, kind, text.splitlines()[0]] for n, (kind, text) in methods.cards().items()],
+        [[n, kind, text.splitlines()[0]] for n, (kind, text) in methods.method_cards().items()],
     )
     where = {name: present(card, data) for name, card in cards().items()}
     show(

@@ -55,22 +55,24 @@ def check(
     """Compare stored runs with a reference: PSNR, SSIM, FLOPs, parameters, memory, time. Exit code 1 on any failure."""
     from kitbench.store.files import writable, write_atomic
     from kitbench.store.folder import find
-    from kitbench.verdict import reference as checks
+    from kitbench.verdict import reference
 
     runs = find(paths)
     if update:
-        new = checks.collect(runs, protocol)
+        new = reference.collect(runs, protocol)
         writable(against.parent)
-        try:
-            told = checks.changes(checks.read(against), new) if against.exists() else [f"new: {len(new.rows)} rows"]
-        except InputError as error:
-            told = [f"replaces what could not be compared: {error}"]
-        click.echo("\n".join(told or ["nothing changes"]))
+        changed = [f"new: {len(new.rows)} rows"]
+        if against.exists():
+            try:
+                changed = reference.changes(reference.read_reference(against), new)
+            except InputError as error:
+                changed = [f"replaces a reference that could not be compared: {error}"]
+        click.echo("\n".join(changed or ["nothing changes"]))
         write_atomic(against, (new.model_dump_json(indent=1) + "\n").encode())
         click.echo(f"wrote {against}")
         return
-    lines = checks.compare(runs, checks.read(against), time_tolerance)
-    for path, data in ((junit, checks.junit(lines)), (summary, checks.summary(lines).encode())):
+    lines = reference.compare_with_reference(runs, reference.read_reference(against), time_tolerance)
+    for path, data in ((junit, reference.junit(lines)), (summary, reference.check_summary(lines).encode())):
         if path is not None:
             writable(path.parent)
             write_atomic(path, data)
@@ -90,9 +92,9 @@ def report(paths: tuple[Path, ...], protocol: str | None, out: Path) -> None:
     """Write one self-contained HTML file: verdict, claims, tables, pictures, settings, how to reproduce."""
     from kitbench.store.files import writable, write_atomic
     from kitbench.verdict.claims import load
-    from kitbench.verdict.page import report as page
+    from kitbench.verdict.page.report import report as report_page
 
-    text = page.report(*load(paths), protocol)
+    text = report_page(*load(paths), protocol)
     writable(out.parent)
     write_atomic(out, text.encode())
     click.echo(f"wrote {out} ({len(text) / 1e6:.1f} MB)")
@@ -104,22 +106,22 @@ def report(paths: tuple[Path, ...], protocol: str | None, out: Path) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Write Markdown to this file instead of the terminal.")
 def claims(paths: tuple[Path, ...], protocol: str | None, out: Path | None) -> None:
     """Put the paper's six statements to the test: supported, not supported, or not decided by these runs."""
-    from kitbench.verdict import claims as judge
+    from kitbench.verdict import claims as verdicts
 
-    runs, sweeps = judge.load(paths)
-    text = judge.markdown(judge.claims(runs, sweeps, protocol))
-    give(text, out)
+    runs, sweeps = verdicts.load(paths)
+    give(verdicts.markdown(verdicts.claims(runs, sweeps, protocol)), out)
 
 
 @click.command()
 @PATHS
 @click.option("--out", type=click.Path(path_type=Path), help="Write Markdown to this file instead of the terminal.")
 def anchors(paths: tuple[Path, ...], out: Path | None) -> None:
-    """Set the scores of published weights beside what their authors printed."""
+    """Compare the scores of published weights, measured here, with the figures that their authors printed."""
     from kitbench.store.folder import find
-    from kitbench.verdict import anchors as beside
+    from kitbench.verdict.anchors import anchors as compared_with_print
+    from kitbench.verdict.anchors import anchors_markdown
 
-    give(beside.markdown(beside.anchors(find(paths))), out)
+    give(anchors_markdown(compared_with_print(find(paths))), out)
 
 
 @click.command()

@@ -50,6 +50,7 @@ from kitbench.errors import InputError, RunError
 @click.pass_context
 def run(
     context: click.Context,
+    /,
     suite: str,
     preset: str | None,
     method: tuple[str, ...],
@@ -70,13 +71,13 @@ def run(
     **cluster: Any,
 ) -> None:
     """Train and compare the methods of a suite; what is stored already is not run again."""
-    from kitbench.spec.loading import load
+    from kitbench.spec.loading import load_suite
 
     if not launcher:
         for option in context.command.params:
             if cluster.get(str(option.name)) is not None:
                 raise InputError(f"{option.opts[0]} needs --launcher slurm.")
-    resolved = load(suite, preset, overrides, method, _seeds(seeds))
+    resolved = load_suite(suite, preset, overrides, method, _seeds(seeds))
     from kitbench.launch import commands, slurm
     from kitbench.runs import plan, queue
     from kitbench.runs.prepare import Options

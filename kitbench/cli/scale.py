@@ -32,16 +32,16 @@ def scale(methods: str, what: str, **options: Any) -> None:
 
     Exit code 3 where a method failed at every size (not for want of memory or time); the same command tries it again.
     """
-    from kitbench.cost.sweep.options import Options
+    from kitbench.cost.sweep.options import SweepOptions
     from kitbench.cost.sweep.run import run_scale
-    from kitbench.verdict.scaling.page import broken, summary, write
+    from kitbench.verdict.scaling.page import broken, sweep_summary, write_sweep
 
     console = make_console()
-    chosen = Options(methods=tuple(methods.split(",")), what=tuple(what.split(",")), **options)  # type: ignore[arg-type]
+    chosen = SweepOptions(methods=tuple(methods.split(",")), what=tuple(what.split(",")), **options)  # type: ignore[arg-type]
     sweep = run_scale(chosen, console)
-    write(sweep, chosen.out)
+    write_sweep(sweep, chosen.out)
     click.echo()
-    click.echo(summary(sweep))
+    click.echo(sweep_summary(sweep))
     for kind in ("json", "csv", "md", "png", "svg"):
         click.echo(f"wrote {chosen.out / f'scale.{kind}'}")
     if found := broken(sweep):

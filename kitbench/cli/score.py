@@ -29,7 +29,8 @@ def restore(
     overwrite: bool,
 ) -> None:
     """Apply a trained run to your own pictures: PNG, JPEG, TIFF, 8 or 16 bits, with alpha, of any size."""
-    from kitbench.apply import restore as job
+    from kitbench.apply.restore import restore_file, targets_of
+    from kitbench.apply.trained import load_trained
     from kitbench.store.files import writable
     from kitbench.store.folder import find
     from kitbench.system.environment import choose_device
@@ -39,8 +40,12 @@ def restore(
     for place in {out} if out is not None else {path.parent for path in images}:
         writable(place)
     [run_folder] = one_run(find([folder]))
-    for path in job.run(list(images), run_folder, method_file, choose_device(device), tile, out, overwrite):
-        click.echo(f"wrote {path}")
+    targets = targets_of(images, out, overwrite)
+    chosen = choose_device(device)
+    model, _ = load_trained(run_folder, method_file, chosen)
+    for path, target in zip(images, targets, strict=True):
+        restore_file(model, path, target, chosen, tile)
+        click.echo(f"wrote {target}")
 
 
 @click.command()
@@ -54,8 +59,9 @@ def submit(name: str, folder: Path, method_file: Path | None, data: Path | None,
     """Restore a set whose server keeps the targets (SIDD-benchmark, DND), and write the file that the server takes."""
     from rich.progress import Progress
 
-    from kitbench.apply import submit as job
-    from kitbench.apply.trained import load
+    from kitbench.apply.submit import denoiser
+    from kitbench.apply.submit import submit as write_submission
+    from kitbench.apply.trained import load_trained
     from kitbench.data.cards import card
     from kitbench.data.locate import locate
     from kitbench.store.files import writable
@@ -69,13 +75,13 @@ def submit(name: str, folder: Path, method_file: Path | None, data: Path | None,
     writable(out.parent)
     [run_folder] = one_run(find([folder]))
     device_ = choose_device(device)
-    model, run_ = load(run_folder, method_file, device_)
+    model, run_ = load_trained(run_folder, method_file, device_)
     if run_.mode != "colour":
         raise InputError(f"{run_folder.path} was trained on gray images, {name} is in colour; give another run.")
     with Progress(console=make_console()) as progress:
         bar = progress.add_task(name, total=None)
-        job.submit(
-            chosen, place, job.denoiser(model, device_), out,
+        write_submission(
+            chosen, place, denoiser(model, device_), out,
             lambda done, total: progress.update(bar, completed=done, total=total),
         )  # fmt: skip
     click.echo(f"wrote {out}; {chosen.ask}")
@@ -135,7 +141,7 @@ def explain(image: Path, folder: Path, method_file: Path | None, device: str, at
     """Draw on IMAGE which patches the patch at a pixel attends, for every k-NN attention of a trained run."""
     import re
 
-    from kitbench.apply import explain as job
+    from kitbench.apply.explain import Pixel, explain_pixel
     from kitbench.store.files import writable
     from kitbench.store.folder import find
     from kitbench.system.environment import choose_device
@@ -145,7 +151,8 @@ def explain(image: Path, folder: Path, method_file: Path | None, device: str, at
         raise InputError(f"--at takes X,Y in pixels, for example 120,80; found {at!r}.")
     writable(out.parent)
     [run_folder] = one_run(find([folder]))
-    found = job.explain(image, run_folder, method_file, int(place[1]), int(place[2]), choose_device(device), out)
+    pixel = Pixel(int(place[1]), int(place[2]))
+    found = explain_pixel(image, run_folder, method_file, pixel, choose_device(device), out)
     for choice in found:
         click.echo(f"{choice.name}: {', '.join(f'{left},{top}' for left, top, _ in choice.squares)}")
     click.echo(f"wrote {out}")

@@ -106,7 +106,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    free = psutil.virtual_memory().available
+    free: int = psutil.virtual_memory().available
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         file = Path(name)
         if file.is_file() and (text := file.read_text().strip()).isdigit():
@@ -120,6 +120,9 @@ class OpenOperators(TorchDispatchMode):
     Where a body asks a fake tensor whether something is true, it is told no: a short cut is not taken, so that what is
     predicted is the most that the operator may hold.
     """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._opname in ("is_nonzero", "item", "_local_scalar_dense") and isinstance(args[0], FakeTensor):
@@ -138,7 +141,7 @@ class LiveStorages(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.highest = 0
         self._sizes: dict[int, int] = {}
 
@@ -184,7 +187,8 @@ def predict_peak_bytes(
         with LiveStorages() as storages, OpenOperators() if inside else nullcontext():
             result = step(fake, x)
         del result
-    return storages.highest
+    highest: int = storages.highest
+    return highest
 
 
 def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:

@@ -70,7 +70,7 @@ class Sample:
     host: float | None = None
 
 
-def compare(
+def compare_times(
     samplers: Mapping[str, Callable[[], Sample]], rounds: int, seconds: float = float("inf"), seed: int = 0
 ) -> dict[str, Timing]:
     """Time several callables in shuffled, interleaved rounds.
@@ -98,13 +98,13 @@ def compare(
 def _timing(samples: Sequence[Sample], dropped: int) -> Timing:
     host = [sample.host for sample in samples if sample.host is not None]
     return replace(
-        summary([sample.seconds for sample in samples], dropped),
+        timing_summary([sample.seconds for sample in samples], dropped),
         launch_bound=any(sample.launch_bound for sample in samples),
         host=statistics.median(host) if host else None,
     )
 
 
-def summary(samples: Sequence[float], dropped: int = 0) -> Timing:
+def timing_summary(samples: Sequence[float], dropped: int = 0) -> Timing:
     """Median and quartiles of at least one sample, in seconds."""
     low, middle, high = np.quantile(samples, (0.25, 0.5, 0.75)).tolist()
     return Timing(middle, (low, high), tuple(samples), dropped)

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from kitbench.data.cards import Card
-from kitbench.data.layout import Entry, glob, layout_of_pairs, match, unnumbered
-from kitbench.data.locate import entries
+from kitbench.data.layout import ImageFiles, glob, layout_of_pairs, match, unnumbered
+from kitbench.data.locate import files_of_set
 from kitbench.data.photograph import check_averaging, key_of, sample, verify
-from kitbench.data.pixels import file_sha256, load, pixel_sha256, pixels_of
+from kitbench.data.pixels import file_sha256, load_pixels, pixel_sha256, pixels_of
 from kitbench.errors import InputError
 
 
@@ -38,15 +38,15 @@ def audit(card: Card, folder: Path) -> list[str]:
     lines += [f"altered: {file.fault}" for file in files if file.fault]
     lines += _by_name(card, [file for file in files if not file.fault]) if card.sha256 else []
     if card.numbered and not card.sha256:
-        lines += [f"missing: {name}" for name in unnumbered(card, [Entry(path.stem, path) for path in paths])]
+        lines += [f"missing: {name}" for name in unnumbered(card, [ImageFiles(path.stem, path) for path in paths])]
     if lines:
         return sorted(lines)
     try:
-        found = entries(card, folder)
+        found = files_of_set(card, folder)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             lines = [line for line in pool.map(lambda entry: _verify(card, folder, entry), found) if line]
         if not card.blind:
-            check_averaging(card, (load(card, entry) for entry in sample(found)))
+            check_averaging(card, (load_pixels(card, entry) for entry in sample(found)))
     except InputError as error:
         lines.append(f"altered: {_short(card, error)}")
     return lines
@@ -101,11 +101,11 @@ def _by_name(card: Card, files: list[File]) -> list[str]:
     return lines
 
 
-def _verify(card: Card, folder: Path, entry: Entry) -> str | None:
+def _verify(card: Card, folder: Path, entry: ImageFiles) -> str | None:
     if entry.target is None:
         return None
     try:
-        verify(card, folder, entry, load(card, entry))
+        verify(card, folder, entry, load_pixels(card, entry))
     except InputError as error:
         return f"altered: {_short(card, error)}"
     return None

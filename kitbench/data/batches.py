@@ -70,7 +70,8 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
             cut = _cut(pixels, top, left, crop, around)
             # Turned while it is 8 bits and small: in floats, every later pass over it would stride through memory.
             turned = np.ascontiguousarray(np.rot90(cut[:, ::-1] if mirror else cut, turns))
-            return np.divide(turned, 255, dtype=np.float32)
+            scaled: np.ndarray = np.divide(turned, 255, dtype=np.float32)
+            return scaled
 
         if photo.degraded is not None:
             return view(photo.degraded, 0), view(photo.pixels, 0)

@@ -57,7 +57,8 @@ def degrade(clean: Image, task: Task, random: np.random.Generator, sigma: float 
 
 def eight_bits(image: Image) -> Image:
     """Clipped to [0, 1] and rounded to the nearest of 256 levels."""
-    return np.rint(np.clip(image, 0, 1) * np.float32(255)) / np.float32(255)
+    rounded: Image = np.rint(np.clip(image, 0, 1) * np.float32(255)) / np.float32(255)
+    return rounded
 
 
 def add_noise(clean: Image, sigma: float, random: np.random.Generator) -> Image:
@@ -95,11 +96,12 @@ def motion_kernel(length: float, random: np.random.Generator) -> Image:
     radius = math.ceil(np.abs(path).max()) + 1
     corner = np.floor(path).astype(int)
     far = path - corner
-    kernel = np.zeros((2 * radius + 1, 2 * radius + 1))
+    time = np.zeros((2 * radius + 1, 2 * radius + 1))
     for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):
         weight = np.abs(1 - down - far[:, 0]) * np.abs(1 - right - far[:, 1])
-        np.add.at(kernel, (corner[:, 0] + radius + down, corner[:, 1] + radius + right), weight)
-    return (kernel / kernel.sum()).astype(np.float32)
+        np.add.at(time, (corner[:, 0] + radius + down, corner[:, 1] + radius + right), weight)
+    kernel: Image = (time / time.sum()).astype(np.float32)
+    return kernel
 
 
 def streaks(shape: tuple[int, int], task: Derain, random: np.random.Generator) -> Image:
@@ -133,8 +135,9 @@ def streak(length: float, width: float, angle: float) -> Image:
     along = x * math.sin(turn) + y * math.cos(turn)
     across = x * math.cos(turn) - y * math.sin(turn)
     beyond = np.maximum(0, np.abs(along) - length / 2)
-    line = np.exp(-(across**2 + beyond**2) / (2 * width**2))
-    return (line / line.max()).astype(np.float32)
+    light = np.exp(-(across**2 + beyond**2) / (2 * width**2))
+    line: Image = (light / light.max()).astype(np.float32)
+    return line
 
 
 def camera_noise(clean: Image, task: RealNoise, random: np.random.Generator) -> Image:
@@ -149,7 +152,8 @@ def camera_noise(clean: Image, task: RealNoise, random: np.random.Generator) -> 
     )
     if task.mosaic and clean.shape[2] == 3:
         noise = demosaiced(noise, int(random.integers(4)))
-    return np.clip(light + noise, 0, None).astype(np.float32) ** np.float32(1 / GAMMA)
+    noisy: Image = np.clip(light + noise, 0, None).astype(np.float32) ** np.float32(1 / GAMMA)
+    return noisy
 
 
 def demosaiced(values: Image, phase: int) -> Image:

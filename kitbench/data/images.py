@@ -30,7 +30,7 @@ def decode(path: Path) -> np.ndarray:
     return np.ascontiguousarray(pixels if pixels.ndim == 3 else pixels[..., None])
 
 
-def blocks(path: Path) -> np.ndarray:
+def blocks_of_mat(path: Path) -> np.ndarray:
     """The images of a .mat file whose variable has the file's name: uint8 [..., H, W, C], as MATLAB indexes them.
 
     Both formats are read: up to MATLAB 7.2 (scipy) and 7.3, which is HDF5 with reversed axes (h5py). Raises
@@ -63,7 +63,7 @@ def shape_of_blocks(path: Path) -> tuple[int, ...]:
             shape = next(shape for name, shape, _ in whosmat(path) if name == path.stem)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, StopIteration, NotImplementedError):
         shape = ()
-    return tuple(shape) if len(shape) >= 4 else blocks(path).shape  # which says what is wrong
+    return tuple(shape) if len(shape) >= 4 else blocks_of_mat(path).shape  # which says what is wrong
 
 
 def variable(path: Path, name: str) -> np.ndarray:
@@ -107,4 +107,5 @@ def kernels(path: Path) -> list[np.ndarray]:
 
 def to_gray(pixels: np.ndarray) -> np.ndarray:
     """uint8 [H, W, 3] to uint8 [H, W, 1] by MATLAB's rgb2gray."""
-    return np.floor(pixels @ GRAY_WEIGHTS + 0.5).astype(np.uint8)[..., None]
+    rounded: np.ndarray = np.floor(pixels @ GRAY_WEIGHTS + 0.5).astype(np.uint8)
+    return rounded[..., None]

@@ -15,7 +15,7 @@ from kitbench.errors import InputError
 
 
 @dataclass(frozen=True)
-class Entry:
+class ImageFiles:
     """Where an image, or pair, of a set lies; `block` is its place in a .mat file."""
 
     name: str
@@ -37,7 +37,7 @@ def glob(folder: Path, patterns: Iterable[str]) -> list[Path]:
     return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
 
 
-def unnumbered(card: Card, found: Iterable[Entry]) -> list[str]:
+def unnumbered(card: Card, found: Iterable[ImageFiles]) -> list[str]:
     """The names that are missing from a numbered set."""
     if card.numbered is None:
         return []
@@ -48,11 +48,11 @@ def unnumbered(card: Card, found: Iterable[Entry]) -> list[str]:
     return [name for name in names if name not in there]
 
 
-def listed(card: Card, folder: Path) -> list[Entry]:
+def listed(card: Card, folder: Path) -> list[ImageFiles]:
     for layout in card.layouts:
         if files := glob(folder, layout):
             left_out = {folder / name for name in card.without}
-            return [Entry(name_in(path, folder), path) for path in files if path not in left_out]
+            return [ImageFiles(name_in(path, folder), path) for path in files if path not in left_out]
     if pairs := layout_of_pairs(card, folder):
         return _pair_up(card, pairs, folder)
     raise InputError(f"Data set {card.name}: no image in {folder}; expected {card.count} files as {card.tree}.")
@@ -69,7 +69,7 @@ def name_in(path: Path, folder: Path) -> str:
     return path.relative_to(folder).with_suffix("").as_posix()
 
 
-def _pair_up(card: Card, pairs: Pairs, folder: Path) -> list[Entry]:
+def _pair_up(card: Card, pairs: Pairs, folder: Path) -> list[ImageFiles]:
     found, lonely = match(pairs, folder)
     for path, target in found:
         if target is None and pairs.targets:
@@ -82,7 +82,7 @@ def _pair_up(card: Card, pairs: Pairs, folder: Path) -> list[Entry]:
             f"Data set {card.name}: {lonely[0]} has no input; expected one of that name as "
             f"{' or '.join(pairs.inputs)}: restore the set as its authors publish it ({card.home})."
         )
-    return [block for path, target in found for block in _blocks_of(Entry(name_in(path, folder), target, path))]
+    return [block for path, target in found for block in _blocks_of(ImageFiles(name_in(path, folder), target, path))]
 
 
 def match(pairs: Pairs, folder: Path) -> tuple[list[tuple[Path, Path | None]], list[Path]]:
@@ -121,11 +121,11 @@ def _end(path: Path) -> tuple[str, ...]:
     return path.parts[-4:]
 
 
-def _blocks_of(entry: Entry) -> list[Entry]:
+def _blocks_of(entry: ImageFiles) -> list[ImageFiles]:
     """The images inside a pair of .mat files, or the pair of image files itself."""
     if entry.input is None or entry.input.suffix != ".mat" or entry.target is None:
         return [entry]
     return [
-        Entry(f"{entry.name}/{'_'.join(f'{i + 1:02d}' for i in place)}", entry.target, entry.input, place)
+        ImageFiles(f"{entry.name}/{'_'.join(f'{i + 1:02d}' for i in place)}", entry.target, entry.input, place)
         for place in np.ndindex(shape_of_blocks(entry.input)[:-3])
     ]

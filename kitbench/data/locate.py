@@ -6,8 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from kitbench.data.cards import Card, cards
-from kitbench.data.layout import Entry, listed, matches, unnumbered
-from kitbench.data.pixels import load, size_of
+from kitbench.data.layout import ImageFiles, listed, matches, unnumbered
+from kitbench.data.pixels import load_pixels, size_of
 from kitbench.errors import InputError
 
 
@@ -41,7 +41,7 @@ def present(card: Card, root: Path | None) -> Path | None:
     return folder if folder is not None and described(card, folder).name == card.name else None
 
 
-def entries(card: Card, folder: Path) -> list[Entry]:
+def files_of_set(card: Card, folder: Path) -> list[ImageFiles]:
     """The images of a set, sorted by path.
 
     Raises InputError for a folder without images, an input without its target, a target without its input, and a
@@ -72,7 +72,7 @@ def fits(card: Card, folder: Path) -> bool:
         found = listed(card, folder)
         if len(found) != card.count or card.size is None or found[0].block:
             return len(found) == card.count
-        return size_of(load(card, found[0])) == card.size
+        return size_of(load_pixels(card, found[0])) == card.size
     except InputError:
         return False
 

@@ -107,7 +107,7 @@ class _Index:
 
 def _values(pixels: np.ndarray) -> Hashes:
     """uint8 [H, W, C] to a random number a pixel, uint64 [H, W]."""
-    values = _VALUES[0][pixels[..., 0]]
+    values: Hashes = _VALUES[0][pixels[..., 0]]
     for channel in range(1, pixels.shape[2]):
         values += _VALUES[channel][pixels[..., channel]]
     return values
@@ -137,7 +137,8 @@ def _squares(pixels: np.ndarray) -> Hashes:
     )
     turned = [np.rot90(weights, turns) for turns in range(4)]
     views = np.stack([*turned, *(view[:, ::-1] for view in turned)]).reshape(8, SIDE * SIDE)
-    return _values(tiles.reshape(len(tiles), SIDE * SIDE, -1)) @ views.T
+    hashes: Hashes = _values(tiles.reshape(len(tiles), SIDE * SIDE, -1)) @ views.T
+    return hashes
 
 
 def _power(base: int, exponent: int) -> np.uint64:

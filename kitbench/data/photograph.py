@@ -19,9 +19,9 @@ import numpy as np
 
 from kitbench.data.cards import Card, cards
 from kitbench.data.images import to_gray
-from kitbench.data.layout import Entry, name_in
-from kitbench.data.locate import entries, instead, locate
-from kitbench.data.pixels import Images, file_sha256, load, pixel_sha256, size_of
+from kitbench.data.layout import ImageFiles, name_in
+from kitbench.data.locate import files_of_set, instead, locate
+from kitbench.data.pixels import Images, file_sha256, load_pixels, pixel_sha256, size_of
 from kitbench.errors import InputError
 from kitbench.spec.fields import Mode
 
@@ -65,7 +65,7 @@ def _decoded(photo: Photograph) -> Images:
     return photo._decode()
 
 
-def read(card: Card, root: Path | None, mode: Mode) -> list[Photograph]:
+def read_set(card: Card, root: Path | None, mode: Mode) -> list[Photograph]:
     """All images of a set, checked against its card and decoded for a colour mode.
 
     A colour image is made gray by MATLAB's rgb2gray; a gray one cannot be made colour. Decoded images stay in memory
@@ -84,11 +84,11 @@ def read(card: Card, root: Path | None, mode: Mode) -> list[Photograph]:
         )
     if card.blind:
         raise InputError(f"Data set {card.name} has no targets here: its server scores a submission. {card.ask}")
-    found = entries(card, folder)
+    found = files_of_set(card, folder)
     room = _Room()
 
-    def one(entry: Entry) -> Photograph:
-        images = load(card, entry)
+    def one(entry: ImageFiles) -> Photograph:
+        images = load_pixels(card, entry)
         verify(card, folder, entry, images)
         photo = _photograph(entry, images, mode)
         if not room.take(photo):
@@ -119,7 +119,7 @@ class _Room:
         return fits
 
 
-def verify(card: Card, folder: Path, entry: Entry, images: Images) -> None:
+def verify(card: Card, folder: Path, entry: ImageFiles, images: Images) -> None:
     """Compare an entry with its card: sizes and checksums. Raises InputError, naming the file."""
     target, degraded = images
     if degraded is not None and degraded.shape != target.shape:
@@ -158,7 +158,7 @@ def wanted_sha256(card: Card, folder: Path, path: Path, found: str) -> str | Non
     return card.sha256.get(key_of(card, folder, path)) or (found if found in card.sha256.values() else None)
 
 
-def _photograph(entry: Entry, images: Images, mode: Mode) -> Photograph:
+def _photograph(entry: ImageFiles, images: Images, mode: Mode) -> Photograph:
     target, degraded = _in_mode(images, mode)
     sha256 = pixel_sha256(target)
     if degraded is not None:
@@ -174,8 +174,8 @@ def _in_mode(images: Images, mode: Mode) -> Images:
     return target, degraded
 
 
-def _again(card: Card, entry: Entry, mode: Mode) -> Images:
-    return _in_mode(load(card, entry), mode)
+def _again(card: Card, entry: ImageFiles, mode: Mode) -> Images:
+    return _in_mode(load_pixels(card, entry), mode)
 
 
 def sample(items: Sequence[T]) -> Sequence[T]:

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from kitbench.data.cards import Card
-from kitbench.data.images import blocks, decode
-from kitbench.data.layout import Entry
+from kitbench.data.images import blocks_of_mat, decode
+from kitbench.data.layout import ImageFiles
 from kitbench.errors import InputError
 
 Images = tuple[np.ndarray, np.ndarray | None]
 
 
-def load(card: Card, entry: Entry) -> Images:
+def load_pixels(card: Card, entry: ImageFiles) -> Images:
     """The pixels of an entry, as its files have them: target, and input of a pair."""
     assert entry.target is not None
     target = pixels_of(card, entry.target, entry.block)
@@ -26,10 +26,10 @@ def pixels_of(card: Card, path: Path, block: tuple[int, ...]) -> np.ndarray:
     """One image of the right number of channels: a file, or a block of a .mat file. Raises InputError."""
     try:
         if block:
-            array = blocks(path)
+            array = blocks_of_mat(path)
             if any(i >= n for i, n in zip(block, array.shape[:-3], strict=True)):
                 raise InputError(f"{path} holds {len(array)} images, fewer than its other half; restore the file.")
-            pixels = array[block]
+            pixels: np.ndarray = array[block]
         else:
             pixels = decode(path)
     except InputError as error:

@@ -33,7 +33,8 @@ class LeFF(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.expand(x))
         x = self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.reduce(F.gelu(x))
+        y: Tensor = self.reduce(F.gelu(x))
+        return y
 
     def macs(self, height: int, width: int) -> int:
         """2 C h for the linear maps and 9 h for the depth-wise convolution, a position."""
@@ -121,7 +122,8 @@ class UNet(nn.Module):
         f = self.bottom(f)
         for stage, up, join, skip in reversed(list(zip(self.decoder, self.up, self.join, skips, strict=True))):
             f = stage(join(torch.cat([up(f), skip], dim=1)))
-        return (padded + self.tail(f))[..., :height, :width]
+        restored: Tensor = padded + self.tail(f)
+        return restored[..., :height, :width]
 
     def attentions(self) -> Iterator[tuple[str, nn.Module]]:
         """Name and module of every attention inside."""

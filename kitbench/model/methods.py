@@ -47,7 +47,7 @@ KINDS = {"Attention": "trained", "restore": "training-free", "Network": "given w
 """What a method file defines, and the kind of method that it is then."""
 
 
-def cards() -> dict[str, tuple[str, str]]:
+def method_cards() -> dict[str, tuple[str, str]]:
     """For every shipped method: its kind, and its card. Read from the source; nothing is imported."""
     found = {}
     for name, module in shipped().items():
@@ -109,7 +109,7 @@ class Loaded:
             ) from error
 
 
-def load(name: str, label: str | None = None) -> Loaded:
+def load_method(name: str, label: str | None = None) -> Loaded:
     """A shipped method by its name, or the user's own by the path of its file. Raises InputError."""
     if name.endswith(".py"):
         path = Path(name)
@@ -177,7 +177,7 @@ def _settings(method: type, word: str, name: str) -> dict[str, tuple[Any, Any]]:
     return found
 
 
-def check(method: Loaded, levels: Mapping[int, tuple[int, int, int]], settings: Mapping[str, Any]) -> None:
+def check_method(method: Loaded, levels: Mapping[int, tuple[int, int, int]], settings: Mapping[str, Any]) -> None:
     """Run the attention forward and backward at each level's (channels, heads, side) before any training.
 
     Raises InputError where it fails, returns another shape or dtype than it got, or something that is not finite, or

@@ -24,7 +24,7 @@ NAMED = 3
 """Keys that a sentence names at most."""
 
 
-def file_sha256(path: Path) -> str:
+def given_file_sha256(path: Path) -> str:
     """Of a file's bytes. Raises InputError where it cannot be read."""
     try:
         with path.open("rb") as file:

@@ -16,20 +16,21 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor, nn
 
-from kitbench.errors import InputError, RunError, told
+from kitbench.cost.agreement import state_macs
+from kitbench.errors import InputError, RunError, describe_error
 from kitbench.model import methods
-from kitbench.model.weights import file_sha256, fit, read_state
+from kitbench.model.weights import fit, given_file_sha256, read_state
 from kitbench.runs.announce import Expected
 from kitbench.runs.cell import Cell
 from kitbench.runs.display import CellReporter, Display
 from kitbench.runs.prepare import CHANNELS, Options, PreparedScoring, prepare_scoring
-from kitbench.runs.probe import RESOLUTION, count_macs
+from kitbench.runs.probe import RESOLUTION
 from kitbench.runs.score import score_cell
 from kitbench.runs.source import source_digests
 from kitbench.runs.work import begin
 from kitbench.scoring import evaluate
 from kitbench.spec.fields import Mode
-from kitbench.spec.loading import load
+from kitbench.spec.loading import load_suite
 from kitbench.spec.suite import Suite
 from kitbench.store.folder import RunFolder
 from kitbench.store.records import Cost, Run
@@ -73,7 +74,7 @@ def run(
     """
     loaded, weights = _loaded(given), given.weights
     source = Path(given.method) if given.method.endswith(".py") else _source(given.method)
-    resolved = load(suite, preset, given.overrides, [str(source)])
+    resolved = load_suite(suite, preset, given.overrides, [str(source)])
     [(name, described)] = resolved.methods.items()
     settings = loaded.resolve(described.settings)
     state = read_state(weights.path, weights.key) if weights is not None else None
@@ -84,14 +85,14 @@ def run(
         runs = _training_free(name, loaded, scoring)
     else:
         networks = _fitting(loaded, settings, scoring, state, weights.path, console)
-        sha256 = loaded.source_sha256 or file_sha256(source)
+        sha256 = loaded.source_sha256 or given_file_sha256(source)
         runs = []
         for mode, network in networks.items():
             cost = _cost(network.eval(), CHANNELS[mode])  # on the CPU: counted on fake tensors
             methods.check_network(loaded, network.to(scoring.device), CHANNELS[mode], scoring.device)
             cell = Cell(
                 resolved, mode, name, sha256, sha256, settings, None, device_name(scoring.device), None,
-                weights_sha256=file_sha256(weights.path), weights_key=weights.key,
+                weights_sha256=given_file_sha256(weights.path), weights_key=weights.key,
             )  # fmt: skip
             restore = evaluate.network(network, scoring.device, scoring.protocols[mode], "float32")
             runs.append(Scored(cell, restore, cost))
@@ -101,7 +102,7 @@ def run(
 
 def _loaded(given: Given) -> methods.Loaded:
     """The method, which must be one that weights are given for, or a training-free one without any."""
-    loaded = methods.load(given.method)
+    loaded = methods.load_method(given.method)
     if loaded.attention is not None:
         raise InputError(
             f"Method {given.method!r} is an attention inside the shared backbone, trained and scored by "
@@ -143,7 +144,7 @@ def _score_all(
                 except (RunError, InputError):
                     raise
                 except Exception as error:  # a network may be a stranger's code, and raise anything
-                    raise RunError(f"{one.cell.folder}: {told(error)}") from error
+                    raise RunError(f"{one.cell.folder}: {describe_error(error)}") from error
             folders.append(folder)
     return folders
 
@@ -160,7 +161,7 @@ def _fitting(
     loaded: methods.Loaded, settings: Mapping[str, object], scoring: PreparedScoring, state: Mapping[str, Tensor],
     path: Path, console: Console,
 ) -> dict[Mode, nn.Module]:  # fmt: skip
-    """The network with these weights in every mode that they fit; others are told. InputError where they fit none."""
+    """The network with these weights in every mode that they fit; others are named. InputError where they fit none."""
     found: dict[Mode, nn.Module] = {}
     misfits: dict[Mode, str] = {}
     for mode in scoring.sets:
@@ -180,10 +181,10 @@ def _fitting(
 
 def _cost(network: nn.Module, channels: int) -> Cost:
     closed = network.macs(RESOLUTION, RESOLUTION) if hasattr(network, "macs") else None  # type: ignore[operator]
-    macs, counted, note = count_macs(network, channels, closed)
+    macs = state_macs(network.eval(), channels, RESOLUTION, closed)
     return Cost(
         parameters=sum(p.numel() for p in network.parameters()), attention_parameters=0, resolution=RESOLUTION,
-        macs=macs, macs_counted=counted, macs_note=note, train_peak_bytes=None, memory_note=None,
+        macs=macs.closed, macs_counted=macs.counted, macs_note=macs.note, train_peak_bytes=None, memory_note=None,
     )  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def require_memory(prepared: PreparedSuite, model: UNet, cell: Cell) -> None:
     ):
         try:
             needed = predict_peak_bytes(call, model.train(call is step), shape) + extra
-        except Exception:  # noqa: BLE001 - a stranger's method may fail on fake tensors, as count_macs says
+        except Exception:  # noqa: BLE001 - a stranger's method may fail on fake tensors, as state_macs says
             return
         if needed > free:
             raise RunError(

@@ -29,7 +29,7 @@ from kitbench.runs.probe import Probe
 from kitbench.runs.score import Numbered, Share, score_text, store_evaluation
 from kitbench.runs.work import begin, record_of
 from kitbench.runs.worker import Advanced, Ended, Said, Scored, ScoreShare, Task, Train, serve
-from kitbench.store.folder import Held
+from kitbench.store.folder import RunLocked
 from kitbench.store.records import now
 from kitbench.system.interrupt import Stop
 from kitbench.system.processes import process_context
@@ -185,7 +185,7 @@ class Pool:
             progressing.locked.enter_context(folder.lock())
             begin(folder, record_of(prepared, cell))
             missing = prepared.missing(cell, folder)
-        except Held as error:
+        except RunLocked as error:
             self._wait_for(progressing, str(error))
             return
         except Exception as error:  # noqa: BLE001 - a damaged record or a full disk is this run's failure alone

@@ -16,7 +16,7 @@ from kitbench.data.batches import Batches
 from kitbench.data.cards import card
 from kitbench.data.locate import check_root, locate
 from kitbench.data.overlap import assert_disjoint
-from kitbench.data.photograph import Photograph, read
+from kitbench.data.photograph import Photograph, read_set
 from kitbench.errors import InputError
 from kitbench.model import methods
 from kitbench.model.backbone import UNet, attention_levels
@@ -25,8 +25,7 @@ from kitbench.runs.cell import Axes, Cell, axes
 from kitbench.scoring.lpips import LPIPS, available
 from kitbench.seeds import derive
 from kitbench.spec.fields import Mode, digest
-from kitbench.spec.suite import Protocol, Suite
-from kitbench.spec.suite import Sets as NamedSets
+from kitbench.spec.suite import Protocol, SetNames, Suite
 from kitbench.spec.tasks import Denoise
 from kitbench.store.files import writable
 from kitbench.store.folder import RunFolder
@@ -200,7 +199,7 @@ def prepare_scoring(suite: Suite, options: Options, checked: bool = True, traini
     )  # fmt: skip
 
 
-def choose_sets(suite: Suite, root: Path | None) -> tuple[dict[Mode, NamedSets], dict[str, str]]:
+def choose_sets(suite: Suite, root: Path | None) -> tuple[dict[Mode, SetNames], dict[str, str]]:
     """The sets of every mode that are used here, and why the others are not.
 
     Training sets must all be there; test and validation sets that are not are named and left out, and a mode without
@@ -208,9 +207,9 @@ def choose_sets(suite: Suite, root: Path | None) -> tuple[dict[Mode, NamedSets],
     """
     check_root(root)
     source = suite.data.folder if root is not None else suite.data.embedded
-    named: dict[Mode, NamedSets] = {mode: getattr(source, mode) for mode in source.modes}
+    named: dict[Mode, SetNames] = {mode: getattr(source, mode) for mode in source.modes}
     absent: dict[str, str] = {}
-    chosen: dict[Mode, NamedSets] = {}
+    chosen: dict[Mode, SetNames] = {}
     for mode, sets in named.items():
         # Clean images will do to train for any task; pairs have inputs of their own.
         paired = (name for name in (*sets.train, *sets.validation) if card(name).pairs)
@@ -237,11 +236,11 @@ def choose_sets(suite: Suite, root: Path | None) -> tuple[dict[Mode, NamedSets],
     return chosen, absent
 
 
-def read_sets(mode: Mode, named: NamedSets, root: Path | None, training: bool) -> ImageSets:
+def read_sets(mode: Mode, named: SetNames, root: Path | None, training: bool) -> ImageSets:
     """The images of one mode. Raises InputError, of training sets before the others are read."""
 
     def images(names: tuple[str, ...]) -> dict[str, list[Photograph]]:
-        return {name: read(card(name), root, mode) for name in names}
+        return {name: read_set(card(name), root, mode) for name in names}
 
     train = images(named.train) if training else {}
     return ImageSets(train, images(named.test), images(named.validation) if training else {})
@@ -251,8 +250,8 @@ def load_methods(
     suite: Suite,
 ) -> tuple[dict[str, Loaded], dict[str, Loaded], dict[str, dict[str, object]]]:
     """The trained methods, those without training, and the settings of the former. Raises InputError."""
-    trained = {name: methods.load(method.attention, name) for name, method in suite.methods.items()}
-    references = {name: methods.load(name) for name in suite.references}
+    trained = {name: methods.load_method(method.attention, name) for name, method in suite.methods.items()}
+    references = {name: methods.load_method(name) for name in suite.references}
     for name, loaded in trained.items():
         if loaded.network is not None:
             raise InputError(f"Method {name!r} is a whole network; `kitbench eval` scores it with given weights.")
@@ -277,7 +276,7 @@ def check_methods(
             methods.check_restore(loaded, CHANNELS[mode], suite.task.conditions[0])
     levels = attention_levels(suite.backbone, suite.recipe.crop)
     for name, loaded in trained.items():
-        methods.check(loaded, levels, settings[name])
+        methods.check_method(loaded, levels, settings[name])
     for sets in scoring.sets.values():
         Batches(sets.training, suite.task, suite.recipe, 0)  # refuses images smaller than the crop
 

@@ -15,9 +15,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from kitbench.cost.flops import count_module, reconcile
+from kitbench.cost.agreement import state_macs
 from kitbench.cost.memory import peak_bytes
-from kitbench.cost.timing import Sample, compare
+from kitbench.cost.timing import Sample, compare_times
 from kitbench.runs.cell import Cell
 from kitbench.runs.limits import require_memory, tile_shape
 from kitbench.runs.prepare import CHANNELS, PreparedSuite
@@ -76,7 +76,7 @@ def _subject(prepared: PreparedSuite, cell: Cell) -> _Subject:
     recipe, channels, device = prepared.suite.recipe, CHANNELS[cell.mode], prepared.device
     model = prepared.build(cell)
     require_memory(prepared, model, cell)
-    closed, counted, note = count_macs(model.eval(), channels, model.macs(RESOLUTION, RESOLUTION))
+    macs = state_macs(model.eval(), channels, RESOLUTION, model.macs(RESOLUTION, RESOLUTION))
     model.to(device).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.lr)
     x = torch.rand(len(prepared.pieces[0]), channels, recipe.crop, recipe.crop, device=device)
@@ -102,9 +102,9 @@ def _subject(prepared: PreparedSuite, cell: Cell) -> _Subject:
         parameters=sum(p.numel() for p in model.parameters()),
         attention_parameters=sum(p.numel() for _, a in model.attentions() for p in a.parameters()),
         resolution=RESOLUTION,
-        macs=closed,
-        macs_counted=counted,
-        macs_note=note,
+        macs=macs.closed,
+        macs_counted=macs.counted,
+        macs_note=macs.note,
         train_peak_bytes=peak_bytes(step, device),
         memory_note=None,
     )
@@ -114,7 +114,7 @@ def _subject(prepared: PreparedSuite, cell: Cell) -> _Subject:
 def _timed(prepared: PreparedSuite, subjects: dict[str, _Subject]) -> dict[str, Probe]:
     device, pieces = prepared.device, len(prepared.pieces)
     steps = {name: _sampler(subject.step, device) for name, subject in subjects.items()}
-    timings = compare(steps, ROUNDS, SECONDS) if steps else {}
+    timings = compare_times(steps, ROUNDS, SECONDS) if steps else {}
     calibrated = statistics.median(_sampler(calibration(device), device)().seconds for _ in range(5))
     probes = {}
     for name, subject in subjects.items():
@@ -149,17 +149,3 @@ def calibration(device: torch.device) -> Callable[[], None]:
         (tokens @ tokens.mT).softmax(-1).sum()
 
     return work
-
-
-def count_macs(model: nn.Module, channels: int, closed: int | None) -> tuple[int | None, int | None, str | None]:
-    """Multiply-adds of one image of RESOLUTION: closed form, count of what runs, and what the two leave open."""
-    try:
-        counted = count_module(model, (1, channels, RESOLUTION, RESOLUTION))
-    except Exception as error:  # noqa: BLE001 - a stranger's attention may fail on fake tensors: the row says so
-        return closed, None, f"closed form only: it could not be counted ({type(error).__name__})"
-    if closed is not None:
-        return closed, counted.macs, reconcile(closed, counted.macs, counted.uncounted)
-    note = "counted only: the method states no closed form (macs)"
-    if counted.uncounted:
-        note = f"{note}; nobody counted {', '.join(sorted(counted.uncounted))}"
-    return None, counted.macs, note

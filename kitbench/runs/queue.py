@@ -28,7 +28,7 @@ from kitbench.runs.train_cell import train_cell
 from kitbench.runs.work import CellWork, begin, record_of
 from kitbench.runs.workers import worker_devices
 from kitbench.spec.suite import Suite
-from kitbench.store.folder import Held, RunFolder
+from kitbench.store.folder import RunFolder, RunLocked
 from kitbench.store.records import now
 from kitbench.system.environment import how_to_go_on
 from kitbench.system.interrupt import GRACE, Stop, interruptible
@@ -111,7 +111,7 @@ def run_here(
                 display.failed(cell, message)
         except Interrupted:
             raise
-        except Held as error:
+        except RunLocked as error:
             if not alone:
                 raise
             if cell not in held:

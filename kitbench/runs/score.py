@@ -13,7 +13,7 @@ from kitbench.runs.prepare import PreparedScoring, PreparedSuite, Unit
 from kitbench.runs.source import scoring_digest
 from kitbench.runs.work import Reporter
 from kitbench.scoring import evaluate
-from kitbench.scoring.crops import keeper
+from kitbench.scoring.crops import crop_saver
 from kitbench.store.folder import RunFolder
 from kitbench.store.records import Evaluation, Score
 from kitbench.system.environment import numerics
@@ -58,7 +58,7 @@ def score_share(
     photographs = scoring.sets[cell.mode].test[name]
     conditions = evaluate.Conditions(name, scoring.suite.task, sigma, protocol, scoring.lpips.get(protocol.lpips))
     folder = RunFolder(scoring.options.out / cell.folder)
-    keep = keeper(folder, photographs, name, sigma, protocol.stamp)
+    keep = crop_saver(folder, photographs, name, sigma, protocol.stamp)
     chosen = (photographs[number] for number in share.numbers)
     for number, found in zip(share.numbers, evaluate.scores(restore, chosen, conditions, keep), strict=True):
         each((number, found))

@@ -26,7 +26,7 @@ from kitbench.runs.score import Numbered, Share, restorer, score_share
 from kitbench.runs.train_cell import train_cell
 from kitbench.runs.work import CellWork, Phase, begin, record_of
 from kitbench.spec.suite import Suite
-from kitbench.store.folder import Held
+from kitbench.store.folder import RunLocked
 from kitbench.system.environment import how_to_go_on
 from kitbench.system.interrupt import Stop, interruptible
 
@@ -150,7 +150,7 @@ class _Server:
                 score_share(self.prepared, cell, task.share, self._restorer(task.cell), self._scored)
         except Interrupted:
             raise
-        except Held as error:
+        except RunLocked as error:
             return Ended(locked=str(error))
         except Exception as error:  # noqa: BLE001
             # One run's failure (out of memory, a full disk, a damaged record) must not take the others with it.

@@ -21,7 +21,7 @@ PICTURES = 4
 """Images of each test set of which crops are kept."""
 
 
-def keeper(
+def crop_saver(
     folder: RunFolder, photographs: list[Photograph], name: str, sigma: float | None, stamp: str
 ) -> Callable[[Photograph, np.ndarray, np.ndarray], None]:
     """What keeps a crop of the first PICTURES images of a set as pictures in the run's folder."""

@@ -21,12 +21,14 @@ from numpy.typing import NDArray
 
 from kitbench.errors import InputError
 
+Array = NDArray[Any]
+
 _RADIUS = 5  # the 11 x 11 window of Wang et al. 2004
 _SIGMA = 1.5
 _STRIP = 64  # rows filtered at a time: the planes of one strip stay in the cache
 
 
-def psnr(a: NDArray, b: NDArray, data_range: float = 255.0) -> float:
+def psnr(a: Array, b: Array, data_range: float = 255.0) -> float:
     """Peak signal-to-noise ratio in dB, 10 log10(data_range^2 / MSE), over all pixels and channels of one image pair.
 
     a, b: [H, W] or [H, W, C], of one shape and one dtype (uint8, float32 or float64). Returns inf where they are equal.
@@ -39,7 +41,7 @@ def psnr(a: NDArray, b: NDArray, data_range: float = 255.0) -> float:
     return 10 * math.log10(data_range**2 / mse) if mse > 0 else math.inf
 
 
-def ssim(a: NDArray, b: NDArray, data_range: float = 255.0, threads: int | None = None) -> float:
+def ssim(a: Array, b: Array, data_range: float = 255.0, threads: int | None = None) -> float:
     """Structural similarity (Wang et al. 2004), the mean over the valid region and over the channels.
 
     Gaussian window 11 x 11, sigma 1.5, K1 = 0.01, K2 = 0.03, population variance, float64, channel by channel. Equal to
@@ -58,7 +60,7 @@ def ssim(a: NDArray, b: NDArray, data_range: float = 255.0, threads: int | None 
     return _mean_ssim(cv2.split(a), cv2.split(b), data_range, threads)
 
 
-def ssim_volume(a: NDArray, b: NDArray, data_range: float = 255.0, threads: int | None = None) -> float:
+def ssim_volume(a: Array, b: Array, data_range: float = 255.0, threads: int | None = None) -> float:
     """MATLAB's `ssim(a, b)` of an image given as [H, W, 3] array: it is taken for a volume whose third axis is colour.
 
     What the scripts of the field print for GoPro, HIDE and SIDD (MPRNet's and Restormer's evaluate_*.m among them). The
@@ -73,7 +75,7 @@ def ssim_volume(a: NDArray, b: NDArray, data_range: float = 255.0, threads: int 
     return _mean_ssim(volumes[0], volumes[1], data_range, threads, _mix(a.shape[2] if a.ndim == 3 else 1))
 
 
-def best_shift(prediction: NDArray, target: NDArray, shift: int) -> tuple[NDArray, NDArray]:
+def best_shift(prediction: Array, target: Array, shift: int) -> tuple[Array, Array]:
     """The inner part of the target, and the part of the prediction that fits it best, over all shifts by whole pixels.
 
     For blind deblurring, where image and kernel are known up to a shift that cancels out. Of all (2 shift + 1)^2 shifts
@@ -97,7 +99,7 @@ def best_shift(prediction: NDArray, target: NDArray, shift: int) -> tuple[NDArra
     return max(parts, key=lambda part: psnr(part, inner)), inner  # of equals the least shifted
 
 
-def luma(rgb: NDArray) -> NDArray:
+def luma(rgb: Array) -> Array:
     """Y of MATLAB's rgb2ycbcr (ITU-R BT.601, 16..235), the channel on which deraining is scored.
 
     rgb: [H, W, 3] in 0..255, R first. uint8 gives uint8, rounded as MATLAB rounds it; floating point gives float64,
@@ -116,7 +118,7 @@ _DTYPES = (np.uint8, np.float32, np.float64)
 _DTYPE_NAMES = "uint8, float32 or float64"
 
 
-def _check(a: NDArray, b: NDArray) -> None:
+def _check(a: Array, b: Array) -> None:
     if a.shape != b.shape or a.dtype != b.dtype:
         raise InputError(
             f"Two images to compare must be alike, found {list(a.shape)} of {a.dtype} and {list(b.shape)} of {b.dtype}."
@@ -128,7 +130,7 @@ def _check(a: NDArray, b: NDArray) -> None:
 
 
 def _mean_ssim(
-    a: Sequence[NDArray], b: Sequence[NDArray], data_range: float, threads: int | None, mix: NDArray | None = None
+    a: Sequence[Array], b: Sequence[Array], data_range: float, threads: int | None, mix: Array | None = None
 ) -> float:
     """The mean SSIM of pairs of planes, or of one pair of volumes, over the valid region, strip by strip."""
     halo = 2 * _RADIUS
@@ -143,10 +145,11 @@ def _mean_ssim(
     parts = list(itertools.product(range(len(a)), range(0, height - halo, _STRIP)))
     threads = threads or min(4, _cores())
     sums = list(map(strip, parts) if threads == 1 or len(parts) == 1 else _pool(threads).map(strip, parts))
-    return math.fsum(sums) / ((height - halo) * (width - halo) * len(a) * math.prod(a[0].shape[2:]))
+    voxels: int = (height - halo) * (width - halo) * len(a) * math.prod(a[0].shape[2:])
+    return math.fsum(sums) / voxels
 
 
-def _ssim_sum(a: NDArray[Any], b: NDArray[Any], c1: float, c2: float, mix: NDArray | None) -> float:
+def _ssim_sum(a: Array, b: Array, c1: float, c2: float, mix: Array | None) -> float:
     """The sum of the SSIM map of one strip, [H, W] or [H, W, C]; `mix` is the filter along the channels, if any.
 
     Filtered are a, b, ab and (a - b)^2, which of uint8 are integers of 8 and 16 bits: no other product is needed, since
@@ -177,7 +180,7 @@ def _ssim_sum(a: NDArray[Any], b: NDArray[Any], c1: float, c2: float, mix: NDArr
     return float(luminance[_RADIUS:-_RADIUS, _RADIUS:-_RADIUS].sum())  # where the whole window lies inside
 
 
-def _blur(plane: NDArray, mix: NDArray | None, times: float = 1.0, plus: float = 0.0) -> NDArray:
+def _blur(plane: Array, mix: Array | None, times: float = 1.0, plus: float = 0.0) -> Array:
     """times x plane, filtered, + plus: float64 of the plane's shape, false in the outer 5 pixels."""
     kernel = _kernel()
     blurred = cv2.sepFilter2D(plane, cv2.CV_64F, times * kernel, kernel, delta=plus)
@@ -185,14 +188,15 @@ def _blur(plane: NDArray, mix: NDArray | None, times: float = 1.0, plus: float =
 
 
 @cache
-def _kernel() -> NDArray:
+def _kernel() -> Array:
     x = np.arange(-_RADIUS, _RADIUS + 1)
-    kernel = np.exp(-(x**2) / (2 * _SIGMA**2))
-    return kernel / kernel.sum()
+    weights = np.exp(-(x**2) / (2 * _SIGMA**2))
+    kernel: Array = weights / weights.sum()
+    return kernel
 
 
 @cache
-def _mix(channels: int) -> NDArray:
+def _mix(channels: int) -> Array:
     """[channels in, channels out]: the window along the channels, its border replicated."""
     mix = np.zeros((channels, channels))
     for out, (tap, weight) in itertools.product(range(channels), enumerate(_kernel())):

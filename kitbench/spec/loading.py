@@ -49,7 +49,7 @@ def read_toml(name: str, kind: Literal["suites", "recipes", "protocols"], base: 
         raise InputError(f"{what} file {path} is not valid TOML: {error}.") from error
 
 
-def load(
+def load_suite(
     name: str,
     preset: str | None = None,
     overrides: Sequence[str] = (),

@@ -61,7 +61,7 @@ class Protocol(Frozen):
         return f"{stamp}+{digest(self.model_dump(exclude={'id', 'version', 'summary'}))[:6]}"
 
 
-class Sets(Frozen):
+class SetNames(Frozen):
     """Names of data cards: those trained on (together) and those reported (one by one)."""
 
     train: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -76,8 +76,8 @@ class Source(Frozen):
     """The sets of a source of images, a choice per colour mode; `modes` are those that a run uses."""
 
     modes: Annotated[tuple[Mode, ...], Field(min_length=1)]
-    colour: Sets | None = None
-    gray: Sets | None = None
+    colour: SetNames | None = None
+    gray: SetNames | None = None
 
     @model_validator(mode="after")
     def _described(self) -> Self:

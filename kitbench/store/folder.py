@@ -35,7 +35,7 @@ from kitbench.store.log import LogLine, parse_log
 from kitbench.store.records import Evaluation, Failure, Owner, Progress, Run, Training, now, read_record
 
 
-class Held(RunError):
+class RunLocked(RunError):
     """Another process works on the run."""
 
 
@@ -129,7 +129,7 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[Owner | None]:
-        """Only one process works on a run. Raises Held, naming the owner, where another does.
+        """Only one process works on a run. Raises RunLocked, naming the owner, where another does.
 
         The system drops the lock with the process that holds it, so a lock is never stale. Yields the owner before,
         where it was killed; what it left half-written is removed.
@@ -140,7 +140,7 @@ class RunFolder:
             lock.acquire()
         except Timeout as error:
             owner = _owner(self.path) or "another process"
-            raise Held(f"{self.path} is being worked on by {owner}; wait for it, or stop it") from error
+            raise RunLocked(f"{self.path} is being worked on by {owner}; wait for it, or stop it") from error
         try:
             before = _owner(self.path)
             for left in self.path.rglob(".*.tmp"):

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -24,6 +24,7 @@ LARGEST = 64 << 20
 """Bytes of the largest record that is read."""
 Stamp = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*\.v[0-9]+(\+[0-9a-f]{6})?$")]
 """Part of file names: nothing in it leads out of the run's folder."""
+Record = TypeVar("Record", bound=Frozen)
 
 
 class Environment(Frozen):
@@ -214,7 +215,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def read_record(model: type[Any], path: Path) -> Any:
+def read_record(model: type[Record], path: Path) -> Record:
     """A record from a file that a stranger may have written. Raises InputError."""
     try:
         if not path.is_file():  # a pipe would be waited on forever

@@ -65,7 +65,7 @@ def _speaks_of(figure: Figure, run: Run, evaluation: Evaluation) -> bool:
     return (figure.data_set, figure.sigma, figure.metric) == (evaluation.data_set, evaluation.sigma, metric)
 
 
-def markdown(found: Sequence[Anchor]) -> str:
+def anchors_markdown(found: Sequence[Anchor]) -> str:
     """The table of the README, ending in a newline."""
     lines = [
         [

@@ -19,7 +19,7 @@ KINDS: tuple[Kind, ...] = ("data", "code", "setting", "device", "version", "flag
 
 
 @dataclass(frozen=True)
-class Difference:
+class RunDifference:
     """One thing that two runs differ in."""
 
     kind: Kind
@@ -39,65 +39,65 @@ def _short(value: object) -> str:
     return f"{digits[:10]}{'+dirty' if dirty else ''}" if is_hash else text
 
 
-def differences(a: RunFolder, b: RunFolder) -> list[Difference]:
+def differences(a: RunFolder, b: RunFolder) -> list[RunDifference]:
     """All that differs, what explains first; times are left out."""
     one, two = a.run, b.run
     found = [*_identity(one, two), *_test_sets(a, b), *_environment(one.environment, two.environment), *numbers(a, b)]
     return sorted(found, key=lambda difference: KINDS.index(difference.kind))
 
 
-def _identity(a: Run, b: Run) -> Iterator[Difference]:
+def _identity(a: Run, b: Run) -> Iterator[RunDifference]:
     kinds: dict[str, Kind] = {"numerics": "code", "device": "device", "train_sha256": "data"}
     for name, first, second in _unequal(_flat(a.identity), _flat(b.identity)):
         if name != "train_sha256":
             # A user's own attention is known by the checksum of its file.
             own = name == "attention" and a.method == b.method
-            yield Difference("code" if own else kinds.get(name, "setting"), name, first, second)
+            yield RunDifference("code" if own else kinds.get(name, "setting"), name, first, second)
     for name, first, second in _unequal(a.train_sets, b.train_sets):
-        yield Difference("data", f"training set {name}", first, second)
+        yield RunDifference("data", f"training set {name}", first, second)
 
 
-def _environment(a: Environment, b: Environment) -> Iterator[Difference]:
+def _environment(a: Environment, b: Environment) -> Iterator[RunDifference]:
     kinds: dict[str, Kind] = {
         "kitbench": "code", "commit": "code", "device": "device", "driver": "device", "python": "version",
         "threads": "threads", "host": "host",
     }  # fmt: skip
     for name, kind in kinds.items():
         if getattr(a, name) != getattr(b, name):
-            yield Difference(kind, name, getattr(a, name), getattr(b, name))
+            yield RunDifference(kind, name, getattr(a, name), getattr(b, name))
     for name, first, second in _unequal(a.versions, b.versions):
-        yield Difference("version", name, first, second)
+        yield RunDifference("version", name, first, second)
     for name, first, second in _unequal(a.flags, b.flags):
-        yield Difference("flag", name, first, second)
+        yield RunDifference("flag", name, first, second)
 
 
-def _test_sets(a: RunFolder, b: RunFolder) -> Iterator[Difference]:
+def _test_sets(a: RunFolder, b: RunFolder) -> Iterator[RunDifference]:
     sums = [{e.data_set: e.data_sha256 for e in folder.evaluations()} for folder in (a, b)]
     for name in sorted(sums[0].keys() & sums[1].keys()):
         if sums[0][name] != sums[1][name]:
-            yield Difference("data", f"test set {name}", sums[0][name], sums[1][name])
+            yield RunDifference("data", f"test set {name}", sums[0][name], sums[1][name])
 
 
-def numbers(a: RunFolder, b: RunFolder) -> list[Difference]:
+def numbers(a: RunFolder, b: RunFolder) -> list[RunDifference]:
     """Where the numbers part: the first logged step, the weights, the scores of every evaluation that both have."""
     found = []
     one, two = a.training, b.training
     if one is not None and two is not None:
         for first, second in zip(a.logged(), b.logged(), strict=False):
             if first.loss != second.loss:
-                found.append(Difference("numbers", f"loss at step {first.step}", first.loss, second.loss))
+                found.append(RunDifference("numbers", f"loss at step {first.step}", first.loss, second.loss))
                 break
         if one.weights_sha256 != two.weights_sha256:
-            found.append(Difference("numbers", "weights", one.weights_sha256, two.weights_sha256))
+            found.append(RunDifference("numbers", "weights", one.weights_sha256, two.weights_sha256))
     for own, other_own in shared(a, b):
         name = f"{own.data_set} {own.condition} {own.stamp}".replace("  ", " ")
         theirs = {score.image: score for score in other_own.scores}
         for score in own.scores:
             other = theirs.get(score.image)
             if other is None:
-                found.append(Difference("numbers", f"{name}, {score.image}", f"{score.psnr} dB", "not scored"))
+                found.append(RunDifference("numbers", f"{name}, {score.image}", f"{score.psnr} dB", "not scored"))
             elif parts(score, other):
-                found.append(Difference("numbers", f"{name}, {score.image}", _dB(score), _dB(other)))
+                found.append(RunDifference("numbers", f"{name}, {score.image}", _dB(score), _dB(other)))
     return found
 
 

@@ -89,7 +89,7 @@ class Reference(Frozen):
 
 
 @dataclass(frozen=True)
-class Line:
+class Comparison:
     """One comparison with the reference."""
 
     name: str
@@ -158,7 +158,7 @@ def _cost(comparison: str, method: str, group: list[Entry]) -> CostRow:
     )  # fmt: skip
 
 
-def read(path: Path) -> Reference:
+def read_reference(path: Path) -> Reference:
     """A stored reference. Raises InputError."""
     try:
         return Reference.model_validate(json.loads(path.read_bytes()))
@@ -172,7 +172,7 @@ def read(path: Path) -> Reference:
         ) from error
 
 
-def compare(runs: Sequence[RunFolder], reference: Reference, time: float = TIME) -> list[Line]:
+def compare_with_reference(runs: Sequence[RunFolder], reference: Reference, time: float = TIME) -> list[Comparison]:
     """Every comparison of the runs with the reference. Raises InputError where the two speak of other numbers."""
     current = collect(runs, reference.protocol)
     theirs = {row.comparison for row in current.rows}
@@ -190,10 +190,10 @@ def compare(runs: Sequence[RunFolder], reference: Reference, time: float = TIME)
     return lines
 
 
-def _scores(row: Row, found: Row | None, reference: Reference) -> Iterable[Line]:
+def _scores(row: Row, found: Row | None, reference: Reference) -> Iterable[Comparison]:
     name = _name(row.place)
     if found is None:
-        yield Line(name, "PSNR", None, float(np.mean(list(row.psnr.values()))), "not in these runs", True, ())
+        yield Comparison(name, "PSNR", None, float(np.mean(list(row.psnr.values()))), "not in these runs", True, ())
         return
     if found.data_sha256 != row.data_sha256:
         raise InputError(
@@ -207,7 +207,7 @@ def _scores(row: Row, found: Row | None, reference: Reference) -> Iterable[Line]
         tolerance, why = score_tolerance(row, quantity, len(a), len(b), bool(shared), reference)
         mean, before = float(np.mean(a)), float(np.mean(b))
         worse = not mean >= before - tolerance
-        yield Line(name, quantity, mean, before, f"tolerance {tolerance:.4f} {why}", worse, found.runs)
+        yield Comparison(name, quantity, mean, before, f"tolerance {tolerance:.4f} {why}", worse, found.runs)
 
 
 def score_tolerance(
@@ -238,18 +238,18 @@ def score_tolerance(
     return (tolerance, f"({why})") if tolerance > FLOOR[quantity] else (FLOOR[quantity], f"({why}; at least this)")
 
 
-def _costs(row: CostRow, found: CostRow | None, time: float) -> Iterable[Line]:
+def _costs(row: CostRow, found: CostRow | None, time: float) -> Iterable[Comparison]:
     if found is None:
         return  # its scores are missing too, and were told
     for quantity, new, old in (("parameters", found.parameters, row.parameters), ("MACs", found.macs, row.macs)):
-        yield Line(row.method, quantity, new, old, "no tolerance", new != old, found.runs)
+        yield Comparison(row.method, quantity, new, old, "no tolerance", new != old, found.runs)
     for quantity, value, before, share in (
         ("peak memory of a step (bytes)", found.peak_bytes, row.peak_bytes, MEMORY),
         ("time of a step (calibration runs)", found.step, row.step, time),
     ):
         if before is not None:
             worse = value is None or value > before * (1 + share)
-            yield Line(row.method, quantity, value, before, f"tolerance {share:.0%} more", worse, found.runs)
+            yield Comparison(row.method, quantity, value, before, f"tolerance {share:.0%} more", worse, found.runs)
 
 
 def changes(old: Reference, new: Reference) -> list[str]:
@@ -270,7 +270,7 @@ def changes(old: Reference, new: Reference) -> list[str]:
     return told
 
 
-def junit(lines: Sequence[Line]) -> bytes:
+def junit(lines: Sequence[Comparison]) -> bytes:
     """JUnit XML: a test case a comparison."""
     failures = str(sum(line.failed for line in lines))
     suite = ElementTree.Element("testsuite", name="kitbench check", tests=str(len(lines)), failures=failures)
@@ -278,15 +278,16 @@ def junit(lines: Sequence[Line]) -> bytes:
         case = ElementTree.SubElement(suite, "testcase", classname=line.name, name=line.quantity)
         if line.failed:
             ElementTree.SubElement(case, "failure", message=str(line))
-    return ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True) + b"\n"
+    text: bytes = ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True)
+    return text + b"\n"
 
 
-def summary(lines: Sequence[Line]) -> str:
+def check_summary(lines: Sequence[Comparison]) -> str:
     """Markdown for a pull request: the verdict, the failures, then everything that was compared."""
     failed = [line for line in lines if line.failed]
     header = ["what", "quantity", "found", "reference", "tolerance", "runs"]
 
-    def grid(some: Sequence[Line]) -> str:
+    def grid(some: Sequence[Comparison]) -> str:
         cells = [
             [x.name, x.quantity, _shown(x.found), _shown(x.reference), x.tolerance, ", ".join(x.runs)] for x in some
         ]

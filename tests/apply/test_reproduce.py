@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from real_commands import RUN, Done, folder, kitbench
 
-from benchmarks.faults import RUN, Done, folder, kitbench
 from kitbench.apply.reproduce import judge
 from kitbench.store.folder import RunFolder
 from kitbench.store.records import Environment, Run

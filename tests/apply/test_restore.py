@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from kitbench.apply import restore, trained
-from kitbench.apply.explain import choices
+from kitbench.apply.explain import Pixel, choices
 from kitbench.apply.restore import Picture
 from kitbench.cli.main import cli
 from kitbench.errors import InputError
@@ -69,7 +69,9 @@ def test_every_format_keeps_its_size_depth_channels_and_alpha(
     path = tmp_path / f"mine{suffix}"
     image = photograph(*size, channels, dtype)
     cv2.imwrite(str(path), image)
-    [written] = restore.run([path], run_of(tiny_runs, "kit"), None, CPU, None, None, overwrite=False)
+    model, _ = trained.load_trained(run_of(tiny_runs, "kit"), None, CPU)
+    [written] = restore.targets_of([path], None, overwrite=False)
+    restore.restore_file(model, path, written, CPU, None)
     assert written == tmp_path / f"mine-restored{suffix}"
     got = cv2.imread(str(written), cv2.IMREAD_UNCHANGED)
     got = got[..., None] if got.ndim == 2 else got
@@ -81,8 +83,8 @@ def test_every_format_keeps_its_size_depth_channels_and_alpha(
 
 
 def test_sixteen_bits_are_not_cut_to_eight(tiny_runs, tmp_path) -> None:
-    model, _ = trained.load(run_of(tiny_runs, "conv"), None, CPU)
-    deep = restore.restore(model, Picture(photograph(40, 40, 3, np.uint16), None), CPU, None)
+    model, _ = trained.load_trained(run_of(tiny_runs, "conv"), None, CPU)
+    deep = restore.restore_picture(model, Picture(photograph(40, 40, 3, np.uint16), None), CPU, None)
     assert len(np.unique(deep.pixels % 257)) > 100
 
 
@@ -91,22 +93,22 @@ def test_a_jpeg_is_turned_upright_as_its_exif_says(tmp_path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees clockwise to show
     Image.fromarray(np.rot90(upright)).save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    assert restore.read(tmp_path / "turned.jpg").pixels.shape == (40, 60, 3)
+    assert restore.read_picture(tmp_path / "turned.jpg").pixels.shape == (40, 60, 3)
 
 
 def test_tiles_of_a_local_network_equal_the_whole_picture(tiny_runs) -> None:
-    model, _ = trained.load(run_of(tiny_runs, "conv"), None, CPU)
+    model, _ = trained.load_trained(run_of(tiny_runs, "conv"), None, CPU)
     picture = Picture(photograph(210, 170, 3), None)
-    whole, tiled = (restore.restore(model, picture, CPU, tile).pixels.astype(int) for tile in (0, 96))
+    whole, tiled = (restore.restore_picture(model, picture, CPU, tile).pixels.astype(int) for tile in (0, 96))
     assert np.abs(whole - tiled).max() <= 1  # of 255 levels
 
 
 @pytest.mark.parametrize("method", ["kit", "conv"])
 def test_no_seam_is_seen_where_tiles_meet(tiny_runs, method) -> None:
     """The jump from row to row, beyond that of the input, is no larger where tiles begin or end than elsewhere."""
-    model, _ = trained.load(run_of(tiny_runs, method), None, CPU)
+    model, _ = trained.load_trained(run_of(tiny_runs, method), None, CPU)
     picture = Picture(photograph(300, 100, 3), None)
-    change = restore.restore(model, picture, CPU, 96).pixels.astype(float) - picture.pixels
+    change = restore.restore_picture(model, picture, CPU, 96).pixels.astype(float) - picture.pixels
     jumps = np.abs(np.diff(change, axis=0)).mean((1, 2))
     seams = [row + offset for row in starts(300, 96, 24)[1:] for offset in (-1, 23)]
     others = np.delete(jumps, seams)
@@ -126,7 +128,7 @@ def test_gray_and_colour_pass_through_a_network_of_the_other_kind(tiny_runs, cha
 
     picture = Picture(photograph(20, 30, channels) // 2, None)
     for count in (1, 3):
-        got = restore.restore(Brighter(count), picture, CPU, None)
+        got = restore.restore_picture(Brighter(count), picture, CPU, None)
         np.testing.assert_array_equal(got.pixels, picture.pixels + 10)
 
 
@@ -153,23 +155,23 @@ def test_weights_that_are_not_those_of_the_run_are_refused(tiny_runs, tmp_path) 
     whole = (copy / "weights.safetensors").read_bytes()
     (copy / "weights.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(InputError, match="damaged: it has not the checksum"):
-        trained.load(RunFolder(copy), None, CPU)
+        trained.load_trained(RunFolder(copy), None, CPU)
     (copy / "weights.safetensors").write_bytes(b"no weights")
     with pytest.raises(InputError, match="cannot be read"):
-        trained.load(RunFolder(copy), None, CPU)
+        trained.load_trained(RunFolder(copy), None, CPU)
     (copy / "weights.safetensors").unlink()
     with pytest.raises(InputError, match="holds no weights"):
-        trained.load(RunFolder(copy), None, CPU)
+        trained.load_trained(RunFolder(copy), None, CPU)
 
 
 def test_explain_finds_the_twin_of_a_patch(tiny_runs) -> None:
     """A picture of flat patches, all different but for one pair: each names the other first."""
-    model, _ = trained.load(run_of(tiny_runs, "kit"), None, CPU)
+    model, _ = trained.load_trained(run_of(tiny_runs, "kit"), None, CPU)
     random = np.random.default_rng(1)
     cells = random.integers(30, 220, (8, 8, 3), dtype=np.uint8)
     cells[6, 5] = cells[1, 2]
     picture = Picture(cells.repeat(32, 0).repeat(32, 1), None)
-    [one] = [c for c in choices(model, picture, 2 * 32 + 16, 32 + 16, CPU) if c.name.startswith("bottom")]
+    [one] = [c for c in choices(model, picture, Pixel(2 * 32 + 16, 32 + 16), CPU) if c.name.startswith("bottom")]
     own, *others = one.squares
     assert own == (80, 48, 8)  # the patch of 4 x 4 at half resolution that holds the pixel
     assert len(set(one.squares)) == 4

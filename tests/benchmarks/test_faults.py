@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import safetensors
+from real_commands import RUN, SUITE, Command, Done, folder, kitbench, leftovers, phase
 
 from benchmarks import faults
-from benchmarks.faults import RUN, SUITE, Command, Done, folder, kitbench, phase
 
 SLEEPY = '''
 """sleepy: an operator that takes a minute, at one place."""
@@ -131,7 +131,7 @@ def test_a_failed_run_is_kept_as_failed_until_it_succeeds(tmp_path: Path) -> Non
         assert "failed, so not or not wholly in the table: denoise-colour-fails" in table.text
         (place / "mended").touch()
         assert kitbench(place, *command).code == 0
-        assert not faults.leftovers(place / "results")
+        assert not leftovers(place / "results")
 
 
 def test_a_run_that_needs_more_memory_than_there_is_is_refused_with_the_figure() -> None:

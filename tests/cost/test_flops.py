@@ -9,10 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from kitbench.cost.flops import Count, count, count_fvcore, count_module, reconcile
+from kitbench.cost.agreement import reconcile, state_macs
+from kitbench.cost.flops import Count, count, count_module
+from kitbench.cost.second_counter import count_fvcore
 from kitbench.model import methods
+from kitbench.model.backbone import UNet
+from kitbench.spec.suite import Backbone
 
 METHODS = [
     ("kit", {}),
@@ -29,7 +34,7 @@ METHODS = [
 
 def attention(name, dim=32, heads=2, **settings):
     torch.manual_seed(0)
-    return methods.load(name).build(dim, heads, False, **settings).eval()
+    return methods.load_method(name).build(dim, heads, False, **settings).eval()
 
 
 @pytest.mark.parametrize(("name", "settings"), METHODS)
@@ -231,15 +236,56 @@ def test_vit_base_counts_its_published_figure():
 
 
 def test_importing_fvcore_warns_of_nothing():
-    code = "from kitbench.cost.flops import count_fvcore; from torch import nn, zeros; "
+    code = "from kitbench.cost.second_counter import count_fvcore; from torch import nn, zeros; "
     code += "assert count_fvcore(nn.Linear(2, 3), zeros(1, 2))[0] == 6"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
+
+
+class AddedProducts(nn.Module):
+    """[1, C, N, N] to [N, N] by an operator that torch's counter has a formula for, and fvcore has not."""
+
+    def forward(self, x):
+        return torch.addbmm(x[0, 0], x[0], x[0])
+
+
+class Untraceable(nn.Module):
+    def forward(self, x):
+        if torch.jit.is_tracing():
+            raise TypeError("not while tracing")
+        return x
+
+
+def test_a_row_says_where_the_two_counters_disagree():
+    found = state_macs(AddedProducts(), 3, 64, 3 * 64**3)
+    assert found.counted == 3 * 64**3
+    assert found.note == (
+        f"at 256 px torch's counter finds {3 * 256**3 / 1e6:.1f} MMAC, fvcore 0.0: in fvcore, no formula for aten::addbmm"
+    )
+    assert state_macs(AddedProducts(), 3, 64, None).note.endswith("no formula for aten::addbmm")
+
+
+def test_a_row_says_where_fvcore_cannot_trace():
+    note = state_macs(Untraceable(), 3, 64, 0).note
+    assert note == "checked by one counter only: fvcore could not trace it (TypeError)"
+
+
+@pytest.mark.parametrize(("name", "side"), [("window", 256), ("global", 64)])
+def test_the_counters_are_compared_once_at_a_size_that_takes_a_moment(name, side):
+    method = methods.load_method(name)
+    config = Backbone(width=16, head_dim=8, blocks=(1, 1), attention_levels=(1,))
+    model = UNet(3, config, method, method.resolve({}), seed=0).eval()
+    sides = []
+    model.register_forward_hook(
+        lambda module, inputs, output: None if isinstance(output, FakeTensor) else sides.append(output.shape[-1])
+    )
+    assert state_macs(model, 3, 256, model.macs(256, 256)).note is None
+    assert sides == [side]
 
 
 class SwinBlock(nn.Module):
     def __init__(self, dim, heads, shift):
         super().__init__()
-        self.attention = methods.load("window").build(dim, heads, shift, window=7)
+        self.attention = methods.load_method("window").build(dim, heads, shift, window=7)
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2))
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 

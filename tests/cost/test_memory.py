@@ -58,7 +58,7 @@ def train(module, x):
 @pytest.mark.parametrize("step", [infer, train])
 @pytest.mark.parametrize("name", ["kit", "global", "window", "conv"])
 def test_prediction_is_close_to_the_measurement(name, step):
-    module = methods.load(name).build(64, 4, False)
+    module = methods.load_method(name).build(64, 4, False)
     x = torch.randn(1, 96, 96, 64)
     step(module, x)
     measured = peak_bytes(lambda: step(module, x), CPU)
@@ -67,14 +67,14 @@ def test_prediction_is_close_to_the_measurement(name, step):
 
 def test_materialised_attention_needs_its_logits():
     """(3 + 2hN/C) u in inference, u one feature map: q, k, v, and two matrices of logits."""
-    module = methods.load("global").build(64, 4, False, form="materialised")
+    module = methods.load_method("global").build(64, 4, False, form="materialised")
     u = 32 * 32 * 64 * 4
     expected = (3 + 2 * 4 * 32 * 32 / 64) * u
     assert predict_peak_bytes(infer, module, (1, 32, 32, 64)) == pytest.approx(expected, rel=0.02)
 
 
 def test_prediction_of_a_huge_map_allocates_nothing():
-    module = methods.load("global").build(64, 4, False, form="materialised")
+    module = methods.load_method("global").build(64, 4, False, form="materialised")
     assert predict_peak_bytes(infer, module, (1, 4096, 4096, 64)) > 1 << 50  # pebibytes
 
 
@@ -89,7 +89,7 @@ def test_gradients_are_added_in_place_as_the_engine_does():
 
 
 def test_prediction_leaves_the_module_alone():
-    module = methods.load("kit").build(32, 1, False)
+    module = methods.load_method("kit").build(32, 1, False)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     predict_peak_bytes(train, module, (1, 32, 32, 32))
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kitbench.cost import timing
-from kitbench.cost.timing import QueuedSampler, Sample, Timing, compare, ratio, sampler, summary
+from kitbench.cost.timing import QueuedSampler, Sample, Timing, compare_times, ratio, sampler, timing_summary
 
 
 def scripted(*samples):
@@ -20,7 +20,7 @@ def scripted(*samples):
 def test_rounds_that_were_disturbed_are_dropped_for_all_and_counted():
     a = scripted(Sample(1.0), Sample(9.0, contended=True), Sample(1.0))
     b = scripted(Sample(2.0), Sample(2.0), Sample(2.0))
-    found = compare({"a": a, "b": b}, rounds=4)
+    found = compare_times({"a": a, "b": b}, rounds=4)
     assert found["a"].samples == (1.0,) * 4
     assert found["b"].samples == (2.0,) * 4
     assert found["a"].dropped == found["b"].dropped == 2  # rounds 2 and 5
@@ -28,13 +28,13 @@ def test_rounds_that_were_disturbed_are_dropped_for_all_and_counted():
 
 
 def test_where_everything_was_disturbed_everything_is_kept():
-    found = compare({"a": scripted(Sample(1.0, contended=True))}, rounds=3)["a"]
+    found = compare_times({"a": scripted(Sample(1.0, contended=True))}, rounds=3)["a"]
     assert found.samples == (1.0,) * 6
     assert found.dropped == 0
 
 
 def test_rounds_stop_when_the_time_is_up_but_not_before_the_first():
-    assert len(compare({"a": scripted(Sample(1.0))}, rounds=50, seconds=0)["a"].samples) == 1
+    assert len(compare_times({"a": scripted(Sample(1.0))}, rounds=50, seconds=0)["a"].samples) == 1
 
 
 def test_every_round_takes_every_callable_once_in_changing_order():
@@ -43,7 +43,7 @@ def test_every_round_takes_every_callable_once_in_changing_order():
     def named(name):
         return lambda: order.append(name) or Sample(1.0)
 
-    compare({name: named(name) for name in "abc"}, rounds=20)
+    compare_times({name: named(name) for name in "abc"}, rounds=20)
     rounds = ["".join(order[i : i + 3]) for i in range(0, 60, 3)]
     assert {"".join(sorted(r)) for r in rounds} == {"abc"}
     assert len(set(rounds)) > 2
@@ -51,7 +51,7 @@ def test_every_round_takes_every_callable_once_in_changing_order():
 
 def test_the_ratio_pairs_rounds_so_that_a_drift_cancels():
     drift = [1.0, 2.0, 4.0, 8.0, 16.0]
-    assert ratio(summary([3 * x for x in drift]), summary(drift)) == 3
+    assert ratio(timing_summary([3 * x for x in drift]), timing_summary(drift)) == 3
 
 
 @pytest.mark.parametrize(
@@ -59,11 +59,11 @@ def test_the_ratio_pairs_rounds_so_that_a_drift_cancels():
     [([1.0] * 5, False), ([1, 1, 1, 1.5, 1.5], True), ([1.0, 1.0], True), ([1, 1.01, 1.1, 1.05], False)],
 )
 def test_a_wide_spread_or_few_rounds_are_noisy(samples, noisy):
-    assert summary(samples).noisy is noisy
+    assert timing_summary(samples).noisy is noisy
 
 
 def test_quartiles_are_those_of_the_samples():
-    assert summary([5.0, 1.0, 3.0, 2.0, 4.0]) == Timing(3.0, (2.0, 4.0), (5.0, 1.0, 3.0, 2.0, 4.0), 0)
+    assert timing_summary([5.0, 1.0, 3.0, 2.0, 4.0]) == Timing(3.0, (2.0, 4.0), (5.0, 1.0, 3.0, 2.0, 4.0), 0)
 
 
 def test_a_sample_lasts_long_enough_and_is_seconds_a_call():
@@ -165,7 +165,7 @@ def test_a_call_that_waits_for_the_device_is_launch_bound_and_timed_from_call_to
     assert all(sample.launch_bound for sample in samples)
     # The first kernel lies behind the flush, the second waits for the host's return, its launch and itself.
     assert [sample.seconds for sample in samples] == pytest.approx([12e-6] * 3)
-    assert compare({"a": take}, rounds=3)["a"].launch_bound
+    assert compare_times({"a": take}, rounds=3)["a"].launch_bound
 
 
 def test_a_call_of_more_launches_than_the_queue_takes_is_launch_bound():
@@ -208,10 +208,10 @@ def test_every_callable_is_warmed_up_for_half_a_second_before_anything_is_timed(
 
 
 def test_what_the_host_takes_to_queue_a_call_is_kept_as_a_median():
-    found = compare({"a": scripted(*(Sample(1.0, host=host) for host in (1.0, 5.0, 2.0)))}, rounds=3)["a"]
+    found = compare_times({"a": scripted(*(Sample(1.0, host=host) for host in (1.0, 5.0, 2.0)))}, rounds=3)["a"]
     assert found.host == 2.0
     assert not found.launch_bound
-    assert compare({"a": scripted(Sample(1.0))}, rounds=3)["a"].host is None
+    assert compare_times({"a": scripted(Sample(1.0))}, rounds=3)["a"].host is None
 
 
 def test_a_sample_of_no_least_length_is_one_call_after_one_to_warm_up():

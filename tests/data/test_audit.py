@@ -13,7 +13,7 @@ from kitbench.data.audit import audit
 from kitbench.data.cards import Card, card, cards
 from kitbench.data.layout import unnumbered
 from kitbench.data.locate import locate
-from kitbench.data.photograph import read
+from kitbench.data.photograph import read_set
 from kitbench.data.pixels import pixel_sha256
 from kitbench.errors import InputError
 from tests.data.test_cards import image, mat_file, own_card, own_pairs, write
@@ -86,7 +86,7 @@ def test_what_is_missing_from_a_numbered_set_is_named(tmp_path: Path) -> None:
     five = card("DIV2K").model_copy(update={"count": 5, "numbered": ("0001", "0005")})
     assert audit(five, tmp_path / "DIV2K_train_HR") == ["missing: 0002", "missing: 0005"]
     with pytest.raises(InputError, match=r"3 images in .*expected 5 \(0002, 0005 missing\)"):
-        read(five, tmp_path, "colour")
+        read_set(five, tmp_path, "colour")
     for found in cards().values():
         if found.numbered:
             assert len(unnumbered(found, [])) == found.count

@@ -15,18 +15,18 @@ from kitbench.data.batches import AHEAD, Batches
 from kitbench.data.cards import Card, card
 from kitbench.data.degrade import add_noise
 from kitbench.data.overlap import assert_disjoint
-from kitbench.data.photograph import Photograph, read
+from kitbench.data.photograph import Photograph, read_set
 from kitbench.errors import InputError
 from kitbench.seeds import generator
 from kitbench.spec import loading
 
-RECIPE = loading.load("denoise", "smoke").recipe
-TASK = loading.load("denoise", "smoke").task
+RECIPE = loading.load_suite("denoise", "smoke").recipe
+TASK = loading.load_suite("denoise", "smoke").task
 
 
 @pytest.fixture(scope="module")
 def photographs() -> list[Photograph]:
-    return read(card("skimage-train"), None, "colour")
+    return read_set(card("skimage-train"), None, "colour")
 
 
 def own_card(count: int, **fields: object) -> Card:
@@ -43,29 +43,29 @@ def write_images(folder: Path, count: int, mode: str = "RGB", size: tuple[int, i
 
 
 def test_embedded_photographs_match_their_cards_and_are_disjoint() -> None:
-    train = {"skimage-train": read(card("skimage-train"), None, "gray")}
-    test = {name: read(card(name), None, "gray") for name in ("skimage-test", "skimage-gray")}
+    train = {"skimage-train": read_set(card("skimage-train"), None, "gray")}
+    test = {name: read_set(card(name), None, "gray") for name in ("skimage-test", "skimage-gray")}
     assert_disjoint(train, test)
     assert [len(photos) for photos in (*train.values(), *test.values())] == [4, 2, 5]
 
 
 @pytest.mark.parametrize("name", ["Set12", "BSD68", "CBSD68", "BSDS500"])
 def test_a_real_set_matches_its_card(name: str, data_root: Path) -> None:
-    photos = read(card(name), data_root, "colour" if card(name).colour else "gray")
+    photos = read_set(card(name), data_root, "colour" if card(name).colour else "gray")
     assert len(photos) == card(name).count
     assert all(photo.pixels.dtype == np.uint8 and photo.pixels.ndim == 3 for photo in photos)
 
 
 def test_bsd68_is_cbsd68_made_gray_pixel_for_pixel(data_root: Path) -> None:
-    ours = {photo.sha256 for photo in read(card("CBSD68"), data_root, "gray")}
-    assert ours == {photo.sha256 for photo in read(card("BSD68"), data_root, "gray")}
+    ours = {photo.sha256 for photo in read_set(card("CBSD68"), data_root, "gray")}
+    assert ours == {photo.sha256 for photo in read_set(card("BSD68"), data_root, "gray")}
 
 
 def test_training_on_the_val_split_of_bsds500_would_be_refused(data_root: Path) -> None:
     leaky = card("BSDS500").model_copy(
         update={"layouts": (("images/val/*.jpg",),), "count": 100, "checksum": "none", "sha256": {}}
     )
-    train, test = read(leaky, data_root, "colour"), read(card("CBSD68"), data_root, "colour")
+    train, test = read_set(leaky, data_root, "colour"), read_set(card("CBSD68"), data_root, "colour")
     with pytest.raises(InputError, match="overlap"):
         assert_disjoint({"val": train}, {"CBSD68": test})
 
@@ -81,35 +81,35 @@ def test_a_turned_copy_of_a_test_image_is_not_allowed_in_training(turned, photog
 def test_what_is_wrong_with_a_folder_is_named(tmp_path: Path) -> None:
     own = own_card(3, folders=["own"])
     with pytest.raises(InputError, match=r"not in .*looked for own"):
-        read(own, tmp_path, "colour")
+        read_set(own, tmp_path, "colour")
     (tmp_path / "own").mkdir()
     with pytest.raises(InputError, match="no image"):
-        read(own, tmp_path, "colour")
+        read_set(own, tmp_path, "colour")
     write_images(tmp_path / "own", 2)
     with pytest.raises(InputError, match="2 images in .* expected 3"):
-        read(own, tmp_path, "colour")
+        read_set(own, tmp_path, "colour")
     write_images(tmp_path / "own", 3)
-    assert len(read(own, tmp_path, "colour")) == 3
+    assert len(read_set(own, tmp_path, "colour")) == 3
     (tmp_path / "own" / "1.png").write_text("no image")
     with pytest.raises(InputError, match="not a readable image"):
-        read(own, tmp_path, "colour")
+        read_set(own, tmp_path, "colour")
     write_images(tmp_path / "own", 3)
     whole = (tmp_path / "own" / "1.png").read_bytes()
     (tmp_path / "own" / "1.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match="not a readable image"):
-        read(own, tmp_path, "colour")
+        read_set(own, tmp_path, "colour")
 
 
 def test_the_wrong_kind_of_image_is_named(tmp_path: Path) -> None:
     own = own_card(1, folders=["own"])
     write_images(tmp_path / "own", 1, mode="L")
     with pytest.raises(InputError, match="is gray, expected colour"):
-        read(own, tmp_path, "colour")
+        read_set(own, tmp_path, "colour")
     Image.fromarray(np.zeros((32, 32), np.uint16)).save(tmp_path / "own" / "0.png")
     with pytest.raises(InputError, match=r"pixel format I;16"):
-        read(own, tmp_path, "colour")
+        read_set(own, tmp_path, "colour")
     with pytest.raises(InputError, match="gray and cannot be used in mode 'colour'"):
-        read(own.model_copy(update={"colour": False}), tmp_path, "colour")
+        read_set(own.model_copy(update={"colour": False}), tmp_path, "colour")
 
 
 def test_an_altered_file_is_named_with_both_checksums(tmp_path: Path, data_root: Path) -> None:
@@ -119,7 +119,7 @@ def test_an_altered_file_is_named_with_both_checksums(tmp_path: Path, data_root:
     pixels[0, 0] ^= 1
     Image.fromarray(pixels).save(path)
     with pytest.raises(InputError, match=r"03\.png has pixels checksum \w{12}, expected \w{12}"):
-        read(card("Set12"), tmp_path, "gray")
+        read_set(card("Set12"), tmp_path, "gray")
 
 
 def test_a_batch_is_a_pure_function_of_seed_and_step(photographs: list[Photograph]) -> None:

@@ -18,7 +18,7 @@ from kitbench.data.batches import Batches
 from kitbench.data.cards import Card, Pairs, card
 from kitbench.data.images import kernels
 from kitbench.data.locate import locate
-from kitbench.data.photograph import Photograph, read
+from kitbench.data.photograph import Photograph, read_set
 from kitbench.data.pixels import pixel_sha256
 from kitbench.errors import InputError
 from kitbench.spec import loading
@@ -70,7 +70,7 @@ def test_every_layout_of_every_card_is_found_and_paired(name: str, number: int, 
             savemat(folder / pattern, {Path(pattern).stem: block})
     else:
         expected = write_tree(folder, pairs, chosen.colour)
-    photos = read(chosen, tmp_path, "colour" if chosen.colour else "gray")
+    photos = read_set(chosen, tmp_path, "colour" if chosen.colour else "gray")
     assert len(photos) == chosen.count
     if not pairs.inputs[0].endswith(".mat"):
         assert {(pixel_sha256(p.degraded), pixel_sha256(p.pixels)) for p in photos} == expected
@@ -127,7 +127,7 @@ def test_a_set_is_read_as_its_authors_publish_it(name: str, tmp_path: Path) -> N
             if not (tmp_path / folder / path).exists():
                 write(tmp_path / folder / path, image(10 * number + half, colour=colour))
     write(tmp_path / folder / "5dmark3_iso3200_1_ours.png", image(99))  # other files do no harm
-    photos = read(small(name, len(pairs)), tmp_path, "colour" if colour else "gray")
+    photos = read_set(small(name, len(pairs)), tmp_path, "colour" if colour else "gray")
     for photo, (degraded, clean) in zip(photos, pairs, strict=True):
         assert photo.name == degraded.rsplit(".", 1)[0]
         for pixels, path in ((photo.degraded, degraded), (photo.pixels, clean)):
@@ -141,9 +141,9 @@ def test_the_split_of_realblur_is_the_one_of_its_list(tmp_path: Path) -> None:
         write(folder / tree / scene / "blur" / "blur_1.png", image(1))
         write(folder / tree / scene / "gt" / "gt_1.png", image(2))
     with pytest.raises(InputError, match=r"RealBlur_J_test_list\.txt is missing"):
-        read(small("RealBlur-J", 1), tmp_path, "colour")
+        read_set(small("RealBlur-J", 1), tmp_path, "colour")
     (folder / "RealBlur_J_test_list.txt").write_text(f"{tree}/scene002/gt/gt_1.png {tree}/scene002/blur/blur_1.png\n")
-    [photo] = read(small("RealBlur-J", 1), tmp_path, "colour")
+    [photo] = read_set(small("RealBlur-J", 1), tmp_path, "colour")
     assert photo.name == f"{tree}/scene002/blur/blur_1"
 
 
@@ -151,7 +151,7 @@ def test_the_split_of_realblur_is_the_one_of_its_list(tmp_path: Path) -> None:
 def test_a_real_set_of_pairs_matches_its_card(name: str, count: int, data_root: Path) -> None:
     if locate(card(name), data_root) is None:
         pytest.skip(f"{name} is not in {data_root}")
-    photos = read(card(name), data_root, "colour" if card(name).colour else "gray")
+    photos = read_set(card(name), data_root, "colour" if card(name).colour else "gray")
     assert len(photos) == len({photo.sha256 for photo in photos}) == count
     assert all(photo.degraded.shape == photo.pixels.shape == photo.shape for photo in photos)
     assert not any(np.array_equal(photo.degraded, photo.pixels) for photo in photos)
@@ -172,12 +172,12 @@ def test_the_blocks_of_a_mat_file_are_images(version: str, tmp_path: Path) -> No
     folder = tmp_path / "SIDD_Validation_sRGB"
     mat_file(folder / "ValidationNoisyBlocksSrgb.mat", "ValidationNoisyBlocksSrgb", noisy, version)
     mat_file(folder / "ValidationGtBlocksSrgb.mat", "ValidationGtBlocksSrgb", clean, version)
-    photos = read(small("SIDD-validation", 6), tmp_path, "colour")
+    photos = read_set(small("SIDD-validation", 6), tmp_path, "colour")
     assert photos[4].name == "ValidationNoisyBlocksSrgb/02_02"
     assert np.array_equal(photos[4].degraded, noisy[1, 1])
     assert np.array_equal(photos[4].pixels, clean[1, 1])
     with pytest.raises(InputError, match="6 pairs in .*expected 1280"):
-        read(card("SIDD-validation"), tmp_path, "colour")
+        read_set(card("SIDD-validation"), tmp_path, "colour")
 
 
 BAD_MATS = {
@@ -197,31 +197,31 @@ def test_a_mat_file_that_is_not_the_sets_is_named(fault: str, version: str, tmp_
     for name, array in contents.items():
         mat_file(folder / "ValidationGtBlocksSrgb.mat", name, array, version)
     with pytest.raises(InputError, match=message):
-        read(small("SIDD-validation", len(inputs)), tmp_path, "colour")
+        read_set(small("SIDD-validation", len(inputs)), tmp_path, "colour")
     mat_file(folder / "ValidationNoisyBlocksSrgb.mat", "ValidationNoisyBlocksSrgb", np.zeros((8, 8), np.uint8), version)
     with pytest.raises(InputError, match=r"NoisyBlocksSrgb of 8 x 8, expected images x height"):
-        read(small("SIDD-validation", 1), tmp_path, "colour")
+        read_set(small("SIDD-validation", 1), tmp_path, "colour")
     mat_file(folder / "ValidationNoisyBlocksSrgb.mat", "ValidationNoisyBlocksSrgb", inputs, version)
     (folder / "ValidationGtBlocksSrgb.mat").write_bytes(b"no mat file at all")
     with pytest.raises(InputError, match=r"ValidationGtBlocksSrgb\.mat is not a readable \.mat file"):
-        read(small("SIDD-validation", len(inputs)), tmp_path, "colour")
+        read_set(small("SIDD-validation", len(inputs)), tmp_path, "colour")
 
 
 def test_half_a_pair_is_named(tmp_path: Path) -> None:
     own_pairs(tmp_path, 3)
     (tmp_path / "own" / "target" / "1.png").unlink()
     with pytest.raises(InputError, match=r"input/1\.png has no target"):
-        read(own_card(3), tmp_path, "colour")
+        read_set(own_card(3), tmp_path, "colour")
     own_pairs(tmp_path, 3)
     (tmp_path / "own" / "input" / "2.png").unlink()
     with pytest.raises(InputError, match=r"target/2\.png has no input"):
-        read(own_card(3), tmp_path, "colour")
+        read_set(own_card(3), tmp_path, "colour")
 
 
 def test_what_is_wrong_with_the_images_of_a_pair_is_named(tmp_path: Path) -> None:
     def refused(message: str) -> None:
         with pytest.raises(InputError, match=message):
-            read(own_card(2), tmp_path, "colour")
+            read_set(own_card(2), tmp_path, "colour")
         own_pairs(tmp_path, 2)
 
     own_pairs(tmp_path, 2)
@@ -240,11 +240,11 @@ def test_checksums_cover_both_halves_of_a_pair(tmp_path: Path) -> None:
     own_pairs(tmp_path, 1)
     sums = {name: pixel_sha256(image(seed)) for name, seed in (("input/0", 100), ("target/0", 0))}
     checked = own_card(1, checksum="pixels", sha256=sums)
-    [photo] = read(checked, tmp_path, "colour")
+    [photo] = read_set(checked, tmp_path, "colour")
     write(tmp_path / "own" / "input" / "0.png", image(7))
     with pytest.raises(InputError, match=rf"input/0\.png has pixels checksum \w+, expected {sums['input/0'][:12]}"):
-        read(checked, tmp_path, "colour")
-    [other] = read(own_card(1), tmp_path, "colour")
+        read_set(checked, tmp_path, "colour")
+    [other] = read_set(own_card(1), tmp_path, "colour")
     assert photo.sha256 != other.sha256
 
 
@@ -255,8 +255,8 @@ def test_another_size_of_kodak_is_told_by_content(name: str, found: str, size: t
     for number in range(24):
         write(tmp_path / "Kodak24" / f"kodim{number + 1:02d}.png", np.full((size[1], size[0], 3), number, np.uint8))
     with pytest.raises(InputError, match=rf"is {size[0]} x {size[1]} px, .* what lies there is {found} "):
-        read(card(name), tmp_path, "colour")
-    assert len(read(card(found), tmp_path, "colour")) == 24
+        read_set(card(name), tmp_path, "colour")
+    assert len(read_set(card(found), tmp_path, "colour")) == 24
 
 
 def test_another_version_of_rain100h_is_told_by_its_count(tmp_path: Path) -> None:
@@ -264,27 +264,27 @@ def test_another_version_of_rain100h_is_told_by_its_count(tmp_path: Path) -> Non
         for half in ("input", "target"):
             write(tmp_path / "Rain100H" / half / f"{number}.png", np.full((8, 8, 3), number, np.uint8))
     with pytest.raises(InputError, match="200 pairs in .*expected 100; what lies there is Rain100H-new "):
-        read(card("Rain100H"), tmp_path, "colour")
-    assert len(read(card("Rain100H-new"), tmp_path, "colour")) == 200
+        read_set(card("Rain100H"), tmp_path, "colour")
+    assert len(read_set(card("Rain100H-new"), tmp_path, "colour")) == 200
 
 
 @pytest.mark.parametrize(("gamma", "name", "found"), [(1.0, "GoPro-gamma", "GoPro"), (2.2, "GoPro", "GoPro-gamma")])
 def test_what_a_blur_is_an_average_of_is_told_by_content(gamma: float, name: str, found: str, tmp_path: Path) -> None:
     """In a repacked tree nothing but the pixels tells blur from blur_gamma."""
-    for number, photo in enumerate(read(card("skimage-train"), None, "colour")):
+    for number, photo in enumerate(read_set(card("skimage-train"), None, "colour")):
         frames = np.stack([photo.pixels[20:220, 20 + shift : 320 + shift] for shift in range(-10, 11)]) / 255
         blurred = np.rint((frames**gamma).mean(0) ** (1 / gamma) * 255).astype(np.uint8)
         write(tmp_path / "GoPro" / "test" / "input" / f"{number}.png", blurred)
         write(tmp_path / "GoPro" / "test" / "target" / f"{number}.png", np.rint(frames[10] * 255).astype(np.uint8))
-    assert len(read(small(found, 4, averaged=card(found).averaged), tmp_path, "colour")) == 4
+    assert len(read_set(small(found, 4, averaged=card(found).averaged), tmp_path, "colour")) == 4
     with pytest.raises(InputError, match=f"averages of the frames' {card(found).averaged}, expected"):
-        read(small(name, 4, averaged=card(name).averaged), tmp_path, "colour")
+        read_set(small(name, 4, averaged=card(name).averaged), tmp_path, "colour")
 
 
 def test_a_set_whose_server_keeps_the_targets_is_not_read(tmp_path: Path) -> None:
     mat_file(tmp_path / "SIDD" / "BenchmarkNoisyBlocksSrgb.mat", "x", np.zeros(3), "5")
     with pytest.raises(InputError, match="its server scores a submission"):
-        read(card("SIDD-benchmark"), tmp_path, "colour")
+        read_set(card("SIDD-benchmark"), tmp_path, "colour")
 
 
 def test_a_folder_that_holds_another_split_is_not_the_set(tmp_path: Path) -> None:
@@ -292,20 +292,20 @@ def test_a_folder_that_holds_another_split_is_not_the_set(tmp_path: Path) -> Non
     assert locate(card("SIDD-medium"), tmp_path) == tmp_path / "SIDD"
     assert locate(card("SIDD-validation"), tmp_path) is None
     with pytest.raises(InputError, match=r"SIDD-validation is not in .* as ValidationNoisyBlocksSrgb\.mat \+ "):
-        read(card("SIDD-validation"), tmp_path, "colour")
+        read_set(card("SIDD-validation"), tmp_path, "colour")
 
 
 def test_images_that_do_not_fit_in_memory_are_decoded_at_each_use(tmp_path: Path, monkeypatch) -> None:
     own_pairs(tmp_path, 6)
-    kept = read(own_card(6), tmp_path, "colour")
+    kept = read_set(own_card(6), tmp_path, "colour")
     monkeypatch.setattr(photograph, "RESIDENT", 0.0)
-    on_disk = read(own_card(6), tmp_path, "colour")
+    on_disk = read_set(own_card(6), tmp_path, "colour")
     assert all(photo._images is None for photo in on_disk)
     for a, b in zip(kept, on_disk, strict=True):
         assert (a.name, a.sha256, a.shape) == (b.name, b.sha256, b.shape)
         assert np.array_equal(a.pixels, b.pixels)
         assert np.array_equal(a.degraded, b.degraded)
-    smoke = loading.load("denoise", "smoke")
+    smoke = loading.load_suite("denoise", "smoke")
     recipe = smoke.recipe.model_copy(update={"crop": 16, "batch": 4})
     for a, b in zip(*(Batches(photos, smoke.task, recipe, 0)[5] for photos in (kept, on_disk)), strict=True):
         assert torch.equal(a, b)
@@ -313,7 +313,7 @@ def test_images_that_do_not_fit_in_memory_are_decoded_at_each_use(tmp_path: Path
 
 def test_gray_mode_makes_both_halves_gray(tmp_path: Path) -> None:
     own_pairs(tmp_path, 1)
-    [photo] = read(own_card(1), tmp_path, "gray")
+    [photo] = read_set(own_card(1), tmp_path, "gray")
     assert photo.degraded.shape == photo.pixels.shape == (16, 24, 1)
 
 
@@ -346,7 +346,7 @@ def test_the_kernels_of_levin09_blur_its_images(data_root: Path) -> None:
     found = kernels(path)
     assert [len(kernel) for kernel in found] == [19, 17, 15, 27, 13, 21, 23, 23]
     assert all(kernel.sum() == pytest.approx(1) for kernel in found)
-    photos = read(card("Levin09"), data_root, "gray")
+    photos = read_set(card("Levin09"), data_root, "gray")
     for number in (4, 7, 8):
         [photo] = [p for p in photos if p.name == f"im1_kernel{number}_img"]
         errors = [

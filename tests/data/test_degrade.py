@@ -17,7 +17,7 @@ from kitbench.scoring import evaluate
 from kitbench.seeds import generator
 from kitbench.spec import loading
 
-SUITES = {name: loading.load(name, "smoke") for name in ("denoise", "deblur", "derain", "denoise-real")}
+SUITES = {name: loading.load_suite(name, "smoke") for name in ("denoise", "deblur", "derain", "denoise-real")}
 CLEAN = np.random.default_rng(3).random((40, 50, 3), dtype=np.float32)
 
 

@@ -9,8 +9,8 @@ import stat
 import tarfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import numpy as np
@@ -23,75 +23,12 @@ from kitbench.data import cards as catalogue
 from kitbench.data import fetch as fetching
 from kitbench.data.cards import Card, card
 from kitbench.data.fetch import Patience, fetch, unpack
-from kitbench.data.photograph import read
+from kitbench.data.photograph import read_set
 from kitbench.data.pixels import pixel_sha256
 from kitbench.errors import InputError, RunError
+from tests.data.server import ARCHIVE, PAIRS, Server, own, png, zipped
 
 QUICK = Patience(tries=3, first_wait=0.0, connect=5.0, stall=0.3)
-
-
-def png(seed: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(buffer, "png")
-    return buffer.getvalue()
-
-
-def zipped(members: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, data in members.items():
-            archive.writestr(name, data)
-    return buffer.getvalue()
-
-
-PAIRS = {f"{half}/{n}.png": png(10 * n + (half == "input")) for n in range(3) for half in ("input", "target")}
-ARCHIVE = zipped({"Own-main/README": b"text", **{f"Own-main/data/test/{name}": data for name, data in PAIRS.items()}})
-
-
-class Server:
-    """One file under every path; `behave` may answer a request instead of the well-behaved default."""
-
-    def __init__(self) -> None:
-        self.body, self.etag, self.requests = ARCHIVE, '"v1"', list[dict[str, str]]()
-        self.behave: Callable[[BaseHTTPRequestHandler, int], bool] = lambda handler, number: False
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                server.requests.append({"path": self.path, **self.headers})
-                if not server.behave(self, len(server.requests)):
-                    server.send(self)
-
-            def log_message(self, *arguments: object) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-        self.thread.start()
-
-    def url(self, name: str = "own.zip") -> str:
-        return f"http://127.0.0.1:{self.http.server_address[1]}/{name}"
-
-    def send(self, handler: BaseHTTPRequestHandler, stop_after: int | None = None, ranges: bool = True) -> None:
-        """The file, or the range of it that was asked for; breaking off after so many bytes."""
-        start = 0
-        asked = handler.headers.get("Range")
-        if ranges and asked and handler.headers.get("If-Range") == self.etag:
-            start = int(asked.removeprefix("bytes=").rstrip("-"))
-        body = self.body[start:]
-        handler.send_response(206 if start else 200)
-        handler.send_header("Content-Length", str(len(body)))
-        handler.send_header("ETag", self.etag)
-        if start:
-            handler.send_header("Content-Range", f"bytes {start}-{len(self.body) - 1}/{len(self.body)}")
-        handler.end_headers()
-        handler.wfile.write(body if stop_after is None else body[:stop_after])
-        if stop_after is not None:
-            handler.wfile.flush()
-            handler.close_connection = True
 
 
 @pytest.fixture
@@ -104,13 +41,6 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     running.thread.join()
 
 
-def own(server: Server, name: str = "own.zip", archive: str = "", **fields: object) -> Card:
-    required = {"name": "Own", "title": "t", "tasks": ["derain"], "colour": True, "home": "h", "licence": "l"}
-    pairs = [{"inputs": ["input/*.png"], "targets": ["target/*.png"]}]
-    given = {"citation": "c", "pairs": pairs, "count": 3, "folders": ["Own/test"]}
-    return Card.model_validate(required | given | {"urls": [{"url": server.url(name), "sha256": archive}]} | fields)
-
-
 def get(chosen: Card, root: Path) -> Path:
     return fetch(chosen, root, lambda name, done, total: None, QUICK)[0]
 
@@ -120,13 +50,13 @@ def left(root: Path) -> list[str]:
 
 
 def test_a_set_is_fetched_unpacked_and_put_in_its_place(server: Server, tmp_path: Path) -> None:
-    told = []
+    seen: list[tuple[str, int, int | None]] = []
     chosen = own(server, archive=hashlib.sha256(ARCHIVE).hexdigest())
-    folder, fetched = fetch(chosen, tmp_path / "data", lambda *seen: told.append(seen), QUICK)
+    folder, fetched = fetch(chosen, tmp_path / "data", lambda *report: seen.append(report), QUICK)
     assert (folder, fetched) == (tmp_path / "data" / "Own" / "test", True)
-    assert len(read(chosen, tmp_path / "data", "colour")) == 3
+    assert len(read_set(chosen, tmp_path / "data", "colour")) == 3
     assert left(tmp_path / "data") == sorted(f"Own/test/{name}" for name in PAIRS)
-    assert told[-1] == ("own.zip", len(ARCHIVE), len(ARCHIVE))
+    assert seen[-1] == ("own.zip", len(ARCHIVE), len(ARCHIVE))
     assert fetch(chosen, tmp_path / "data", lambda *seen: None, QUICK) == (folder, False)
     assert len(server.requests) == 1
 
@@ -263,7 +193,7 @@ def test_an_address_that_is_no_file_is_refused_at_once(fault: str, server: Serve
     assert not any(path.stat().st_size for path in tmp_path.rglob("*.part"))
 
 
-def test_a_wrong_checksum_is_told_with_both_and_nothing_is_kept(server: Server, tmp_path: Path) -> None:
+def test_a_wrong_checksum_is_named_with_the_right_one_and_nothing_is_kept(server: Server, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=rf"SHA-256 {hashlib.sha256(ARCHIVE).hexdigest()}, expected {'0' * 64}"):
         get(own(server, archive="0" * 64), tmp_path)
     assert not [name for name in left(tmp_path) if not name.endswith(".tag")]
@@ -411,7 +341,7 @@ def test_a_set_that_may_not_be_fetched_says_where_to_ask(tmp_path: Path) -> None
     assert left(tmp_path) == []
 
 
-def told(*arguments: str, code: int = 0) -> str:
+def printed(*arguments: str, code: int = 0) -> str:
     done = CliRunner().invoke(cli, ["data", *arguments])
     assert done.exit_code == code, done.output
     return done.output
@@ -420,21 +350,21 @@ def told(*arguments: str, code: int = 0) -> str:
 def test_fetch_where_and_check_from_the_command_line(server: Server, tmp_path: Path, monkeypatch) -> None:
     root = ["--data", str(tmp_path)]
     monkeypatch.setattr(catalogue, "cards", lambda: {"Own": own(server)})
-    assert f"Own: now in {tmp_path}/Own/test" in told("fetch", "Own", *root).replace("\n", "")
-    assert f"Own: already in {tmp_path}/Own/test" in told("fetch", "Own", *root).replace("\n", "")
-    assert f"Own: {tmp_path}/Own/test" in told("where", *root)
-    assert "3 pairs in" in told("check", *root)
+    assert f"Own: now in {tmp_path}/Own/test" in printed("fetch", "Own", *root).replace("\n", "")
+    assert f"Own: already in {tmp_path}/Own/test" in printed("fetch", "Own", *root).replace("\n", "")
+    assert f"Own: {tmp_path}/Own/test" in printed("where", *root)
+    assert "3 pairs in" in printed("check", *root)
     (tmp_path / "Own" / "test" / "target" / "1.png").unlink()
-    assert "missing: the target of input/1.png, as target/*.png" in told("check", "Own", *root, code=1)
-    assert "Own" in told("list", *root)
+    assert "missing: the target of input/1.png, as target/*.png" in printed("check", "Own", *root, code=1)
+    assert "Own" in printed("list", *root)
 
 
 def test_what_the_command_line_refuses(tmp_path: Path) -> None:
     root = ["--data", str(tmp_path)]
-    assert "Accept the terms" in told("fetch", "DND", *root, code=2)
-    assert "did you mean 'Rain100L'" in told("check", "Rain100l", *root, code=2)
-    assert "Rain100L: not in" in told("check", "Rain100L", *root, code=1)
-    assert "GOPRO_Large/test" in told("where", "GoPro", *root)
+    assert "Accept the terms" in printed("fetch", "DND", *root, code=2)
+    assert "did you mean 'Rain100L'" in printed("check", "Rain100l", *root, code=2)
+    assert "Rain100L: not in" in printed("check", "Rain100L", *root, code=1)
+    assert "GOPRO_Large/test" in printed("where", "GoPro", *root)
 
 
 def test_checksums_of_pixels_survive_the_journey(server: Server, tmp_path: Path) -> None:

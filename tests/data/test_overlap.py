@@ -12,7 +12,7 @@ from kitbench.data import overlap
 from kitbench.data.cards import card
 from kitbench.data.locate import locate
 from kitbench.data.overlap import assert_disjoint, overlaps
-from kitbench.data.photograph import Photograph, read
+from kitbench.data.photograph import Photograph, read_set
 from kitbench.data.pixels import pixel_sha256
 from kitbench.errors import InputError
 from kitbench.spec import fields, loading, shipped
@@ -25,7 +25,7 @@ def photo(pixels: np.ndarray, name: str = "photo") -> Photograph:
 
 @pytest.fixture(scope="module")
 def scene() -> np.ndarray:
-    return read(card("skimage-test"), None, "colour")[0].pixels[:160, :200]
+    return read_set(card("skimage-test"), None, "colour")[0].pixels[:160, :200]
 
 
 ORIENTATIONS = [(turns, mirror) for turns in range(4) for mirror in (False, True)]
@@ -91,7 +91,7 @@ def test_a_quarter_of_the_backgrounds_of_rain100l_are_crops_of_the_val_split_of_
         pytest.skip(f"Rain100L is not in {data_root}")
     val = card("BSD500").model_copy(update={"layouts": (("images/val/*.jpg",),), "count": 100})
     found = overlaps(
-        {"val": read(val, data_root, "colour")}, {"Rain100L": photographs("Rain100L", data_root, "colour")}
+        {"val": read_set(val, data_root, "colour")}, {"Rain100L": photographs("Rain100L", data_root, "colour")}
     )
     assert len({pair.test for pair in found}) == len(found) == 25
     assert all(pair.shared == pair.squares for pair in found)
@@ -101,7 +101,7 @@ def sets_of_suites(source: str) -> list[tuple[fields.Mode, str, tuple[str, ...]]
     """What shipped suites train on, each set once, and all that they then test on."""
     tests: dict[tuple[fields.Mode, str], set[str]] = {}
     for name in shipped.suite_names():
-        data = getattr(loading.load(name).data, source)
+        data = getattr(loading.load_suite(name).data, source)
         for mode in data.modes:
             sets = getattr(data, mode)
             for train in sets.train:
@@ -111,7 +111,7 @@ def sets_of_suites(source: str) -> list[tuple[fields.Mode, str, tuple[str, ...]]
 
 @cache
 def photographs(name: str, root: Path | None, mode: fields.Mode) -> list[Photograph]:
-    return read(card(name), root, mode)
+    return read_set(card(name), root, mode)
 
 
 @pytest.mark.parametrize(("mode", "train", "tests"), sets_of_suites("embedded"))
@@ -135,6 +135,6 @@ def test_the_real_sets_of_shipped_suites_are_disjoint(
 
 def test_set12_shows_a_part_of_a_training_photograph(data_root: Path) -> None:
     """Whoever trains on BSD400, as most print does, trains on the starfish of Set12."""
-    train = {"BSDS500": [photo for photo in read(card("BSDS500"), data_root, "gray") if "12003" in photo.name]}
+    train = {"BSDS500": [photo for photo in read_set(card("BSDS500"), data_root, "gray") if "12003" in photo.name]}
     [found] = overlaps(train, {"Set12": photographs("Set12", data_root, "gray")})
     assert (found.train, found.test) == ("BSDS500/images/train/12003", "Set12/04")

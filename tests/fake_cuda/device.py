@@ -128,7 +128,7 @@ class CudaTensor(torch.Tensor):
         if isinstance(tensor, CudaTensor):
             return tensor
         ALLOCATORS[index].hold(tensor.untyped_storage())
-        made: CudaTensor = torch.Tensor._make_subclass(CudaTensor, tensor.detach(), tensor.requires_grad)  # type: ignore[assignment]
+        made: CudaTensor = torch.Tensor._make_subclass(CudaTensor, tensor.detach(), tensor.requires_grad)
         made._index = index
         return made
 
@@ -171,10 +171,12 @@ class CudaTensor(torch.Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"CudaTensor({list(self.shape)}, {self.dtype}, {self.device})"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         ours = [leaf for leaf in leaves if isinstance(leaf, CudaTensor)]
@@ -236,7 +238,7 @@ class _Move(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        return _Move.apply(gradients[0], ctx.back), None
+        return _Move.apply(gradients[0], ctx.back), None  # type: ignore[no-untyped-call]
 
 
 def moved(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -251,9 +253,8 @@ def moved(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     if there is not None and here is None and tensor.ndim:
         note(f"copy from {'pinned' if is_pinned(tensor) else 'pageable'} memory" + ", non-blocking" * non_blocking)
     if there != here:
-        result = (
-            _Move.apply(tensor, there) if tensor.requires_grad and torch.is_grad_enabled() else copied(tensor, there)
-        )
+        followed = tensor.requires_grad and torch.is_grad_enabled()
+        result = _Move.apply(tensor, there) if followed else copied(tensor, there)  # type: ignore[no-untyped-call]
     if dtype is None and memory_format is None:
         return result
     with torch._C.DisableTorchFunction():
@@ -461,24 +462,24 @@ def install() -> None:
     cuda = torch.cuda
     for name, function in COMPILED.items():
         setattr(torch._C, name, logged(name, function))
-    cuda._exchange_device = torch._C._cuda_exchangeDevice  # type: ignore[attr-defined]
-    cuda._maybe_exchange_device = torch._C._cuda_maybeExchangeDevice  # type: ignore[attr-defined]
+    cuda._exchange_device = torch._C._cuda_exchangeDevice
+    cuda._maybe_exchange_device = torch._C._cuda_maybeExchangeDevice
     cuda.graphs._cuda_isCurrentStreamCapturing = torch._C._cuda_isCurrentStreamCapturing  # type: ignore[attr-defined]
-    cuda._device_count_nvml = lambda: COUNT  # type: ignore[assignment]
+    cuda._device_count_nvml = lambda: COUNT
     cuda._get_device_properties = logged("_get_device_properties", properties)  # type: ignore[attr-defined]
     runtime = SimpleNamespace(
         cudaMemGetInfo=logged("cudaMemGetInfo", memory_info), cudaError=SimpleNamespace(success=0)
     )
     cuda._cudart = runtime  # type: ignore[attr-defined]
-    cuda.default_generators = tuple(generator(index) for index in range(COUNT))  # type: ignore[assignment]
+    cuda.default_generators = tuple(generator(index) for index in range(COUNT))
     cuda.Event = Event  # type: ignore[assignment,misc]
     cuda.Stream = Stream  # type: ignore[assignment,misc]
-    cuda.is_bf16_supported = lambda including_emulation=True: True  # type: ignore[assignment]
-    dist.init_process_group = init_process_group  # type: ignore[assignment]
+    cuda.is_bf16_supported = lambda including_emulation=True: True
+    dist.init_process_group = init_process_group
     dist.is_nccl_available = lambda: True
     torch.Tensor.pin_memory = pin_memory  # type: ignore[method-assign,assignment]
     torch.Tensor.is_pinned = is_pinned  # type: ignore[method-assign,assignment]
     # A parameter cannot change its class: unlike with CUDA, module.to() makes new ones.
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     os.register_at_fork(after_in_child=after_fork)
-    Devices().__enter__()
+    Devices().__enter__()  # type: ignore[no-untyped-call]

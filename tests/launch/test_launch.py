@@ -80,7 +80,7 @@ def test_launch_options_that_do_not_fit_are_refused_before_anything_is_written(
 
 
 def test_a_cell_is_known_by_its_axes_wherever_it_runs() -> None:
-    whole = loading.load("denoise", "smoke", ["data.folder.modes=['gray']"])
+    whole = loading.load_suite("denoise", "smoke", ["data.folder.modes=['gray']"])
     one = plan.restrict(whole, "gray/kit-random/0")
     assert (list(one.methods), one.references, one.seeds, one.data.folder.modes) == (
         ["kit-random"],

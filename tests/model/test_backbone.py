@@ -5,19 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kitbench.cost.flops import count_module, reconcile
+from kitbench.cost.agreement import reconcile
+from kitbench.cost.flops import count_module
 from kitbench.errors import InputError
 from kitbench.model import methods
 from kitbench.model.backbone import UNet, pad
 from kitbench.spec import loading
 
-QUICK = loading.load("denoise")
-SMALL = loading.load("denoise", overrides=["backbone.width=8", "backbone.head_dim=8"]).backbone
+QUICK = loading.load_suite("denoise")
+SMALL = loading.load_suite("denoise", overrides=["backbone.width=8", "backbone.head_dim=8"]).backbone
 NAMES = list(QUICK.methods)
 
 
 def build(name: str, seed: int = 0, channels: int = 3) -> UNet:
-    method = methods.load(name)
+    method = methods.load_method(name)
     return UNet(channels, SMALL, method, method.resolve(QUICK.methods[name].settings), seed)
 
 
@@ -86,13 +87,13 @@ class Attention(nn.Module):
 def load_text(tmp_path, text: str) -> methods.Loaded:
     path = tmp_path / "mine.py"
     path.write_text(text)
-    return methods.load(str(path), "mine")
+    return methods.load_method(str(path), "mine")
 
 
 def test_a_file_of_the_users_own_is_a_method_like_any_other(tmp_path) -> None:
     loaded = load_text(tmp_path, GOOD)
     assert loaded.resolve({"scale": 2}) == {"scale": 2.0}
-    methods.check(loaded, {1: (8, 1, 16)}, {"scale": 2.0})
+    methods.check_method(loaded, {1: (8, 1, 16)}, {"scale": 2.0})
     model = UNet(3, SMALL, loaded, {"scale": 2.0}, 0)
     assert model.macs(64, 64) is None
     assert model(torch.rand(1, 3, 16, 16)).shape == (1, 3, 16, 16)
@@ -115,18 +116,18 @@ def test_a_file_of_the_users_own_is_a_method_like_any_other(tmp_path) -> None:
 )
 def test_a_faulty_method_file_is_refused_before_training(tmp_path, old: str, new: str, expected: str) -> None:
     with pytest.raises(InputError, match=expected):
-        methods.check(load_text(tmp_path, GOOD.replace(old, new)), {1: (8, 1, 16)}, {})
+        methods.check_method(load_text(tmp_path, GOOD.replace(old, new)), {1: (8, 1, 16)}, {})
 
 
 def test_an_unknown_or_wrong_setting_is_refused(tmp_path) -> None:
     with pytest.raises(InputError, match="did you mean 'retrieval'"):
-        methods.load("kit").resolve({"retreival": "exact"})
+        methods.load_method("kit").resolve({"retreival": "exact"})
     with pytest.raises(InputError, match="k is 'four'"):
-        methods.load("kit").resolve({"k": "four"})
+        methods.load_method("kit").resolve({"k": "four"})
     with pytest.raises(InputError, match="did you mean 'window'"):
-        methods.load("windw")
+        methods.load_method("windw")
     with pytest.raises(InputError, match="does not exist"):
-        methods.load(str(tmp_path / "none.py"))
+        methods.load_method(str(tmp_path / "none.py"))
 
 
 @pytest.mark.parametrize("name", QUICK.references)
@@ -135,18 +136,18 @@ def test_an_unknown_or_wrong_setting_is_refused(tmp_path) -> None:
 def test_training_free_methods_keep_the_shape_of_gray_and_of_colour(
     name: str, channels: int, sigma: float | None
 ) -> None:
-    methods.check_restore(methods.load(name), channels, sigma)
+    methods.check_restore(methods.load_method(name), channels, sigma)
 
 
 def test_a_training_free_method_that_changes_the_shape_is_refused(tmp_path) -> None:
     path = tmp_path / "mine.py"
     path.write_text("def restore(image, sigma):\n    return image[..., 0]\n")
     with pytest.raises(InputError, match=r"returned \(32, 33\), expected"):
-        methods.check_restore(methods.load(str(path), "mine"), 1, 25.0)
+        methods.check_restore(methods.load_method(str(path), "mine"), 1, 25.0)
 
 
 def test_every_shipped_method_opens_with_a_card() -> None:
-    for name, (_, text) in methods.cards().items():
+    for name, (_, text) in methods.method_cards().items():
         assert "Operator:" in text, name
         assert "Cost:" in text, name
         assert "Departures:" in text, name

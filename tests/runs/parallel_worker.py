@@ -15,7 +15,7 @@ import torch
 
 from kitbench.data.batches import Batches
 from kitbench.data.cards import card
-from kitbench.data.photograph import read
+from kitbench.data.photograph import read_set
 from kitbench.errors import Interrupted
 from kitbench.model import methods
 from kitbench.model.backbone import UNet
@@ -25,7 +25,7 @@ from kitbench.store.folder import RunFolder
 from kitbench.system.interrupt import Stop
 from kitbench.system.processes import joined
 
-SUITE = loading.load(
+SUITE = loading.load_suite(
     "denoise",
     "smoke",
     ["backbone.width=8", "backbone.head_dim=8", "recipe.steps=20", "recipe.batch=6", "recipe.crop=32", "recipe.warmup=2",
@@ -58,10 +58,10 @@ def trained(
     """Train in `folder` by the recipe, of which `changes` are made; see StopAt."""
     recipe = SUITE.recipe.model_copy(update=changes)
     with joined() as world:
-        method = methods.load(name)
+        method = methods.load_method(name)
         model = UNet(3, SUITE.backbone, method, method.resolve(SUITE.methods[name].settings), 0)
         model.lay_out(torch.channels_last if recipe.channels_last else torch.contiguous_format)
-        batches = Batches(read(card("skimage-train"), None, "colour"), SUITE.task, recipe, 5)
+        batches = Batches(read_set(card("skimage-train"), None, "colour"), SUITE.task, recipe, 5)
         stop = StopAt(world.rank, stop_at, die_at)
         cpu, run = torch.device("cpu"), RunFolder(folder)
         try:

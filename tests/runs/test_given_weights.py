@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kitbench.cli.main import cli
 from kitbench.data.cards import card
-from kitbench.data.photograph import read
+from kitbench.data.photograph import read_set
 from kitbench.errors import InputError
 from kitbench.model import methods
 from kitbench.model.weights import fit, read_state
@@ -23,7 +23,7 @@ from kitbench.runs.cell import Cell
 from kitbench.scoring import evaluate
 from kitbench.spec import loading
 from kitbench.store.folder import find
-from kitbench.verdict.anchors import anchors, markdown
+from kitbench.verdict.anchors import anchors, anchors_markdown
 from kitbench.verdict.rows import rows
 from tests.conftest import ROOT, TINY
 
@@ -51,7 +51,7 @@ def test_dncnn_takes_the_noise_that_it_predicts_from_its_input() -> None:
         network(x[:1])
     assert counter.get_total_flops() == 2 * network.macs(9, 11)
     with pytest.raises(InputError, match="depth must be at least 2"):
-        methods.load("dncnn").build_network(1, depth=1)
+        methods.load_method("dncnn").build_network(1, depth=1)
 
 
 @pytest.mark.parametrize(("data_set", "images"), [("Set12", 2), ("BSD68", 1)])
@@ -59,12 +59,12 @@ def test_published_weights_reproduce_the_stored_scores(
     data_set: str, images: int, data_root: Path, dncnn_25: Path
 ) -> None:
     [folder] = find([ANCHORS])
-    protocol = loading.load("denoise", overrides=["protocol=awgn8-seed0"]).protocol
+    protocol = loading.load_suite("denoise", overrides=["protocol=awgn8-seed0"]).protocol
     [stored] = [e for e in folder.evaluations() if e.data_set == data_set and e.stamp == protocol.stamp]
     network = dncnn.Network(1).eval()
     fit(network, read_state(dncnn_25), dncnn_25)
     restore = evaluate.network(network, torch.device("cpu"), protocol, "float32")
-    photographs = read(card(data_set), data_root, "gray")[:images]
+    photographs = read_set(card(data_set), data_root, "gray")[:images]
     found = list(evaluate.scores(restore, photographs, data_set, folder.run.task, 25.0, protocol, None))
     for score, expected in zip(found, stored.scores, strict=False):
         assert score.image == expected.image
@@ -78,7 +78,7 @@ def test_stored_anchors_are_within_two_hundredths_of_a_decibel_of_print() -> Non
     assert images == {(name, noise): count for name, count in (("Set12", 12), ("BSD68", 68)) for noise in PROTOCOLS}
     for anchor in found:
         assert abs(anchor.difference) <= 0.02
-    assert all(f"{a.psnr_db:.3f}" in markdown(found) for a in found)
+    assert all(f"{a.psnr_db:.3f}" in anchors_markdown(found) for a in found)
 
 
 Invoke = Callable[..., Result]
@@ -159,7 +159,7 @@ def test_a_network_that_changes_nothing_scores_as_the_input_does(in_process: Inv
 
 def test_a_reference_is_the_same_run_whoever_scored_it(in_process: Invoke, tmp_path: Path) -> None:
     in_process("eval", "--method", "input", "--suite", "tiny.toml", "--out", "out")
-    resolved = loading.load("tiny.toml")
+    resolved = loading.load_suite("tiny.toml")
     cell = Cell(resolved, "colour", "input", "input", None, {}, None, "cpu", None)
     assert [folder.run.key for folder in find([tmp_path / "out"])] == [cell.key]
 

@@ -168,7 +168,7 @@ def test_shares_hold_everything_once_and_differ_by_one_at_most(count: int, size:
 
 
 def test_settings_that_came_later_count_only_where_they_are_not_as_before() -> None:
-    old = cell.decisive(loading.load("denoise").recipe)
+    old = cell.decisive(loading.load_suite("denoise").recipe)
     assert not {"tf32", "channels_last", "compile", "fused"} & old.keys()
     for setting in ("tf32=true", "channels_last=false", "compile=true", "fused=false", "precision=float64"):
-        assert cell.decisive(loading.load("denoise", overrides=[f"recipe.{setting}"]).recipe) != old
+        assert cell.decisive(loading.load_suite("denoise", overrides=[f"recipe.{setting}"]).recipe) != old

@@ -139,7 +139,7 @@ def test_a_failed_cell_leaves_the_others_and_gives_exit_code_3(kitbench: Kitbenc
 
 def prepared(tmp_path: Path, **options: object) -> PreparedSuite:
     fields: dict[str, object] = {"out": tmp_path, "data": None, "device": "cpu", "workers": 0, "lpips_weights": None}
-    return prepare(loading.load("denoise", "smoke", seeds=[0, 1, 2]), Options(**(fields | options)))  # type: ignore[arg-type]
+    return prepare(loading.load_suite("denoise", "smoke", seeds=[0, 1, 2]), Options(**(fields | options)))  # type: ignore[arg-type]
 
 
 def test_as_many_workers_as_cores_memory_and_work_allow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +183,7 @@ def test_threads_are_part_of_the_key_and_set_before_anything_is_computed(tmp_pat
     try:
         one, two = (
             prepare(
-                loading.load("denoise", "smoke", [f"recipe.threads={threads}"]),
+                loading.load_suite("denoise", "smoke", [f"recipe.threads={threads}"]),
                 Options(tmp_path, None, "cpu", 0, None),
             )
             for threads in (1, 2)

@@ -18,7 +18,7 @@ from torch import nn
 from kitbench import NUMERICS
 from kitbench.data.batches import Batches
 from kitbench.data.cards import card
-from kitbench.data.photograph import read
+from kitbench.data.photograph import read_set
 from kitbench.errors import Interrupted, RunError
 from kitbench.model import methods
 from kitbench.model.backbone import UNet
@@ -50,7 +50,7 @@ SETS = [
     "recipe.crop=32",
     "recipe.warmup=2",
 ]
-SUITE = loading.load("denoise", "smoke", [*SETS, "recipe.checkpoint_every=4"])
+SUITE = loading.load_suite("denoise", "smoke", [*SETS, "recipe.checkpoint_every=4"])
 CPU = torch.device("cpu")
 
 
@@ -67,7 +67,7 @@ class After(Stop):
 
 
 def built(name: str = "kit") -> UNet:
-    method = methods.load(name)
+    method = methods.load_method(name)
     settings = SUITE.methods[name].settings if name in SUITE.methods else {}
     return UNet(3, SUITE.backbone, method, method.resolve(settings), 0)
 
@@ -79,7 +79,7 @@ def trained(
 ) -> UNet:  # fmt: skip
     """Train in `folder`; `stop_at`: as if Ctrl-C had come after so many steps."""
     model = model or built(name)
-    batches = Batches(read(card("skimage-train"), None, "colour"), SUITE.task, recipe, 5)
+    batches = Batches(read_set(card("skimage-train"), None, "colour"), SUITE.task, recipe, 5)
     stop = After(act or (lambda step: step == stop_at))
     say = [].append if said is None else said.append
     train(model, batches, TrainingContext(CPU, RunFolder(folder), stop, say=say, validate=validate))
@@ -244,7 +244,7 @@ def test_a_loss_that_is_not_finite_names_step_and_batch_and_keeps_the_last_good_
 ) -> None:
     """The step behind the poisoned one is the first to feel it: step `at`, counted from 0."""
     sentence = poisoned(at, tmp_path)
-    batches = Batches(read(card("skimage-train"), None, "colour"), SUITE.task, SUITE.recipe, 5)
+    batches = Batches(read_set(card("skimage-train"), None, "colour"), SUITE.task, SUITE.recipe, 5)
     assert f"the loss is nan at step {at}, on the crops {', '.join(batches.places(at))};" in sentence
     if kept is None:
         assert "there was no checkpoint yet" in sentence
@@ -265,7 +265,7 @@ def test_a_loss_that_grows_without_bound_stops_the_run(tmp_path: Path) -> None:
 
 def test_the_places_of_a_batch_are_where_its_crops_come_from() -> None:
     recipe = SUITE.recipe.model_copy(update={"augment": False})
-    photographs = {p.name: p for p in read(card("skimage-train"), None, "colour")}
+    photographs = {p.name: p for p in read_set(card("skimage-train"), None, "colour")}
     batches = Batches(list(photographs.values()), SUITE.task, recipe, 5)
     _, clean = batches[3]
     for image, place in zip(clean, batches.places(3), strict=True):
@@ -323,7 +323,7 @@ def test_the_generators_of_gpus_are_seeded_as_torch_seeds_them() -> None:
 
 
 def test_every_parameter_is_optimised_once_and_biases_do_not_decay() -> None:
-    method = methods.load("window")
+    method = methods.load_method("window")
     model = UNet(3, SUITE.backbone, method, method.resolve({}), 0)
     decayed, still = decay_groups(model, 0.02)
     assert (decayed["weight_decay"], still["weight_decay"]) == (0.02, 0.0)
@@ -347,7 +347,7 @@ def cell(**changes: object) -> Cell:
     [
         {"mode": "gray"}, {"attention": "window"}, {"source_sha256": "11"}, {"settings": {"k": 8}}, {"seed": 1},
         {"device": "NVIDIA H100"}, {"train_sha256": "01"},
-        *({"suite": loading.load("denoise", "smoke", [*SETS, o])} for o in (
+        *({"suite": loading.load_suite("denoise", "smoke", [*SETS, o])} for o in (
             "recipe.lr=1e-4", "recipe.ema=0.9", "recipe.loss=l2", "backbone.ffn_ratio=3", "task.sigma_train=[0, 50]")),
     ],
 )  # fmt: skip
@@ -356,7 +356,7 @@ def test_all_that_decides_numbers_changes_the_key(changes: dict) -> None:
 
 
 def test_nothing_else_changes_the_key() -> None:
-    other = loading.load(
+    other = loading.load_suite(
         "denoise", "smoke", [*SETS, "recipe.checkpoint_every=7", "task.sigma_test=[15]", "protocol=awgn8", "seeds=[5]"]
     )
     assert cell(suite=other).key == cell().key
@@ -407,8 +407,8 @@ def test_every_trained_method_and_every_task_has_golden_figures() -> None:
 @pytest.mark.parametrize(("name", "task"), GOLDEN)
 def test_the_numerics_are_those_that_their_version_stands_for(name: str, task: str, tmp_path: Path) -> None:
     """Fails where a change moved the numbers of a run: then raise kitbench.NUMERICS and write the new ones here."""
-    suite = loading.load(task, "smoke", [*SETS, "recipe.checkpoint_every=4"])
-    batches = Batches(read(card("skimage-train"), None, "colour"), suite.task, suite.recipe, 5)
+    suite = loading.load_suite(task, "smoke", [*SETS, "recipe.checkpoint_every=4"])
+    batches = Batches(read_set(card("skimage-train"), None, "colour"), suite.task, suite.recipe, 5)
     train(built(name), batches, TrainingContext(CPU, RunFolder(tmp_path), Stop()))
     last = RunFolder(tmp_path).logged()[-1]
     assert NUMERICS == 1

@@ -9,17 +9,17 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch.nn import functional as F
 
 from kitbench.data.cards import card
-from kitbench.data.photograph import Photograph, read
+from kitbench.data.photograph import Photograph, read_set
 from kitbench.scoring import evaluate, tiles
 from kitbench.spec import loading
 
-SUITE = loading.load("denoise", overrides=["protocol=awgn8"])
+SUITE = loading.load_suite("denoise", overrides=["protocol=awgn8"])
 TASK, PROTOCOL = SUITE.task, SUITE.protocol
 
 
 @pytest.fixture(scope="module")
 def photo() -> Photograph:
-    return read(card("skimage-test"), None, "colour")[1]
+    return read_set(card("skimage-test"), None, "colour")[1]
 
 
 def test_noise_is_seeded_by_data_set_image_and_sigma(photo: Photograph) -> None:

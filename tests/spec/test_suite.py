@@ -13,22 +13,22 @@ from tests.conftest import TINY
 
 @pytest.mark.parametrize("preset", ["smoke", "quick", "full"])
 def test_every_preset_of_the_shipped_suite_is_valid(preset: str) -> None:
-    resolved = loading.load("denoise", preset)
+    resolved = loading.load_suite("denoise", preset)
     assert resolved.preset == preset
     assert resolved.recipe.name == preset
     assert list(resolved.methods) == ["kit", "global", "window", "local", "kit-random", "conv"]
 
 
 def test_quick_is_the_default_and_gives_equal_keys_a_query() -> None:
-    resolved = loading.load("denoise")
+    resolved = loading.load_suite("denoise")
     assert resolved.preset == "quick"
     assert resolved.methods["kit"].settings == {"patch": 4} == resolved.methods["kit-random"].settings
 
 
 def test_an_override_changes_one_setting_and_nothing_else() -> None:
     plain, changed = (
-        loading.load("denoise"),
-        loading.load("denoise", overrides=["recipe.steps=2000", "methods.kit.k=8"]),
+        loading.load_suite("denoise"),
+        loading.load_suite("denoise", overrides=["recipe.steps=2000", "methods.kit.k=8"]),
     )
     assert changed.recipe.steps == 2000
     assert changed.methods["kit"].settings == {"patch": 4, "k": 8}
@@ -64,7 +64,7 @@ def test_an_override_changes_one_setting_and_nothing_else() -> None:
 )
 def test_a_bad_override_is_refused_in_one_sentence(override: str, expected: str) -> None:
     with pytest.raises(InputError) as refused:
-        loading.load("denoise", overrides=[override])
+        loading.load_suite("denoise", overrides=[override])
     assert expected in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -80,7 +80,7 @@ def test_a_bad_override_is_refused_in_one_sentence(override: str, expected: str)
 )
 def test_an_unknown_name_is_refused_with_the_nearest_known_one(arguments: dict, expected: str) -> None:
     with pytest.raises(InputError, match=expected.replace("?", r"\?")):
-        loading.load(**arguments)
+        loading.load_suite(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -99,14 +99,14 @@ def test_a_faulty_suite_file_is_refused(tmp_path: Path, old: str, new: str, expe
     path = tmp_path / "mine.toml"
     path.write_text(TINY.replace(old, new))
     with pytest.raises(InputError) as refused:
-        loading.load(str(path))
+        loading.load_suite(str(path))
     assert expected in str(refused.value)
 
 
 def test_a_suite_file_of_the_users_own_takes_part_of_a_shipped_recipe(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(TINY)
-    resolved = loading.load(str(path), methods=["conv", "path/to/my_attention.py"], seeds=[3, 4])
+    resolved = loading.load_suite(str(path), methods=["conv", "path/to/my_attention.py"], seeds=[3, 4])
     assert (resolved.recipe.steps, resolved.recipe.lr) == (12, 2e-3)
     assert list(resolved.methods) == ["conv", "my-attention"]
     assert resolved.methods["my-attention"].attention == "path/to/my_attention.py"
@@ -127,12 +127,12 @@ def test_a_suite_file_of_the_users_own_takes_part_of_a_shipped_recipe(tmp_path: 
 )
 def test_a_fault_in_any_task_is_told_by_the_name_that_people_write(name: str, override: str, expected: str) -> None:
     with pytest.raises(InputError) as refused:
-        loading.load(name, overrides=[override])
+        loading.load_suite(name, overrides=[override])
     assert expected in str(refused.value)
 
 
 def test_a_mode_may_have_a_protocol_of_its_own() -> None:
-    resolved = loading.load("deblur", overrides=["data.folder.gray.protocol.shift=3"])
+    resolved = loading.load_suite("deblur", overrides=["data.folder.gray.protocol.shift=3"])
     gray = resolved.data.folder.gray
     assert gray is not None
     assert gray.protocol is not None
@@ -144,14 +144,16 @@ def test_a_mode_may_have_a_protocol_of_its_own() -> None:
 @pytest.mark.parametrize("name", shipped.suite_names())
 def test_every_shipped_suite_trains_all_methods_alike_in_every_preset(name: str) -> None:
     for preset in loading.read_toml(name, "suites", Path())["presets"]:
-        resolved = loading.load(name, preset)
+        resolved = loading.load_suite(name, preset)
         assert resolved.name == name
         assert "kit" in resolved.methods
 
 
 def test_a_changed_protocol_never_carries_the_stamp_of_the_shipped_one() -> None:
-    shipped = loading.load("denoise", overrides=["protocol=awgn8"]).protocol
-    changed = loading.load("denoise", overrides=["protocol=awgn8", "protocol.border=8"]).protocol
+    shipped = loading.load_suite("denoise", overrides=["protocol=awgn8"]).protocol
+    changed = loading.load_suite("denoise", overrides=["protocol=awgn8", "protocol.border=8"]).protocol
     assert shipped.stamp == "awgn8.v1"
     assert changed.stamp.startswith("awgn8.v1+")
-    assert changed.stamp != loading.load("denoise", overrides=["protocol=awgn8", "protocol.border=4"]).protocol.stamp
+    assert (
+        changed.stamp != loading.load_suite("denoise", overrides=["protocol=awgn8", "protocol.border=4"]).protocol.stamp
+    )

@@ -11,7 +11,7 @@ import pytest
 
 from kitbench.errors import InputError
 from kitbench.store.files import writable, write_atomic
-from kitbench.store.folder import Held, RunFolder, find
+from kitbench.store.folder import RunFolder, RunLocked, find
 from kitbench.store.records import Evaluation, Owner
 from kitbench.verdict.rows import rows
 from tests.stored import store
@@ -56,7 +56,7 @@ def test_only_one_process_works_on_a_run_and_the_others_are_told_which(tmp_path:
     with folder.lock() as killed:
         assert killed is None
         assert folder.held()
-        with pytest.raises(Held, match=rf"worked on by process {os.getpid()} on .*; wait for it"), folder.lock():
+        with pytest.raises(RunLocked, match=rf"worked on by process {os.getpid()} on .*; wait for it"), folder.lock():
             pass
     assert not folder.held()
     with folder.lock() as killed:

@@ -87,7 +87,7 @@ def test_claims_that_the_numbers_contradict_are_not_supported(tmp_path: Path) ->
 
 
 def test_every_task_of_the_paper_is_judged_by_runs_of_its_own_protocol(tmp_path: Path) -> None:
-    deblur = {"of": loading.load("deblur", "smoke"), "protocol": "blur-rgb8-ssim3d", "sigma": None}
+    deblur = {"of": loading.load_suite("deblur", "smoke"), "protocol": "blur-rgb8-ssim3d", "sigma": None}
     found = judge(
         runs(tmp_path / "denoise", GOOD, steps=FULL_STEPS),
         runs(tmp_path / "deblur", GOOD | {"kit": -0.5}, steps=FULL_STEPS, **deblur),
@@ -128,7 +128,7 @@ def test_what_is_not_decided_names_the_command_that_would(tmp_path: Path, what: 
             assert words[:3] == ["python", "-m", "kitbench"]
             context = cli.commands[words[3]].make_context(words[3], words[4:])  # raises for an unknown option
             if words[3] == "run":
-                loading.load(context.params["suite"], context.params["preset"], methods=context.params["method"])
+                loading.load_suite(context.params["suite"], context.params["preset"], methods=context.params["method"])
 
 
 def test_predicted_points_decide_no_time(tmp_path: Path) -> None:
@@ -152,8 +152,8 @@ def test_every_variant_of_the_ablation_changes_one_setting_of_kit() -> None:
     from kitbench.model import methods
 
     for preset in ("smoke", "quick", "full"):
-        chosen = loading.load("ablate", preset)
-        resolved = {n: methods.load(m.attention, n).resolve(m.settings) for n, m in chosen.methods.items()}
+        chosen = loading.load_suite("ablate", preset)
+        resolved = {n: methods.load_method(m.attention, n).resolve(m.settings) for n, m in chosen.methods.items()}
         base = resolved.pop("kit")
         for name, settings in resolved.items():
             changed = {key for key in settings if settings[key] != base[key]} - {"size"}

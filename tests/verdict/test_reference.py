@@ -32,8 +32,8 @@ def runs(out: Path, seeds=(0, 1, 2), drop: float = 0.0, method: str = "kit", dra
     return out
 
 
-def failures(found: Path, reference: Path, **options) -> list[reference.Line]:
-    lines = reference.compare(find([found]), reference.collect(find([reference]), None), **options)
+def failures(found: Path, old: Path, **options) -> list[reference.Comparison]:
+    lines = reference.compare_with_reference(find([found]), reference.collect(find([old]), None), **options)
     return [line for line in lines if line.failed]
 
 
@@ -77,17 +77,19 @@ def test_noise_between_seeds_is_no_regression_and_a_drop_in_it_is_still_found(tm
 
 
 def test_one_seed_has_no_spread_and_says_so(tmp_path: Path) -> None:
-    lines = reference.compare(find([runs(tmp_path / "a", (0,))]), reference.collect(find([tmp_path / "a"]), None))
+    lines = reference.compare_with_reference(
+        find([runs(tmp_path / "a", (0,))]), reference.collect(find([tmp_path / "a"]), None)
+    )
     [kit] = [line for line in lines if line.name.startswith("kit on") and line.quantity == "PSNR"]
     assert "by default: the reference has no spread over seeds" in kit.tolerance
 
 
 def test_the_shipped_reference_is_one_of_every_method_of_the_smoke_suite() -> None:
-    smoke = loading.load("denoise", "smoke")
-    stored = reference.read(ROOT / "results" / "reference" / "smoke.json")
+    smoke = loading.load_suite("denoise", "smoke")
+    stored = reference.read_reference(ROOT / "results" / "reference" / "smoke.json")
     assert stored.protocol == smoke.protocol.stamp
-    assert {row.method for row in reference.rows} == {*smoke.methods, *smoke.references}
-    assert all(len(row.psnr) == 3 for row in reference.rows if row.comparison)
+    assert {row.method for row in stored.rows} == {*smoke.methods, *smoke.references}
+    assert all(len(row.psnr) == 3 for row in stored.rows if row.comparison)
     assert all(cost.step is not None for cost in reference.costs)
 
 

@@ -17,7 +17,7 @@ DEFAULT_SIZES = "64:4096"
 
 
 @dataclass(frozen=True)
-class Options:
+class SweepOptions:
     """What to sweep, and within which bounds."""
 
     methods: tuple[str, ...] = DEFAULT_METHODS
@@ -51,7 +51,7 @@ def parse_method(text: str) -> tuple[str, dict[str, Setting]]:
         if not equals:
             raise InputError(f"Method {text!r}: {item!r} is no setting; write NAME:key=value:key=value.")
         settings[key] = _value(value)
-    return name, methods.load(name).resolve(settings) and settings
+    return name, methods.load_method(name).resolve(settings) and settings
 
 
 def _value(text: str) -> Setting:
@@ -90,4 +90,5 @@ def parse_bytes(text: str) -> int:
     if not match or float(match[1]) <= 0:
         raise InputError(f"{text!r} is no amount of memory; write for example 8GiB or 512MiB.")
     base = 1000 if (match[3] or "iB").lower() == "b" and match[2] else 1024
-    return round(float(match[1]) * base ** " KMGTP".index(match[2].upper() or " "))
+    unit: int = base ** " KMGTP".index(match[2].upper() or " ")
+    return round(float(match[1]) * unit)

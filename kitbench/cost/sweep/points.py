@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from kitbench.cost.flops import count_module, reconcile
+from kitbench.cost.agreement import reconcile
+from kitbench.cost.flops import count_module
 from kitbench.cost.memory import predict_peak_bytes
-from kitbench.cost.sweep.options import Options
+from kitbench.cost.sweep.options import SweepOptions
 from kitbench.cost.sweep.worker import Child, Failed, Memory, Spec, build, closed_form, step
-from kitbench.cost.timing import Sample, compare
+from kitbench.cost.timing import Sample, compare_times
 from kitbench.errors import InputError
 from kitbench.store.sweeps import Point, Sweep
 from kitbench.text import duration, gib
@@ -28,7 +29,7 @@ RESIDENT_SECONDS = 1.0  # longest call whose resident set is cross-checked
 WARM_UP_SECONDS = 20.0  # on top of what a call should take, before a child is called hung
 
 
-def measure(specs: Mapping[str, Spec], sweep: Sweep, options: Options) -> list[Point]:
+def measure(specs: Mapping[str, Spec], sweep: Sweep, options: SweepOptions) -> list[Point]:
     """The points of one size and one of infer and train, by label: counted, predicted, and run where they can be.
 
     On CUDA the children share the memory: a point that finds none beside the others is run again when they have ended,
@@ -42,7 +43,7 @@ def measure(specs: Mapping[str, Spec], sweep: Sweep, options: Options) -> list[P
     return list(points.values())
 
 
-def _run(specs: Mapping[str, Spec], points: dict[str, Point], sweep: Sweep, options: Options) -> list[str]:
+def _run(specs: Mapping[str, Spec], points: dict[str, Point], sweep: Sweep, options: SweepOptions) -> list[str]:
     """Run the points that can be, each in a child, and renew them. Returns those that lacked memory beside others."""
     device = torch.device(sweep.device)
     crowded: list[str] = []
@@ -89,7 +90,7 @@ def _time(
     children: dict[str, Child],
     waits: Mapping[str, float],
     points: dict[str, Point],
-    options: Options,
+    options: SweepOptions,
     fail: Callable[[str, Child, Failed], None],
 ) -> None:
     """Interleaved rounds over the children; where one fails, the others start their rounds again."""
@@ -97,7 +98,7 @@ def _time(
         asked: list[str] = []
         samplers = {label: _taker(label, children[label], waits[label], asked) for label in children}
         try:
-            timings = compare(samplers, options.rounds, options.seconds)
+            timings = compare_times(samplers, options.rounds, options.seconds)
         except Failed as failure:
             fail(asked[-1], children[asked[-1]], failure)
             continue
@@ -193,7 +194,7 @@ def guess_seconds(point: Point, sweep: Sweep) -> float | None:
     return last.seconds * max(point.macs / max(1, last.macs), (point.size / last.size) ** 2)
 
 
-def _not_to_be_run(point: Point, guess: float | None, sweep: Sweep, options: Options) -> dict[str, Any] | None:
+def _not_to_be_run(point: Point, guess: float | None, sweep: Sweep, options: SweepOptions) -> dict[str, Any] | None:
     """The row of a point that would not fit or take too long; None for one that is to be run."""
     if point.predicted_bytes * MARGIN > sweep.memory_limit:
         return {"status": "oom", "reason": f"would need {gib(point.predicted_bytes)}, not tried"}

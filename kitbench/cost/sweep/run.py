@@ -14,13 +14,13 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from kitbench.cost.memory import free_bytes
-from kitbench.cost.sweep.options import Options, parse_bytes, parse_method, parse_sizes
+from kitbench.cost.sweep.options import SweepOptions, parse_bytes, parse_method, parse_sizes
 from kitbench.cost.sweep.points import measure
 from kitbench.cost.sweep.worker import Spec, build
 from kitbench.errors import InputError
 from kitbench.model import methods
 from kitbench.spec.fields import digest
-from kitbench.spec.loading import load
+from kitbench.spec.loading import load_suite
 from kitbench.store.files import writable, write_atomic
 from kitbench.store.sweeps import Sweep
 from kitbench.system.environment import choose_device, environment
@@ -30,7 +30,7 @@ from kitbench.text import gib
 SHARE = 0.8  # of the free memory that a child may take
 
 
-def run_scale(options: Options, console: Console) -> Sweep:
+def run_scale(options: SweepOptions, console: Console) -> Sweep:
     """Sweep, and store the points in `options.out` as scale.json. Returns those that the options ask for.
 
     Raises InputError for a method, size, scope or amount of memory that makes no sense, and where `out` cannot be
@@ -74,7 +74,7 @@ def run_scale(options: Options, console: Console) -> Sweep:
     return sweep.model_copy(update={"points": tuple(p for p in sweep.points if (p.method, p.what, p.size) in specs)})
 
 
-def _start(options: Options) -> Sweep:
+def _start(options: SweepOptions) -> Sweep:
     device = choose_device(options.device)
     if options.dim < 1 or options.heads < 1 or options.rounds < 1 or options.patience <= 0:
         raise InputError("dim, heads and rounds must be at least 1, and patience positive; give larger values.")
@@ -83,7 +83,7 @@ def _start(options: Options) -> Sweep:
     labels = {text: parse_method(text) for text in options.methods}
     if len(labels) < len(options.methods):
         raise InputError("A method is listed twice; list each once, with different settings.")
-    sources = {name: methods.load(name).source_sha256 for name, _ in labels.values()}
+    sources = {name: methods.load_method(name).source_sha256 for name, _ in labels.values()}
     limit = parse_bytes(options.memory) if options.memory else round(SHARE * free_bytes(device))
     told = environment(device)
     decides = [
@@ -118,5 +118,5 @@ def _resumed(sweep: Sweep, path: Path) -> Sweep:
     return stored.model_copy(update={"budget": sweep.budget, "points": points})
 
 
-def _backbone(options: Options) -> Any:
-    return load("denoise").backbone if options.scope == "model" else None
+def _backbone(options: SweepOptions) -> Any:
+    return load_suite("denoise").backbone if options.scope == "model" else None

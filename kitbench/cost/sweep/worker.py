@@ -57,7 +57,7 @@ def build(spec: Spec) -> nn.Module:
     """The module of a point, on the CPU. Raises InputError."""
     from kitbench.model.backbone import Block, UNet
 
-    loaded = methods.load(spec.method)
+    loaded = methods.load_method(spec.method)
     if loaded.attention is None:
         raise InputError(f"Method {spec.method!r} is training-free: the sweep measures attentions.")
     settings = loaded.resolve(spec.settings)
@@ -85,7 +85,8 @@ def step(module: nn.Module, x: Tensor) -> Tensor | None:
     """One call: a forward pass, or in training mode forward and backward, with the gradient of the input."""
     if not module.training:
         with torch.no_grad():
-            return module(x)
+            y: Tensor = module(x)
+            return y
     x = x.detach().requires_grad_()
     module(x).square().mean().backward()
     module.zero_grad(set_to_none=True)
@@ -124,7 +125,8 @@ class Child:
 
     def measure(self, timeout: float) -> Memory:
         """Peak memory of a call after a warm-up call. Raises Failed."""
-        return self._ask("measure", timeout)
+        found: Memory = self._ask("measure", timeout)
+        return found
 
     def prepare(self, timeout: float) -> None:
         """Find out how many calls a sample takes. Raises Failed."""
@@ -132,11 +134,13 @@ class Child:
 
     def sample(self, timeout: float) -> Sample:
         """One sample of its time. Raises Failed."""
-        return self._ask("sample", timeout)
+        taken: Sample = self._ask("sample", timeout)
+        return taken
 
     def resident(self, timeout: float) -> int | None:
         """Peak resident set of a call; None where it is too small to say anything or the system does not tell."""
-        return self._ask("resident", timeout)
+        found: int | None = self._ask("resident", timeout)
+        return found
 
     def _ask(self, request: str, timeout: float) -> Any:
         try:

@@ -24,7 +24,7 @@ CROP_BYTES = 5_000_000
 
 
 @dataclass(frozen=True)
-class Picture:
+class EmbeddedFigure:
     """A figure, embedded."""
 
     title: str
@@ -55,7 +55,7 @@ class Gallery:
 
 def pictures_of(
     block: pd.DataFrame, trained: Block | None, compared: list[tuple[Compared, Any]], folders: dict[str, RunFolder]
-) -> list[Picture]:
+) -> list[EmbeddedFigure]:
     if trained is None:
         return []
     methods = list(trained.methods)
@@ -76,16 +76,16 @@ def pictures_of(
         }
         if points:
             svg = pictures.pareto(points, label, name)
-            shown.append(Picture(f"PSNR on {name} against {label}", _svg(svg)))
+            shown.append(EmbeddedFigure(f"PSNR on {name} against {label}", _svg(svg)))
     logs = {m: _folders(trained, m, folders) for m in methods}
-    drawn = pictures.curves(logs)
+    drawn = pictures.training_curves(logs)
     if drawn is not None:
         shown.append(
-            Picture("Training curves: mean over seeds, smoothed over 5 % of the steps", _svg(drawn), wide=True)
+            EmbeddedFigure("Training curves: mean over seeds, smoothed over 5 % of the steps", _svg(drawn), wide=True)
         )
     if compared:
         title = "Differences to the best, image by image; bar: 95 % interval over seeds and images"
-        shown.append(Picture(title, _svg(pictures.differences(compared)), wide=True))
+        shown.append(EmbeddedFigure(title, _svg(pictures.difference_plot(compared)), wide=True))
     return shown
 
 
@@ -147,11 +147,11 @@ def _gallery(methods: dict[str, tuple[Path, Entry, int]]) -> Gallery:
     return Gallery(title, _png(first.whole), first.place, panels)
 
 
-def scaling(sweep: Sweep) -> Picture:
-    from kitbench.verdict.scaling.plot import draw
+def scaling(sweep: Sweep) -> EmbeddedFigure:
+    from kitbench.verdict.scaling.plot import draw_sweep
 
     with tempfile.TemporaryDirectory() as folder:
-        draw(sweep, Path(folder))
+        draw_sweep(sweep, Path(folder))
         svg = (Path(folder) / "scale.svg").read_bytes()
     title = f"Cost against resolution: {sweep.scope}, {sweep.dim} channels, on {sweep.device} (sweep {sweep.key[:10]})"
-    return Picture(title, _svg(svg), wide=True)
+    return EmbeddedFigure(title, _svg(svg), wide=True)

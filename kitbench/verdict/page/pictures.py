@@ -77,7 +77,7 @@ def pareto(points: Mapping[str, tuple[float, float]], label: str, column: str) -
     return buffer.getvalue()
 
 
-def curves(logs: Mapping[str, Sequence[RunFolder]]) -> bytes | None:
+def training_curves(logs: Mapping[str, Sequence[RunFolder]]) -> bytes | None:
     """Training PSNR against steps, the mean over seeds of each method; None where no run has a log."""
     lines = {method: found for method, folders in logs.items() if (found := _curve(folders)) is not None}
     if not lines:
@@ -105,7 +105,7 @@ def _curve(folders: Sequence[RunFolder]) -> tuple[np.ndarray, np.ndarray] | None
     return logs[0][window - 1 :, 0], smooth
 
 
-def differences(compared: Sequence[tuple[Compared, np.ndarray]]) -> bytes:
+def difference_plot(compared: Sequence[tuple[Compared, np.ndarray]]) -> bytes:
     """Differences of each method to the best, dB: a dot an image (mean over seeds), a bar for the 95 % interval."""
     with _figure(7.4, 0.9 + 0.42 * len(compared)) as (_, axes, buffer):
         for place, (one, d) in enumerate(compared):

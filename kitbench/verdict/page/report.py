@@ -23,7 +23,7 @@ from kitbench.verdict.compare import Compared, adjusted, pooled
 from kitbench.verdict.entries import Entry, entries, labels
 from kitbench.verdict.page import pictures
 from kitbench.verdict.page.figures import galleries_of, pictures_of, scaling
-from kitbench.verdict.page.tables import Grid, ablation, cell, differences_of, table_of
+from kitbench.verdict.page.tables import Grid, ablation, differences_of, table_cell, table_of
 from kitbench.verdict.render import caption_of, split
 from kitbench.verdict.rows import rows
 
@@ -50,7 +50,7 @@ def report(runs: Sequence[RunFolder], sweeps: Sequence[Sweep], protocol: str | N
         error_full=pictures.ERROR_FULL,
         scaling=[scaling(sweep) for sweep in sweeps],
         published=Grid(
-            published.HEADING, published.HEADER, [[cell(c) for c in line] for line in published.lines()],
+            published.HEADING, published.HEADER, [[table_cell(c) for c in line] for line in published.lines()],
             [published.CAUTION],
         ),
         settings=_settings(found),

@@ -15,7 +15,7 @@ from kitbench.verdict.render import named, notes_of, number, ranked, slowed
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """A cell of a table: what is shown, and what it is sorted by."""
 
     text: str
@@ -30,16 +30,16 @@ class Grid:
 
     caption: str
     header: list[str]
-    lines: list[list[Cell]]
+    lines: list[list[TableCell]]
     notes: list[str] = field(default_factory=list)
 
 
-def cell(text: str, key: float | str | None = None, rank: int = 0) -> Cell:
-    return Cell(text, text if key is None else key, rank)
+def table_cell(text: str, key: float | str | None = None, rank: int = 0) -> TableCell:
+    return TableCell(text, text if key is None else key, rank)
 
 
-def _amount(value: Any, digits: int) -> Cell:
-    return Cell(number(value, digits), -math.inf if value is None or pd.isna(value) else float(value))
+def _amount(value: Any, digits: int) -> TableCell:
+    return TableCell(number(value, digits), -math.inf if value is None or pd.isna(value) else float(value))
 
 
 def table_of(block: pd.DataFrame, caption: str) -> Grid:
@@ -52,7 +52,7 @@ def table_of(block: pd.DataFrame, caption: str) -> Grid:
     header += ["Parameters", f"GMACs{at}", "Peak memory of a step, MiB", "s a step", "Seeds", "Runs"]
     lines = []
     for method, own in block.groupby("method", sort=False):
-        line = [cell(named(str(method), own["form"].iloc[0]))]
+        line = [table_cell(named(str(method), own["form"].iloc[0]))]
         for column in columns:
             match = own[(own["data_set"] == column[0]) & (own["condition"] == column[1])]
             for metric, _, digits, higher in metrics:
@@ -63,17 +63,19 @@ def table_of(block: pd.DataFrame, caption: str) -> Grid:
         mark = "†" if isinstance(first["gmacs_note"], str) else ""
         line += [
             _amount(first["parameters"], 0),
-            Cell(macs.text + mark, macs.key),
+            TableCell(macs.text + mark, macs.key),
             _amount(None if pd.isna(peak) else peak / 2**20, 1),
-            Cell(step.text + ("‡" if slowed(first) else ""), step.key),
-            cell(str(first["seeds"])),
-            cell(" ".join(dict.fromkeys(",".join(own["runs"]).split(",")))),
+            TableCell(step.text + ("‡" if slowed(first) else ""), step.key),
+            table_cell(str(first["seeds"])),
+            table_cell(" ".join(dict.fromkeys(",".join(own["runs"]).split(",")))),
         ]
         lines.append(line)
     return Grid(caption, header, lines, notes_of(block))
 
 
-def _score(block: pd.DataFrame, match: pd.DataFrame, column: Column, metric: str, digits: int, higher: bool) -> Cell:
+def _score(
+    block: pd.DataFrame, match: pd.DataFrame, column: Column, metric: str, digits: int, higher: bool
+) -> TableCell:
     if not len(match):
         return _amount(None, digits)
     row = match.iloc[0]
@@ -82,7 +84,7 @@ def _score(block: pd.DataFrame, match: pd.DataFrame, column: Column, metric: str
     spread = row.get(metric.removesuffix("_db") + "_pm_seeds")
     behind = "" if spread is None or pd.isna(spread) else f" ± {spread:.{digits}f}"
     star = "*" if metric == "psnr_db" and row["within_noise"] == 1 else ""
-    return Cell(
+    return TableCell(
         text + behind + star, _amount(row[metric], digits).key, 1 if text == best else 2 if text == second else 0
     )
 
@@ -105,15 +107,15 @@ def differences_of(compared: Sequence[Compared]) -> Grid | None:
     for c in compared:
         f = c.found
         intervals = [
-            cell("no interval" if i is None else f"[{i.low:+.3f}, {i.high:+.3f}]")
+            table_cell("no interval" if i is None else f"[{i.low:+.3f}, {i.high:+.3f}]")
             for i in (f.interval, f.interval_seeds)
         ]
         lines.append(
             [
-                cell(f"{c.a} - {c.b}"), Cell(f"{f.mean:+.3f}", f.mean), *intervals,
-                Cell("n/a" if c.p_holm is None else f"{c.p_holm:.3g}", math.inf if c.p_holm is None else c.p_holm),
-                Cell("n/a" if f.detectable is None else f"{f.detectable:.3f}", f.detectable or math.inf),
-                cell(str(f.seeds), f.seeds), cell(str(f.images), f.images), cell(" ".join(c.runs)),
+                table_cell(f"{c.a} - {c.b}"), TableCell(f"{f.mean:+.3f}", f.mean), *intervals,
+                TableCell("n/a" if c.p_holm is None else f"{c.p_holm:.3g}", math.inf if c.p_holm is None else c.p_holm),
+                TableCell("n/a" if f.detectable is None else f"{f.detectable:.3f}", f.detectable or math.inf),
+                table_cell(str(f.seeds), f.seeds), table_cell(str(f.images), f.images), table_cell(" ".join(c.runs)),
             ]
         )  # fmt: skip
     notes = [

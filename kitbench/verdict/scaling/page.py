@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv as csv_format
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tabulate import tabulate
@@ -13,7 +13,7 @@ from kitbench.store.files import write_atomic
 from kitbench.store.sweeps import Point, Sweep, What
 from kitbench.text import gib
 from kitbench.verdict.scaling.fit import WORDS, Exponent, Quantity, crossings, curves, exponent, largest
-from kitbench.verdict.scaling.plot import draw
+from kitbench.verdict.scaling.plot import draw_sweep
 
 QUANTITIES: dict[str, Quantity] = {
     "FLOPs": lambda point: point.macs,
@@ -22,7 +22,7 @@ QUANTITIES: dict[str, Quantity] = {
 }
 TELLING_BYTES = 16 << 20
 LINEAR = 1.1  # exponents up to this are called linear
-_COLUMNS = {
+_COLUMNS: dict[str, Callable[[Point], object]] = {
     "method": lambda p: p.method,
     "what": lambda p: p.what,
     "side_px": lambda p: p.size,
@@ -48,7 +48,7 @@ _COLUMNS = {
 }
 
 
-def csv(sweep: Sweep) -> str:
+def sweep_csv(sweep: Sweep) -> str:
     """One line a point, sorted by method, infer or train, and size; units stand in the header."""
     text = io.StringIO()
     writer = csv_format.writer(text, lineterminator="\n")
@@ -59,7 +59,7 @@ def csv(sweep: Sweep) -> str:
     return text.getvalue()
 
 
-def markdown(sweep: Sweep) -> str:
+def sweep_markdown(sweep: Sweep) -> str:
     """The page that `scale.md` holds."""
 
     told = sweep.environment
@@ -78,15 +78,15 @@ def markdown(sweep: Sweep) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write(sweep: Sweep, folder: Path) -> list[Path]:
+def write_sweep(sweep: Sweep, folder: Path) -> list[Path]:
     """Write scale.csv, scale.md, scale.png and scale.svg into `folder`, which is there."""
-    texts = {folder / "scale.csv": csv(sweep), folder / "scale.md": markdown(sweep)}
+    texts = {folder / "scale.csv": sweep_csv(sweep), folder / "scale.md": sweep_markdown(sweep)}
     for path, text in texts.items():
         write_atomic(path, text.encode())
-    return [*texts, *draw(sweep, folder)]
+    return [*texts, *draw_sweep(sweep, folder)]
 
 
-def summary(sweep: Sweep) -> str:
+def sweep_summary(sweep: Sweep) -> str:
     """What the terminal shows: exponents and the largest image, and the words."""
     parts = []
     for what in dict.fromkeys(what for _, what in curves(sweep)):

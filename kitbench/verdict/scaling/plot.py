@@ -6,6 +6,7 @@ well. Predicted points are hollow; out of memory is crossed out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,14 @@ _STYLES: tuple[tuple[str, str, Any], ...] = (
     ("#56B4E9", "X", "-."),
     ("#7F7F7F", "*", ":"),
 )
-_PANELS = {
+_PANELS: dict[str, tuple[Callable[[Point], float | None], str]] = {
     "multiply-adds": (lambda p: p.macs / 1e9, "GMACs"),
     "peak memory": (lambda p: p.bytes / 2**20, "MiB"),
     "time": (lambda p: None if p.seconds is None else 1e3 * p.seconds, "ms"),
 }
 
 
-def draw(sweep: Sweep, folder: Path) -> list[Path]:
+def draw_sweep(sweep: Sweep, folder: Path) -> list[Path]:
     """Write scale.png and scale.svg into `folder`."""
     import matplotlib as mpl
 

@@ -10,17 +10,18 @@ import torch
 from rich.console import Console
 
 from kitbench.cli.main import cli
-from kitbench.cost.flops import count_module, reconcile
+from kitbench.cost.agreement import reconcile
+from kitbench.cost.flops import count_module
 from kitbench.cost.sweep import points as measuring
 from kitbench.cost.sweep import run
-from kitbench.cost.sweep.options import Options, parse_bytes, parse_method, parse_sizes
+from kitbench.cost.sweep.options import SweepOptions, parse_bytes, parse_method, parse_sizes
 from kitbench.cost.sweep.points import guess_seconds
 from kitbench.cost.sweep.run import run_scale  # fmt: skip
 from kitbench.cost.sweep.worker import Child, Failed, Spec, build, closed_form
 from kitbench.errors import InputError
 from kitbench.store.sweeps import Sweep
 from kitbench.text import gib
-from kitbench.verdict.scaling.page import write
+from kitbench.verdict.scaling.page import write_sweep
 from tests.verdict.scaling.test_fit import points
 
 HEAD = '''
@@ -64,7 +65,7 @@ def method_file(folder, name, body):
 
 
 def options(out, methods, **others):
-    return Options(
+    return SweepOptions(
         methods=methods,
         dim=16,
         out=out,
@@ -90,7 +91,7 @@ def test_a_child_that_fails_in_any_way_is_a_marked_row_and_the_sweep_goes_on(tmp
     assert [p.status for p in sweep.curve("conv", "infer")] == ["measured"] * 2
     assert all(p.seconds is not None for p in sweep.curve("conv", "infer"))
     assert "would need" in (sweep.curve(wanted[0], "infer")[1].reason or "")
-    write(sweep, tmp_path / "out")
+    write_sweep(sweep, tmp_path / "out")
     page = (tmp_path / "out" / "scale.md").read_text()
     for word in ("OOM", "timeout", "by signal 9", "ArithmeticError: lost"):
         assert word in page
@@ -107,7 +108,7 @@ def test_a_sweep_is_stored_drawn_and_resumed(tmp_path, quiet, monkeypatch):
     first = run_scale(wanted, quiet)
     assert {p.status for p in first.points} == {"measured"}
     assert all(p.peak_bytes and p.seconds and p.macs_note is None for p in first.points)
-    write(first, tmp_path)
+    write_sweep(first, tmp_path)
     for name in ("scale.png", "scale.svg", "scale.md"):
         assert (tmp_path / name).stat().st_size > 1000
     rows = list(csv.DictReader((tmp_path / "scale.csv").read_text().splitlines()))
@@ -145,7 +146,7 @@ def test_a_half_done_sweep_goes_on_where_it_stopped(tmp_path, quiet, monkeypatch
 
 @pytest.mark.parametrize("scope", ["block", "model"])
 def test_blocks_and_models_are_swept_and_reconciled(scope):
-    backbone = run._backbone(Options(scope=scope))
+    backbone = run._backbone(SweepOptions(scope=scope))
     spec = Spec("window", {}, scope, "infer", 32, 16, 1, backbone)
     module = build(spec)
     found = count_module(module, spec.shape)
@@ -211,7 +212,7 @@ def test_methods_that_make_no_sense_are_refused_before_anything_is_written(metho
 
 def test_the_command_line_sweeps_by_default_what_the_room_does():
     given = cli.commands["scale"].make_context("scale", []).params
-    default = Options()
+    default = SweepOptions()
     assert given.pop("methods") == ",".join(default.methods)
     assert given.pop("what") == ",".join(default.what)
     assert {name: value for name, value in given.items() if value != getattr(default, name)} == {}
