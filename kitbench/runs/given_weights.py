@@ -22,10 +22,10 @@ from kitbench.model import methods
 from kitbench.model.weights import fit, given_file_sha256, read_state
 from kitbench.runs.cell import Cell
 from kitbench.runs.one_cell import begin, score
-from kitbench.runs.prepare import CHANNELS, Options, Scoring
+from kitbench.runs.prepare import Options, Scoring
 from kitbench.runs.probe import RESOLUTION
 from kitbench.scoring import evaluate
-from kitbench.spec.fields import Mode
+from kitbench.spec.fields import CHANNELS, Mode
 from kitbench.spec.loading import load_suite
 from kitbench.spec.suite import Suite
 from kitbench.store.folder import RunFolder

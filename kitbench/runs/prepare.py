@@ -23,7 +23,7 @@ from kitbench.model.backbone import UNet, attention_levels
 from kitbench.runs.cell import Cell
 from kitbench.scoring.lpips import LPIPS, available
 from kitbench.seeds import derive
-from kitbench.spec.fields import Mode, digest
+from kitbench.spec.fields import CHANNELS, Mode, digest
 from kitbench.spec.suite import Protocol, Suite
 from kitbench.spec.suite import SetNames as NamedSets
 from kitbench.spec.tasks import Denoise
@@ -32,8 +32,6 @@ from kitbench.store.folder import RunFolder
 from kitbench.system.environment import choose_device, device_name, make_repeatable
 from kitbench.system.processes import current, pieces
 from kitbench.system.tracking import trackers
-
-CHANNELS: dict[Mode, int] = {"colour": 3, "gray": 1}
 
 
 @dataclass(frozen=True)

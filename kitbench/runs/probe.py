@@ -18,8 +18,9 @@ from kitbench.cost.memory import free_bytes, peak_bytes, predict_peak_bytes
 from kitbench.errors import InputError, RunError
 from kitbench.model.backbone import UNet
 from kitbench.runs.cell import Cell
-from kitbench.runs.prepare import CHANNELS, Job
+from kitbench.runs.prepare import Job
 from kitbench.runs.train import loss_of
+from kitbench.spec.fields import CHANNELS
 from kitbench.store.records import Cost
 from kitbench.text import gib
 
