@@ -1,1 +1,1 @@
-"""The attentions that KiT is compared with, one file each, all with the signature of kitbench/attention."""
+"""The methods that KiT is compared with, one file each; attentions have the signature of kitbench/attention."""

@@ -3,7 +3,7 @@
 Papers: none as such; the token mixer of "A ConvNet for the 2020s" (Liu et al., CVPR 2022) with a multiplicative gate
     as in "Simple Baselines for Image Restoration" (Chen et al., ECCV 2022), between the projections of an attention.
 Operator: value and gate projections, depth-wise 7 x 7 convolution of the values with zero padding, times the gate,
-    output projection. The gate makes it a fair opponent: it depends on the content, but compares nothing with anything.
+    output projection. The gate makes it depend on the content, like attention, but without comparing positions.
 Cost: 3 H W C^2 for the projections, 49 H W C for the convolution.
 Departures: heads and shift have no meaning here and are ignored.
 """

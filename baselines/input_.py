@@ -1,8 +1,8 @@
 """input: the degraded image itself, unrestored.
 
 Paper: none.
-Operator: the identity. It shows, under the very protocol of the table (clipping and rounding included), what every
-    other row gained.
+Operator: the identity. Scored under the same protocol (clipping and rounding included), it is what other rows are
+    compared with.
 Cost: none.
 Departures: none.
 """

@@ -1,7 +1,7 @@
 """Ablation: KiT whose patch grid is the same in every block.
 
-Paper: none; a variant of kitbench/attention/kit.py that says what the shifted grid, a choice of our reading, is worth.
-Operator: KiT, with the shift of every second block left out.
+Paper: none; a variant of kitbench/attention/kit.py that shows the effect of the shifted grid, a choice of our reading.
+Operator: KiT without the shift of every second block.
 Cost: that of KiT.
 Departures: none.
 """

@@ -4,8 +4,7 @@ Papers: "Stand-Alone Self-Attention in Vision Models" (Ramachandran et al., Neur
     et al., ICCV 2019).
 Operator: a sliding, convolution-like s x s footprint around each position, with a learned relative position bias.
 Cost: 4 H W C^2 for the projections and 2 s^2 H W C for the attention.  Executed as 8 x 8 query tiles over their halos
-    of (s + 7)^2 keys with one fixed mask, 2 (s + 7)^2 H W C, because that is several times faster than an unfolded copy
-    of the keys.
+    of (s + 7)^2 keys with one fixed mask, 2 (s + 7)^2 H W C, which is several times faster than unfolding the keys.
 Departures: positions outside the image are not attended (the papers pad with zeros, which then take part in the
     softmax); a bias for each offset where SASA adds learned row and column embeddings to the keys.
 """
@@ -54,7 +53,3 @@ class Attention(nn.Module):
         rows, columns = layout.grid(height, width, TILE)
         keys = (TILE + self.size - 1) ** 2
         return 4 * height * width * self.dim**2 + 2 * rows * columns * TILE**2 * keys * self.dim
-
-    def useful_macs(self, height: int, width: int) -> int:
-        """Multiply-adds of the definition, without what the tiles compute and mask; borders count whole footprints."""
-        return 4 * height * width * self.dim**2 + 2 * height * width * self.size**2 * self.dim

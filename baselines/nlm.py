@@ -2,7 +2,7 @@
 
 Paper: Buades, Coll and Morel, "A non-local algorithm for image denoising", CVPR 2005; the fast form of Darbon et al.,
     ISBI 2008, as in scikit-image.
-Operator: every pixel becomes the mean of the pixels around it, weighted by how alike the patches around them are.
+Operator: every pixel is replaced by the mean of the pixels around it, weighted by the similarity of their patches.
 Cost: 13 x 13 comparisons of 5 x 5 patches a pixel: linear in H and in W.
 Departures: none; the parameters are those of scikit-image's own example for a known sigma (patch 5, distance 6,
     h = 0.8 sigma, fast). Where the task states no sigma it is estimated from the image's finest wavelets (Donoho and

@@ -3,5 +3,5 @@
 __version__ = "0.1.0"
 
 NUMERICS = 1
-"""Raised by hand whenever a change of the code moves a number that a run produces: part of every run's key, so that
-numbers of different code are never taken for one another. A golden run in the tests fails when it should have been."""
+"""Incremented by hand whenever a change of the code changes a number that a run produces. It is part of every key, so
+that results of different code are never mixed. A test compares stored numbers and fails where this was forgotten."""

@@ -1,4 +1,4 @@
-"""Seeds hashed from named axes, so that adding a method, a data set or an image never moves another's numbers."""
+"""Seeds hashed from names, so that adding a method, data set or image does not change the seeds of the others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def derive(*names: object) -> int:
-    """A seed below 2**63 that is a pure function of the names (their text) and of nothing else."""
+    """A seed below 2**63, a pure function of the texts of the names."""
     text = "/".join(map(str, names))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
 

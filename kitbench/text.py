@@ -1,4 +1,4 @@
-"""Durations and byte sizes for people."""
+"""Durations and amounts of memory as text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`kitbench explain`: which patches the patch under a pixel attends, drawn on the image, a panel an attention."""
+"""`kitbench explain`: draws on an image which patches the patch at a pixel attends, one panel for each attention."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from matplotlib.patches import Rectangle
 
 @dataclass(frozen=True)
 class Choice:
-    """The patches that one attention's query patch chose, in pixels of the image: (left, top, side), itself first.
+    """The patches that a query patch attends in one attention: (left, top, side) in pixels of the image, itself first.
 
-    A shifted grid is a torus: a patch that lies over the border stands where its top left corner is.
+    A shifted grid wraps around: a patch across the border is drawn at its top left corner.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Pixel(NamedTuple):
 
 
 def choices(model: UNet, picture: Picture, at: Pixel, device: torch.device) -> list[Choice]:
-    """What every k-NN attention of the network chose for a pixel, in one forward pass of the whole picture.
+    """The neighbours that every k-NN attention of the network finds for a pixel, in one pass over the whole picture.
 
     Raises InputError for a pixel outside the picture, and for a network without k-NN attention.
     """
@@ -58,7 +58,7 @@ def choices(model: UNet, picture: Picture, at: Pixel, device: torch.device) -> l
         if hasattr(module, "neighbours") and hasattr(module, "patch")
     ]
     if not handles:
-        raise InputError("This run's attention chooses no patches: explain draws runs of kit and its variants.")
+        raise InputError("This run's attention does not select patches; give a run of kit or one of its variants.")
     full = np.float32(np.iinfo(picture.pixels.dtype).max)
     image = torch.from_numpy(picture.pixels.astype(np.float32) / full).permute(2, 0, 1)
     channels = model.head.in_channels
@@ -91,7 +91,7 @@ def _listener(name: str, found: dict[str, Choice], at: Pixel, padded: int) -> An
 
 
 def draw_choices(picture: Picture, choices: list[Choice], at: Pixel, path: Path) -> None:
-    """A panel a choice: the query patch in yellow, its neighbours numbered in order of similarity."""
+    """One panel for each attention: the query patch in yellow, its neighbours numbered in order of similarity."""
     full = np.iinfo(picture.pixels.dtype).max
     shown = np.repeat(picture.pixels, 3, 2) if picture.pixels.shape[2] == 1 else picture.pixels
     columns = min(3, len(choices))
@@ -125,9 +125,9 @@ def draw_choices(picture: Picture, choices: list[Choice], at: Pixel, path: Path)
 def explain_pixel(
     image: Path, folder: RunFolder, method_file: Path | None, at: Pixel, device: torch.device, out: Path
 ) -> list[Choice]:
-    """Draw what a run's attentions chose for one pixel of an image, and return it. Raises InputError."""
+    """Draw and return the neighbours that a run's attentions find for a pixel of an image. Raises InputError."""
     if out.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise InputError(f"{out} names no picture format; end it in .png, .svg or .pdf.")
+        raise InputError(f"The suffix of {out} is not a format to draw in; use .png, .svg or .pdf.")
     picture = read_picture(image)
     model, _ = load_trained(folder, method_file, device)
     found = choices(model, picture, at, device)

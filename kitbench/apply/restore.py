@@ -1,8 +1,8 @@
-"""`kitbench restore`: apply a trained run to pictures of one's own, whatever their size, depth or channels.
+"""`kitbench restore`: apply a trained run to the user's pictures, of any size, depth and number of channels.
 
 Reads PNG, JPEG, TIFF, WebP and BMP of 8 or 16 bits, gray or colour, with or without alpha (kept as it is). A run that
 was trained on colour restores a gray picture as three equal channels and averages them; one that was trained on gray
-restores each channel of a colour picture by itself. The result is written in the input's format and depth.
+restores each channel of a colour picture separately. The result is written in the input's format and depth.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from kitbench.scoring.tiles import tiled
 from kitbench.store.files import replace_with
 
 WHOLE = 1024 * 1024
-"""Pixels up to which a picture is restored whole, unless a tile is asked for."""
+"""Pixels up to which a picture is restored whole, unless a tile size is given."""
 TILE, OVERLAP = 512, 64
-"""Tiles of larger pictures; they are blended over the overlap by linear ramps."""
+"""Side and overlap in pixels of the tiles of larger pictures, which are blended by linear ramps."""
 JPEG_QUALITY = 95
 
 
@@ -36,12 +36,12 @@ class Picture:
 
 
 def read_picture(path: Path) -> Picture:
-    """Decode a picture, turned upright where its EXIF says so. Raises InputError."""
+    """Decode a picture, rotated as its EXIF says. Raises InputError."""
     try:
         data = np.frombuffer(path.read_bytes(), np.uint8)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); give the path of a picture.") from error
-    # OpenCV turns a picture upright only where it drops the alpha channel, which JPEG does not have.
+    # OpenCV applies EXIF rotation only in modes that drop the alpha channel, which JPEG does not have.
     upright = path.suffix.lower() in (".jpg", ".jpeg")
     flags = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH if upright else cv2.IMREAD_UNCHANGED
     try:
@@ -49,7 +49,7 @@ def read_picture(path: Path) -> Picture:
     except cv2.error:
         image = None
     if image is None:
-        raise InputError(f"{path} is no picture that can be read; give PNG, JPEG, TIFF, WebP or BMP.")
+        raise InputError(f"{path} is not a readable picture; give PNG, JPEG, TIFF, WebP or BMP.")
     image = image[..., None] if image.ndim == 2 else image
     if image.dtype not in (np.uint8, np.uint16) or image.shape[2] not in (1, 2, 3, 4):
         raise InputError(f"{path} has {image.shape[2]} channels of {image.dtype}; give 8 or 16 bits, gray or colour.")
@@ -59,7 +59,7 @@ def read_picture(path: Path) -> Picture:
 
 
 def write_picture(path: Path, picture: Picture) -> None:
-    """Encode in the format of the suffix, at the depth of the pixels; whole or not at all."""
+    """Encode in the format of the suffix, at the depth of the pixels. Raises InputError where the format cannot."""
     image = picture.pixels[..., ::-1]
     if picture.alpha is not None:
         image = np.concatenate([np.repeat(image, 3, 2) if image.shape[2] == 1 else image, picture.alpha], 2)
@@ -71,7 +71,7 @@ def write_picture(path: Path, picture: Picture) -> None:
 
 
 def restore_picture(model: UNet, picture: Picture, device: torch.device, tile: int | None) -> Picture:
-    """Restore a picture; alpha is kept. tile: side in pixels, 0 for the whole picture, None to choose by size."""
+    """Restore a picture; its alpha channel is kept. tile: side in pixels, 0: no tiles, None: chosen by size."""
     full = np.float32(np.iinfo(picture.pixels.dtype).max)
     x = torch.from_numpy(picture.pixels.astype(np.float32) / full).permute(2, 0, 1)  # [1 or 3, H, W]
     channels = model.head.in_channels

@@ -1,8 +1,8 @@
-"""`kitbench submit`: restore a set whose targets its server keeps, and write the file that the server takes.
+"""`kitbench submit`: restore a set whose targets are not public, and write the file to submit to its server.
 
-SIDD-benchmark   CSV, one line a block: ID from 0, BLOCK the base64 of its bytes, uint8 [256, 256, 3] (the sample
+SIDD-benchmark   CSV, one line for each block: ID from 0, BLOCK the base64 of its bytes, uint8 [256, 256, 3] (the sample
                  program of kaggle.com/competitions/sidd-benchmark-srgb-psnr)
-DND              ZIP of NNNN.mat, one a photograph: Idenoised, a cell of the 20 regions, float32 [H, W, 3] in
+DND              ZIP of NNNN.mat, one for each photograph: Idenoised, a cell of the 20 regions, float32 [H, W, 3] in
                  [0, 1]; israw; eval_version (bundle_submissions_srgb of the authors' kit)
 """
 
@@ -28,7 +28,7 @@ from kitbench.store.files import replace_with
 Denoise = Callable[[np.ndarray], np.ndarray]
 """One picture: float32 [H, W, 3] in [0, 1] to the same, not clipped."""
 Report = Callable[[int, int], None]
-"""Told how many pictures are done, and how many there are."""
+"""Called with the number of pictures done, and of all pictures."""
 
 
 def denoiser(model: UNet, device: torch.device) -> Denoise:
@@ -44,9 +44,11 @@ def denoiser(model: UNet, device: torch.device) -> Denoise:
 
 
 def submit(card: Card, folder: Path, denoise: Denoise, out: Path, report: Report) -> None:
-    """Write the submission of a set. Raises InputError for a set that has no server, or a file of the wrong kind."""
+    """Write the submission for a set. Raises InputError for a set without a server, or another file name suffix."""
     if card.name not in WRITERS:
-        raise InputError(f"Data set {card.name} is scored here, by kitbench run; sets to submit: {', '.join(WRITERS)}.")
+        raise InputError(
+            f"Data set {card.name} has no server, kitbench run scores it; sets with one: {', '.join(WRITERS)}."
+        )
     suffix, writer = WRITERS[card.name]
     if out.suffix != suffix:
         raise InputError(

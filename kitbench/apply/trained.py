@@ -11,28 +11,28 @@ from kitbench.model import methods
 from kitbench.model.backbone import UNet
 from kitbench.runs.checkpoint import trained_state
 from kitbench.seeds import derive
+from kitbench.spec.fields import CHANNELS
 from kitbench.store.folder import RunFolder
 from kitbench.store.records import Run
 
 
 def load_trained(folder: RunFolder, method_file: Path | None, device: torch.device) -> tuple[UNet, Run]:
-    """The trained network of a run, in evaluation mode. Raises InputError where the run holds none, or not this one's.
+    """The trained network of a run, in evaluation mode. Raises InputError where there is none or it does not fit.
 
     method_file: the Python file of a method that is not shipped; it must be the one that the run was trained with.
     """
     run = folder.run
     if run.backbone is None or run.seed is None or run.recipe is None:
-        raise InputError(f"{folder.path} is the training-free method {run.method}; give the folder of a trained run.")
+        raise InputError(f"{folder.path} is a run of the training-free method {run.method}; give a trained run.")
     if not folder.trained or not folder.weights.is_file():
-        raise InputError(f"{folder.path} holds no {folder.weights.name}; finish the run, or give another one.")
+        raise InputError(f"{folder.path} contains no {folder.weights.name}; finish the run, or give another one.")
     shipped = run.attention in methods.shipped()
     if not shipped and method_file is None:
-        raise InputError(f"{run.method} is no shipped method; name its Python file with --method FILE.")
+        raise InputError(f"{run.method} is not a shipped method; give its Python file with --method FILE.")
     loaded = methods.load_method(run.attention if shipped else str(method_file), run.method)
     if not shipped and loaded.source_sha256 != run.attention:
-        raise InputError(f"{method_file} is not the file that {folder.path.name} was trained with; give that version.")
-    channels = 3 if run.mode == "colour" else 1
-    model = UNet(channels, run.backbone, loaded, dict(run.settings), derive(run.seed, "model"))
+        raise InputError(f"{method_file} is not the version that {folder.path.name} was trained with; give that one.")
+    model = UNet(CHANNELS[run.mode], run.backbone, loaded, dict(run.settings), derive(run.seed, "model"))
     try:
         model.load_state_dict(trained_state(folder))
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Commands about data sets, and the list of all that there is: data ..., list."""
+"""Commands about data sets (data ...), and the list of suites, methods, data sets, recipes and protocols (list)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import click
 
 from kitbench.cli.options import DATA
 from kitbench.cli.output import make_console
+from kitbench.errors import ExitCode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def data() -> None:
-    """Data sets: list them, see where they are looked for, check their files, fetch what may be fetched."""
+    """Data sets: list them, see where they are looked for, check their files, download those that may be downloaded."""
 
 
 SETS = click.argument("names", nargs=-1, metavar="[SET]...")
@@ -27,7 +28,7 @@ SETS = click.argument("names", nargs=-1, metavar="[SET]...")
 @data.command(name="list")
 @DATA
 def data_list(data: Path | None) -> None:
-    """Every set that has a card: task, size, whether it is there, and its terms."""
+    """List all known sets: tasks, number of images, whether the set is present, and its terms."""
     from rich.table import Table
 
     from kitbench.data.cards import cards
@@ -38,7 +39,7 @@ def data_list(data: Path | None) -> None:
     for name, card in cards().items():
         folder = locate(card, data)
         found = described(card, folder).name if folder else ""
-        present = {"": "no", name: "yes"}.get(found, f"{found} is")
+        present = {"": "no", name: "yes"}.get(found, f"no, but {found}")
         grid.add_row(name, ", ".join(card.tasks), str(card.count), present, card.title, card.licence)
     make_console().print(grid)
 
@@ -47,7 +48,7 @@ def data_list(data: Path | None) -> None:
 @SETS
 @DATA
 def where(names: tuple[str, ...], data: Path | None) -> None:
-    """Where each set is looked for, where it was found, and where people get it."""
+    """Show where each set is looked for, where it was found, and where to get it."""
     from kitbench.data.locate import described, locate
 
     for card in _cards(names):
@@ -66,7 +67,7 @@ def where(names: tuple[str, ...], data: Path | None) -> None:
 @SETS
 @DATA
 def data_check(names: tuple[str, ...], data: Path | None) -> None:
-    """Name each missing, extra or altered file of the sets that are there, or of those named. Exit code 1 if any."""
+    """List every missing, extra or altered file of the named sets, or of all that are present. Exit code 1 if any."""
     from kitbench.data.audit import audit
     from kitbench.data.locate import check_root, locate, present
 
@@ -76,31 +77,31 @@ def data_check(names: tuple[str, ...], data: Path | None) -> None:
         folder = locate(card, data) if names else present(card, data)
         if folder is None:
             if names:
-                place = data or "a data folder, as none was given with --data"
+                place = data or "any data folder: give one with --data"
                 click.secho(f"{card.name}: not in {place} (looked for {', '.join(card.folders)})", fg="red")
                 failed = True
             continue
         problems = audit(card, folder)
         failed |= bool(problems)
         what = "pairs" if card.pairs else "images"
-        proof = f"checksums of their {card.checksum.removesuffix('s')}s" if card.sha256 else "number and size alone"
+        proof = f"checksums of {card.checksum.removesuffix('s')}s" if card.sha256 else "number and size only"
         if problems:
-            click.secho(f"{card.name}: {len(problems)} faults in {folder}", fg="red")
+            click.secho(f"{card.name}: {len(problems)} differences from its card in {folder}", fg="red")
             click.echo("\n".join(f"  {problem}" for problem in problems))
         else:
-            click.echo(f"{card.name}: {card.count} {what} in {folder}, as its card says, by {proof}")
+            click.echo(f"{card.name}: {card.count} {what} in {folder}, as its card states (compared: {proof})")
     if failed:
-        raise SystemExit(1)
+        raise SystemExit(ExitCode.CHECK_FAILED)
 
 
 @data.command(name="fetch")
 @click.argument("names", nargs=-1, required=True, metavar="SET...")
 @click.option(
     "--data", required=True, type=click.Path(path_type=Path), envvar="KITBENCH_DATA", show_envvar=True,
-    help="Folder to put the sets in.",
+    help="Folder in which to store the sets.",
 )  # fmt: skip
 def data_fetch(names: tuple[str, ...], data: Path) -> None:
-    """Download sets from the addresses on their cards: goes on where it stopped, checks, unpacks safely."""
+    """Download sets from the addresses on their cards, continuing where an earlier download stopped, and check them."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from kitbench.data.fetch import fetch

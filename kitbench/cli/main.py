@@ -1,6 +1,6 @@
 """The command line, put together: its commands are in run.py, score.py, results.py, scale.py and data.py.
 
-Commands parse, call and print. Heavy rooms are imported inside the commands, so --help answers at once.
+Commands parse, call and print. Slow modules are imported inside the commands, so that --help answers at once.
 """
 
 from __future__ import annotations
@@ -11,23 +11,21 @@ import click
 
 from kitbench import __version__
 from kitbench.cli import data, results, run, scale, score
-from kitbench.errors import InputError, RunError
-
-FAILED = 3
+from kitbench.errors import ExitCode, InputError, RunError
 
 
 class Cli(click.Group):
-    """Turns what kitbench refuses into one sentence and exit code 2, and what failed into exit code 3."""
+    """Prints the message of an InputError or RunError instead of a traceback, and exits with its code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except InputError as error:
             click.secho(f"kitbench: {error}", fg="red", err=True)
-            ctx.exit(2)
+            ctx.exit(ExitCode.BAD_INPUT)
         except RunError as error:
             click.secho(f"kitbench: {error}", fg="red", err=True)
-            ctx.exit(FAILED)
+            ctx.exit(ExitCode.RUN_FAILED)
 
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

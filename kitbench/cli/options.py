@@ -8,10 +8,10 @@ import click
 
 DATA = click.option(
     "--data", type=click.Path(path_type=Path), envvar="KITBENCH_DATA", show_envvar=True,
-    help="Folder that holds data sets; without it, photographs that ship with scikit-image.",
+    help="Folder that contains data sets; by default, photographs that ship with scikit-image.",
 )  # fmt: skip
 SUITE = click.option("--suite", required=True, help="A suite's name (kitbench list), or the path of a .toml file.")
-PRESET = click.option("--preset", help="smoke, quick or full; the suite's own default without it.")
+PRESET = click.option("--preset", help="smoke, quick or full; by default the one that the suite names.")
 SET = click.option(
     "--set",
     "overrides",

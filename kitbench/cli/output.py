@@ -1,4 +1,4 @@
-"""What several commands print, and how."""
+"""Output that several commands share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def show_tables(complete: list[Any], stamps: list[str], out: Path, console: Console) -> None:
-    """The table of each protocol that these runs were scored under, and how to get it again."""
+    """Print the table of each protocol that these runs were scored under, and the command that prints it again."""
     from kitbench.verdict.render import render
 
     scored = {evaluation.stamp for folder in complete for evaluation in folder.evaluations()}
@@ -27,17 +27,17 @@ def show_tables(complete: list[Any], stamps: list[str], out: Path, console: Cons
         click.echo(f"wrote {folder.path}")
     for stamp in shown:
         again = shlex.join(["python", "-m", "kitbench", "table", str(out), "--protocol", stamp])
-        click.echo(f"The table again, from the stored runs: {again}")
+        click.echo(f"To print this table again: {again}")
 
 
 def one_run(found: list[Any]) -> list[Any]:
     if len(found) > 1:
-        raise InputError(f"--run names a folder of {len(found)} runs; give one, for example {found[0].path}.")
+        raise InputError(f"--run names a folder with {len(found)} runs; give one run, for example {found[0].path}.")
     return found
 
 
 def give(text: str, out: Path | None) -> None:
-    """Print a text, or write it to a file, whole or not at all."""
+    """Print a text, or write it to a file."""
     from kitbench.store.files import writable, write_atomic
 
     if out is None:

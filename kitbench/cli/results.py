@@ -9,7 +9,7 @@ import click
 
 from kitbench.cli.options import PATHS, PROTOCOL
 from kitbench.cli.output import give, one_run
-from kitbench.errors import InputError
+from kitbench.errors import ExitCode, InputError
 
 
 @click.command()
@@ -24,23 +24,23 @@ from kitbench.errors import InputError
 @click.option("--protocol", help="Only rows of this protocol (id, or id.vN).")
 @click.option("--out", type=click.Path(path_type=Path), help="Write to this file instead of the terminal.")
 def table(paths: tuple[Path, ...], form: Any, protocol: str | None, out: Path | None) -> None:
-    """Build a table from stored runs: folders of runs, or folders that hold such folders."""
+    """Print a table of stored runs, given by their folders or by folders that contain such folders."""
     from kitbench.store.folder import find
     from kitbench.verdict.render import render
 
     runs = find(paths)
     give(render(runs, form, protocol), out)
     for failure in filter(None, (run.failure for run in runs)):
-        click.secho(f"failed, so not or not wholly in the table: {failure}", fg="red", err=True)
+        click.secho(f"failed, so missing or incomplete in the table: {failure}", fg="red", err=True)
 
 
 @click.command()
 @PATHS
 @click.option("--against", required=True, type=click.Path(path_type=Path), help="Reference file (JSON).")
-@click.option("--update", is_flag=True, help="Write the reference anew from these runs, and print what it changes.")
+@click.option("--update", is_flag=True, help="Replace the reference by these runs, and print what changes.")
 @PROTOCOL
 @click.option("--time-tolerance", type=click.FloatRange(0), default=0.5, show_default=True,
-              help="How much slower a step may be, as a share, in units of the calibration run.")  # fmt: skip
+              help="Allowed increase of the time of a step, as a share: 0.5 is 50 %.")  # fmt: skip
 @click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML here.")
 @click.option("--summary", type=click.Path(path_type=Path), help="Write a Markdown summary here.")
 def check(
@@ -52,7 +52,10 @@ def check(
     junit: Path | None,
     summary: Path | None,
 ) -> None:
-    """Compare stored runs with a reference: PSNR, SSIM, FLOPs, parameters, memory, time. Exit code 1 on any failure."""
+    """Compare stored runs with a reference: PSNR, SSIM, parameters, multiply-adds, memory, time.
+
+    Exit code 1 where a run is worse.
+    """
     from kitbench.store.files import writable, write_atomic
     from kitbench.store.folder import find
     from kitbench.verdict import reference
@@ -79,9 +82,9 @@ def check(
     failed = [line for line in lines if line.failed]
     for line in failed:
         click.secho(f"FAILED {line}", fg="red")
-    click.echo(f"{len(lines) - len(failed)} of {len(lines)} comparisons with {against} hold")
+    click.echo(f"{len(lines) - len(failed)} of {len(lines)} comparisons with {against} passed")
     if failed:
-        raise SystemExit(1)
+        raise SystemExit(ExitCode.CHECK_FAILED)
 
 
 @click.command()
@@ -89,7 +92,7 @@ def check(
 @PROTOCOL
 @click.option("--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True)
 def report(paths: tuple[Path, ...], protocol: str | None, out: Path) -> None:
-    """Write one self-contained HTML file: verdict, claims, tables, pictures, settings, how to reproduce."""
+    """Write one self-contained HTML file: verdict, claims, tables, figures, settings, how to reproduce."""
     from kitbench.store.files import writable, write_atomic
     from kitbench.verdict.claims import load
     from kitbench.verdict.page.report import report as report_page
@@ -105,7 +108,7 @@ def report(paths: tuple[Path, ...], protocol: str | None, out: Path) -> None:
 @PROTOCOL
 @click.option("--out", type=click.Path(path_type=Path), help="Write Markdown to this file instead of the terminal.")
 def claims(paths: tuple[Path, ...], protocol: str | None, out: Path | None) -> None:
-    """Put the paper's six statements to the test: supported, not supported, or not decided by these runs."""
+    """Test the paper's six statements: supported, not supported, or not decided by these runs."""
     from kitbench.verdict import claims as verdicts
 
     runs, sweeps = verdicts.load(paths)

@@ -22,15 +22,17 @@ from kitbench.errors import RunError
 @click.option("--dim", type=click.IntRange(1), default=32, show_default=True, help="Channels (attention, block).")
 @click.option("--heads", type=click.IntRange(1), default=1, show_default=True, help="Heads (attention, block).")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--memory", help="Most that a point may take, e.g. 8GiB; 80 % of what is free without it.")
-@click.option("--budget", default="8GiB", show_default=True, help="Report the largest image that fits in it.")
+@click.option("--memory", help="Memory limit of a point, e.g. 8GiB; by default 80 % of what is free.")
+@click.option(
+    "--budget", default="8GiB", show_default=True, help="Report the largest image that fits into this memory."
+)
 @click.option("--patience", type=click.FloatRange(0, min_open=True), default=1.5, show_default=True,
-              help="Seconds: points of which one call would take longer are predicted.")  # fmt: skip
+              help="Seconds: a point whose single call would take longer is predicted, not measured.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), default=Path("results/scale"), show_default=True)
 def scale(methods: str, what: str, **options: Any) -> None:
-    """FLOPs, memory and time against resolution, measured as far as this machine goes, predicted beyond.
+    """Measure FLOPs, memory and time against resolution as far as this machine allows, and predict them beyond.
 
-    Exit code 3 where a method failed at every size (not for want of memory or time); the same command tries it again.
+    Exit code 3 where a method failed at every size for another reason than memory or time.
     """
     from kitbench.cost.sweep.options import SweepOptions
     from kitbench.cost.sweep.run import run_scale

@@ -1,4 +1,4 @@
-"""Commands that put networks to use: eval, restore, submit, explain."""
+"""Commands that apply networks: eval, restore, submit, explain."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ from kitbench.errors import InputError, RunError
 @RUN
 @METHOD_FILE
 @DEVICE
-@click.option("--tile", type=click.IntRange(0), help="Side of the tiles; 0 for the whole picture. Chosen by size.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the results; beside the pictures without it.")
-@click.option("--overwrite", is_flag=True, help="Replace results that are there already.")
+@click.option(
+    "--tile",
+    type=click.IntRange(0),
+    help="Side of the tiles in pixels, 0 for the whole picture; by default chosen by its size.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the results; by default that of each picture.")
+@click.option("--overwrite", is_flag=True, help="Overwrite existing results.")
 def restore(
     images: tuple[Path, ...],
     folder: Path,
@@ -28,7 +32,7 @@ def restore(
     out: Path | None,
     overwrite: bool,
 ) -> None:
-    """Apply a trained run to your own pictures: PNG, JPEG, TIFF, 8 or 16 bits, with alpha, of any size."""
+    """Apply a trained run to your own pictures: PNG, JPEG, TIFF, WebP or BMP, 8 or 16 bits, with alpha, of any size."""
     from kitbench.apply.restore import restore_file, targets_of
     from kitbench.apply.trained import load_trained
     from kitbench.store.files import writable
@@ -56,7 +60,7 @@ def restore(
 @DEVICE
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="SIDD-benchmark: a .csv; DND: a .zip.")
 def submit(name: str, folder: Path, method_file: Path | None, data: Path | None, device: str, out: Path) -> None:
-    """Restore a set whose server keeps the targets (SIDD-benchmark, DND), and write the file that the server takes."""
+    """Restore a set whose targets are not public (SIDD-benchmark, DND), and write the file to submit to its server."""
     from rich.progress import Progress
 
     from kitbench.apply.submit import denoiser
@@ -94,7 +98,7 @@ def submit(name: str, folder: Path, method_file: Path | None, data: Path | None,
 @click.option(
     "--weights", type=click.Path(path_type=Path), help="The network's weights: .safetensors, or of torch.save."
 )
-@click.option("--key", help="Which state dict in that file, where it holds several.")
+@click.option("--key", help="Name of the state dict in that file, where it contains several.")
 @SUITE
 @PRESET
 @SET
@@ -114,7 +118,7 @@ def eval_(
     device: str,
     lpips_weights: str | None,
 ) -> None:
-    """Score a network with given weights on a suite's test sets, under its protocol, into rows like all others."""
+    """Score a network with given weights on a suite's test sets, under its protocol."""
     from kitbench.runs import given_weights
     from kitbench.runs.prepare import Options
     from kitbench.system.environment import how_to_go_on

@@ -1,1 +1,1 @@
-"""What a callable costs: multiply-adds (flops), memory, time; and the sweep of all three over resolution (scale)."""
+"""The cost of a callable: multiply-adds, memory and time; in sweep/, their measurement against resolution."""

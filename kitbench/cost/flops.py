@@ -1,6 +1,6 @@
 """Multiply-adds of what really runs, by torch's FlopCounterMode, at the level of dispatched operators.
 
-Formulas are added for what it misses: the CPU's fused attention, Euclidean distances, matrix-vector products
+Formulas are added for operators that it misses: the CPU's fused attention, Euclidean distances, matrix-vector products
 (formulas.py), and products of tensors that are then summed, which is how an attention looks that is written with `*`
 and `sum`. Works on real and on fake tensors, forward and backward. An operator that has no formula and is not known
 to be free of multiplications lands in `uncounted`.
@@ -58,14 +58,14 @@ class Count:
 
 
 def count(fn: Callable[..., object], *args: Any, inside: bool = False) -> Count:
-    """Run `fn(*args)` under torch's FlopCounterMode and count its multiply-adds, backward passes inside it included.
+    """Run `fn(*args)` and count its multiply-adds, those of backward passes inside it included.
 
-    inside: count what runs in the bodies of own operators, in the place of the formulas registered for them.
+    inside: count what runs in the bodies of own operators, instead of using the formulas registered for them.
     Works on real tensors, on meta tensors and under FakeTensorMode. Raises whatever `fn` raises.
     """
     observer = _Observer()
     counter = FlopCounterMode(display=False, custom_mapping=missing_formulas())
-    # Compiled functions run eagerly meanwhile: no mode can see inside a compiled graph.
+    # Compiled functions run eagerly here: dispatch modes cannot see inside a compiled graph.
     with (
         torch.compiler.set_stance("force_eager"),
         observer,
@@ -89,7 +89,7 @@ def count(fn: Callable[..., object], *args: Any, inside: bool = False) -> Count:
 def count_module(module: nn.Module, shape: tuple[int, ...], train: bool = False, inside: bool = False) -> Count:
     """Count one forward pass of `module` on a float32 input of `shape`, without computing anything (fake tensors).
 
-    train: count a training step in its stead, forward and backward of the mean square, gradient of the input included.
+    train: count a training step instead: forward and backward of the mean square, with the gradient of the input.
     inside: see `count`.
     """
     with FakeTensorMode() as mode:
@@ -118,10 +118,10 @@ _FUSED_ATTENTION = {
 
 
 class _Observer(TorchDispatchMode):
-    """Sees every operator below FlopCounterMode: what that has no formula for, sorts, exponentials, written-out sums.
+    """Counts what FlopCounterMode does not: operators without a formula, sorts, exponentials, products that are summed.
 
-    A product of two tensors is a multiply-add if it is then added: by `sum`, `mean` or an addition, straight or through
-    views. It is followed by its storage. A product that is never added is left pending, and reported as uncounted.
+    A product of two tensors is a multiply-add if it is then added: by `sum`, `mean` or an addition, directly or through
+    views. It is recognised by its storage. A product that is never added stays pending, and is reported as uncounted.
     """
 
     def __init__(self) -> None:
@@ -182,9 +182,9 @@ class _Observer(TorchDispatchMode):
 
 
 class _Flex(TorchDispatchMode):
-    """Counts FlexAttention by the blocks of its mask, which FlopCounterMode cannot run; the output is left empty.
+    """Counts FlexAttention, which FlopCounterMode cannot run, by the blocks of its mask; its output is uninitialised.
 
-    On fake tensors the number of blocks is unknown, and the room that the mask has for them is counted.
+    On fake tensors the number of blocks is unknown, and the capacity of the mask is counted.
     """
 
     supports_higher_order_operators = True

@@ -1,4 +1,4 @@
-"""What torch's FlopCounterMode does not know: formulas of further operators, and which operators multiply nothing."""
+"""Formulas for operators that torch's FlopCounterMode lacks, and the operators without multiplications."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _convolution_backward(
     grad: Shape, x: Shape, weight: Shape, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool,
     output_padding: Any, groups: int, wanted: Any, *, out_shape: Shape = (),
 ) -> int:  # fmt: skip
-    """Each of the gradients of input and weight takes as many multiply-adds as the forward pass, groups or not."""
+    """The gradients of input and weight take as many multiply-adds as the forward pass each, with or without groups."""
     positions = prod(x[2:] if transposed else grad[2:])
     return 2 * x[0] * positions * prod(weight) * (bool(wanted[0]) + bool(wanted[1]))
 

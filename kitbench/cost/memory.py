@@ -1,12 +1,12 @@
-"""Peak memory of a callable: measured on the CPU and on CUDA, and predicted without running.
+"""Peak memory of a callable: measured on the CPU and on CUDA, or predicted without running.
 
-What each one sees:
+What each method includes:
 - CPU measurement: every allocation of torch's CPU allocator, temporaries inside kernels included, from the profiler's
-  allocator events. Exact, and it changes nothing. It does not see the release of what was allocated before (torch then
-  says so on stderr, once): measure a step that leaves nothing behind.
+  allocator events. Exact, without side effects. It misses the release of memory that was allocated before (torch then
+  warns on stderr, once): measure a step that keeps nothing allocated.
 - CUDA measurement: torch's caching allocator, bytes in live blocks, and bytes reserved from the driver.
-- Prediction: the bytes of the storages that live at one time, on fake tensors. Misses the temporaries inside kernels.
-- Resident set: pages of the whole process, as the operating system counts them. Good to a few per cent only in a fresh
+- Prediction: the bytes of all storages alive at a time, on fake tensors. Misses temporaries inside kernels.
+- Resident set: pages of the process, as counted by the operating system. Accurate to a few per cent only in a new
   process whose malloc returns memory at once (`RSS_ENVIRONMENT`).
 """
 
@@ -51,14 +51,14 @@ def peak_bytes(fn: Callable[[], object], device: torch.device) -> int:
 def peak(fn: Callable[[], object], device: torch.device) -> Peak:
     """Run `fn()` once and return its peak memory on `device` (CPU or CUDA), above the level at entry.
 
-    What `fn` returns is dropped only after the peak is taken. On CUDA call `fn` once before: the first call makes the
-    workspaces of cuBLAS and cuDNN, which then stay. Raises whatever `fn` raises.
+    What `fn` returns is released after the peak is taken. On CUDA call `fn` once before: the first call allocates the
+    workspaces of cuBLAS and cuDNN, which are kept. Raises whatever `fn` raises.
     """
     return _cuda_peak(fn, device) if device.type == "cuda" else Peak(_cpu_peak(fn))
 
 
 def _cpu_peak(fn: Callable[[], object]) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself on stderr otherwise
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler prints to stderr
     with profile(profile_memory=True) as profiler:
         result = fn()
     del result
@@ -73,7 +73,7 @@ def _cpu_peak(fn: Callable[[], object]) -> int:
 
 
 def _cuda_peak(fn: Callable[[], object], device: torch.device) -> Peak:
-    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # its trials take workspaces
+    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # its trials allocate workspaces
     try:
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
@@ -102,7 +102,7 @@ def _status(key: str) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on the device; on the CPU no more than the control group may use."""
+    """Free memory of the device in bytes; on the CPU at most what the control group (cgroup) allows."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -117,8 +117,8 @@ def free_bytes(device: torch.device) -> int:
 class OpenOperators(TorchDispatchMode):
     """Runs the Python body of own operators (`torch.library.custom_op`) where the modes entered before can see it.
 
-    Where a body asks a fake tensor whether something is true, it is told no: a short cut is not taken, so that what is
-    predicted is the most that the operator may hold.
+    Where a body converts a fake tensor to bool, the result is False: shortcuts are then not taken, so that the
+    prediction is the largest amount that the operator may allocate.
     """
 
     def __init__(self) -> None:

@@ -1,16 +1,16 @@
-"""Time of callables against each other: interleaved rounds, so that what disturbs the machine disturbs all alike.
+"""Time of callables compared with each other in interleaved rounds, so that disturbances affect all of them alike.
 
 Every round takes one sample of every callable, in a shuffled order; a sample is a mean over enough calls to last at
 least 50 ms (CUDA: 20 ms). A round in which the sampled process had to wait for a processor is dropped and counted. A
-ratio of two callables is the median of the rounds' ratios, which on a shared machine errs by 1 to 2 %, where timing one
-after the other errs by 14 %.
+ratio of two callables is the median of the rounds' ratios: on a shared machine its error is 1 to 2 %, against 14 % for
+timing one callable after the other.
 
 CUDA is timed by events. The device must not wait for the host between the two events of a call, or the time that the
 host takes to launch is counted as the device's. So each call is queued behind writes over the L2 cache that take longer
 than the host needs to queue the call: they keep the device busy, and flush the cache. After the second event has been
-recorded the first must still lie ahead of the device. Where it does not, however long the queue is made - the callable
-waits for the device inside, or has more launches than the queue takes - the sample is marked `launch_bound`: it is the
-time from call to result that a user sees, not the device's work.
+recorded the device must not yet have reached the first. Where it has, however long the queue is (the callable
+synchronises with the device, or has more launches than the queue can hold), the sample is marked `launch_bound`: it is
+the time from call to result that a user sees, not the time that the device works.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch
 SAMPLE_SECONDS = 0.05
 CUDA_SAMPLE_SECONDS = 0.02
 WARM_UP_SECONDS = 0.5  # CUDA, each callable: clocks rise, caching allocator and workspaces settle
-CONTENDED = 0.05  # share of a round spent waiting for a processor, from which on the round is dropped
+CONTENDED = 0.05  # a round is dropped above this share of its time spent waiting for a processor
 NOISY = 0.20  # interquartile range over median
 MOST_CALLS = 50  # of a sample on CUDA
 MOST_FLUSHES = 256  # ahead of one call; with the call's own launches still less than the driver's queue takes
@@ -45,18 +45,18 @@ class Timing:
     median: float
     quartiles: tuple[float, float]
     samples: tuple[float, ...]
-    """One a kept round, in the order of the rounds: those of two callables of one comparison can be paired."""
+    """One for each kept round, in the order of the rounds: samples of two callables of a comparison can be paired."""
     dropped: int
     """Rounds dropped because other processes held the processors."""
     launch_bound: bool = False
     """CUDA: whether samples contain time in which the device waited for the host."""
     host: float | None = None
-    """CUDA: seconds in which the host queues a call, the median. Where it is more than `median`, a program that makes
-    only this call is bound by its launches, and not by the device."""
+    """CUDA: median seconds that the host takes to queue a call. Where it exceeds `median`, a program that makes only
+    this call is limited by its launches, not by the device."""
 
     @property
     def noisy(self) -> bool:
-        """Whether the quartiles lie more than 20 % of the median apart, or too few rounds were left to tell."""
+        """Whether the interquartile range exceeds 20 % of the median, or fewer than three rounds were kept."""
         return len(self.samples) < 3 or self.quartiles[1] - self.quartiles[0] > NOISY * self.median
 
 

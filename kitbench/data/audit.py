@@ -1,4 +1,4 @@
-"""What differs between a set's folder and its card: every missing, extra and altered file, each in one line."""
+"""The differences between a set's folder and its card: one line for every missing, extra and altered file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class File:
 
 
 def audit(card: Card, folder: Path) -> list[str]:
-    """All that differs, sorted; empty where the set is as its card says. Reads every file."""
+    """All differences, sorted; empty where the folder agrees with the card. Reads every file."""
     paths, lines = _files(card, folder)
     if not paths:
         return [f"missing: all of it; expected {card.count} files as {card.tree}"]
@@ -71,7 +71,7 @@ def _files(card: Card, folder: Path) -> tuple[list[Path], list[str]]:
 
 
 def _inspect(card: Card, folder: Path, path: Path) -> File:
-    """Decode a file where its pixels are what counts, and take its checksum where the card has some."""
+    """Decode an image file, and compute its checksum where the card states checksums."""
     key = key_of(card, folder, path)
     try:
         pixels: np.ndarray | None = None if path.suffix == ".mat" else pixels_of(card, path, ())
@@ -87,7 +87,7 @@ def _inspect(card: Card, folder: Path, path: Path) -> File:
 
 
 def _by_name(card: Card, files: list[File]) -> list[str]:
-    """Missing, extra and altered files of a set whose files are known by name and checksum; renamed ones are there."""
+    """Missing, extra and altered files, by names and checksums of the card; a renamed file counts as present."""
     known, there = set(card.sha256.values()), {file.sha256 for file in files}
     lines = []
     for file in files:

@@ -1,7 +1,7 @@
-"""Training batches: a pure function of (seed, step, index), whatever the number of workers or the step one starts from.
+"""Training batches: a pure function of (seed, step, index), independent of the number of workers and the first step.
 
-Every method of a suite therefore sees the same crops, orientations and degradations in the same order, and an
-interrupted run goes on at any step without a data position to save.
+Every method of a suite therefore gets the same crops, orientations and degradations in the same order, and an
+interrupted run can continue at any step without a stored data position.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from kitbench.spec.suite import Recipe
 from kitbench.spec.tasks import Task
 
 AHEAD = 5
-"""Batches, or pieces of them, that the thread makes in one go: one at a time, after a step that has filled the
-processor's caches with other things, each takes half as long again."""
+"""Batches, or pieces of them, that the thread makes at a time. Made one by one, after each training step, they take
+half as long again, because the step has replaced the contents of the processor's caches."""
 
 
 class Batches(Dataset[tuple[Tensor, Tensor]]):
@@ -40,10 +40,10 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
                     f"set a smaller recipe.crop or leave the image out."
                 )
         self.photographs, self.task, self.recipe, self.seed = photographs, task, recipe, seed
-        # A photograph is drawn by its number of crops, so that every place in the data is equally likely.
+        # A photograph is drawn with a probability proportional to its number of crops: every crop is equally likely.
         places = np.array([np.prod(np.subtract(p.shape[:2], recipe.crop) + 1) for p in photographs], float)
         self._cumulative = np.cumsum(places) / places.sum()
-        self._cumulative[-1] = 1.0  # rounding must not leave a gap below 1
+        self._cumulative[-1] = 1.0  # rounding must not leave it below 1
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         return self.part(step, range(self.recipe.batch))
@@ -68,7 +68,7 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
 
         def view(pixels: np.ndarray, around: int) -> np.ndarray:
             cut = _cut(pixels, top, left, crop, around)
-            # Turned while it is 8 bits and small: in floats, every later pass over it would stride through memory.
+            # Rotated and copied while it is 8 bits: a rotated view of floats would make every later pass slow.
             turned = np.ascontiguousarray(np.rot90(cut[:, ::-1] if mirror else cut, turns))
             scaled: np.ndarray = np.divide(turned, 255, dtype=np.float32)
             return scaled
@@ -88,7 +88,7 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
         return photo, top, left
 
     def places(self, step: int) -> list[str]:
-        """Where each crop of a step's batch was cut, for people: image, column and row of its upper left corner."""
+        """The origin of each crop of a step's batch, for messages: image, column and row of its upper left corner."""
         drawn = (self._place(generator(self.seed, "batch", step, index)) for index in range(self.recipe.batch))
         return [f"{photo.name} at {left},{top}" for photo, top, left in drawn]
 
@@ -97,8 +97,8 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of steps start, start + 1, ... in order, prepared ahead by `workers` processes, or by one thread.
 
-        pieces: numbers of the samples to take of each batch, a piece after another; by default the batch whole.
-        pinned: in page-locked memory, from which CUDA copies while the host goes on; locked ahead of the step as well.
+        pieces: indices of the samples of each piece of a batch; by default one piece, the whole batch.
+        pinned: in page-locked memory, from which CUDA copies asynchronously; locked ahead of the step too.
         """
         cut = _Pieces(self, pieces or [range(self.recipe.batch)])
         wanted = range(start * len(cut.pieces), len(cut))

@@ -1,7 +1,7 @@
-"""Data cards: what a set is, and where people get it.
+"""Data cards: what a data set contains, and where to get it.
 
-A card (`datasets/*.toml`) states name, expected tree, counts, checksums where known, licence and citation. Read next:
-layout.py (which files are images, which are pairs), locate.py (where a set lies), photograph.py (a set read).
+A card (`datasets/*.toml`) states name, expected files, counts, checksums where known, licence and citation. Read next:
+layout.py (which files are images, which are pairs), locate.py (where a set is), photograph.py (reading a set).
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ Patterns = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class Pairs(Frozen):
-    """Where the inputs of a set lie, and where their clean targets.
+    """Patterns of the inputs of a set and of their clean targets.
 
-    The text that the stars of a pattern stand for is the name of a pair: `input/*.png` and `target/*.png` pair
-    input/7.png with target/7.png. A target with fewer stars serves all inputs whose names begin like its own:
-    `im*_kernel*_img.png` and `gt/im*.png`. In a .mat file every image is one input, named by its place.
+    The text that the stars of a pattern match is the name of a pair: `input/*.png` and `target/*.png` pair
+    input/7.png with target/7.png. A target with fewer stars belongs to all inputs whose names begin with its own:
+    `im*_kernel*_img.png` and `gt/im*.png`. In a .mat file every image is one input, named by its index.
     """
 
     inputs: Patterns
     targets: tuple[str, ...]
-    """Empty: the set's server keeps them."""
+    """Empty: not public; a server scores submissions."""
     only: str = ""
-    """A text file of the set: only the pairs whose files it names belong to this split."""
+    """A text file of the set that names the files of this split; empty: all files."""
     spare: bool = False
-    """Targets without an input are no fault: the folder of targets serves other splits too."""
+    """Targets without an input are allowed: the folder of targets is shared with other splits."""
 
 
 class Address(Frozen):
-    """A file that may be fetched."""
+    """A file that `kitbench data fetch` may download."""
 
     url: Annotated[str, Field(pattern=r"^https?://")]
     sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
@@ -53,38 +53,38 @@ class Card(Frozen):
     name: str
     title: str
     tasks: tuple[Kind, ...]
-    """What the set may test."""
+    """The tasks that the set is a test or training set for."""
     colour: bool
     home: str
     licence: str
     citation: str
     note: str = ""
     package: str = ""
-    """An installed Python package that ships the files; else they are looked for in the data folder."""
+    """An installed Python package that contains the files; empty: they are in the data folder."""
     folders: Patterns = (".",)
-    """Names that the set's folder goes by, below the data folder."""
+    """Possible names of the set's folder inside the data folder."""
     layouts: tuple[tuple[str, ...], ...] = ()
-    """Glob patterns of the clean images in that folder: the first group that matches a file is the set's layout."""
+    """Groups of glob patterns of the clean images in that folder; the first group that matches a file is used."""
     without: tuple[str, ...] = ()
-    """Files of the layout that this set leaves out."""
+    """Files that match the layout but do not belong to this set."""
     pairs: tuple[Pairs, ...] = ()
-    """Instead of `layouts`, where the set has inputs of its own: the first that matches a file is the set's layout."""
+    """Instead of `layouts`, where the set has degraded inputs; the first that matches a file is used."""
     count: Annotated[int, Field(ge=1)]
-    """Images, or pairs; files of a set whose targets its server keeps."""
+    """Number of images or pairs; of files, where the targets are not public."""
     numbered: tuple[str, str] | None = None
-    """First and last name, without suffix, of a set of clean images that are numbered without gaps."""
+    """First and last file name, without suffix, of clean images that are numbered consecutively."""
     size: tuple[int, int] | None = None
-    """Longer and shorter side in pixels of all images, upright or turned; None where they differ."""
+    """Longer and shorter side in pixels of all images, landscape or portrait; None where they differ."""
     averaged: Literal["", "values", "light"] = ""
-    """What the blurred inputs are averages of: the frames' 8-bit values, or their light (gamma 2.2 undone)."""
+    """What the blurred inputs are averages of: the frames' 8-bit values, or linear light (gamma 2.2 undone)."""
     checksum: Literal["none", "pixels", "file"] = "none"
-    """What `sha256` is taken of: the decoded pixels (any lossless file will do) or the file's bytes (JPEG)."""
+    """What `sha256` covers: the decoded pixels (of any lossless format) or the bytes of the file (JPEG)."""
     sha256: Mapping[str, str] = Field(default_factory=dict)
     """By path relative to the set's folder; with `pixels`, without suffix."""
     urls: tuple[Address, ...] = ()
-    """What `kitbench data fetch` may download: archives, or the files themselves."""
+    """Files that `kitbench data fetch` may download: archives, or the images themselves."""
     ask: str = ""
-    """Where people get the set where it may not, or cannot, be fetched by a program."""
+    """How to get a set that a program may not or cannot download."""
 
     @model_validator(mode="after")
     def _one_layout(self) -> Self:
@@ -99,12 +99,12 @@ class Card(Frozen):
 
     @property
     def tree(self) -> str:
-        """The layouts, for people."""
+        """The layouts, as messages show them."""
         return " or ".join(" + ".join(patterns) for patterns in self.trees)
 
     @property
     def blind(self) -> bool:
-        """The targets are kept by the set's server."""
+        """Whether the targets are not public, so that only the set's server can score."""
         return bool(self.pairs) and not self.pairs[0].targets
 
 
@@ -120,7 +120,7 @@ def cards() -> dict[str, Card]:
 
 
 def card(name: str) -> Card:
-    """The card of that name. Raises InputError, with the nearest known one."""
+    """The card of that name. Raises InputError, which suggests the most similar name."""
     if name not in cards():
         raise InputError(f"Unknown data set {name!r}; {nearest(name, cards())}")
     return cards()[name]

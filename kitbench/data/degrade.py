@@ -1,20 +1,20 @@
-"""Degradation models: what turns a clean photograph into the input of a task, where a data set has no pairs of its own.
+"""Degradation models: they make the input of a task from a clean photograph, where a data set has no pairs.
 
 All take float32 [H, W, C] in [0, 1] and a generator, and draw every parameter from the task's ranges. Gaussian noise
-stays in float and is not clipped, as in the denoising literature; the others stand for pictures from a camera, and are
+stays in float and is not clipped, as in the denoising literature; the others imitate pictures of a camera, and are
 clipped to [0, 1] and rounded to 8 bits.
 
     denoise       white Gaussian noise
     deblur        a kernel along a random trajectory (Boracchi and Foi, "Modeling the performance of image restoration
-                  from motion blur", IEEE TIP 2012, as DeblurGAN made it popular, CVPR 2018), then Gaussian noise
+                  from motion blur", IEEE TIP 2012, used by DeblurGAN, CVPR 2018), then Gaussian noise
     derain        O = B + S, streaks added to the background (Yang et al., "Deep joint rain detection and removal from
                   a single image", CVPR 2017, equation 1); the streaks of one image share a direction within 3 degrees
     denoise-real  Poisson and Gaussian noise (Foi et al., "Practical Poissonian-Gaussian noise modeling and fitting for
-                  single-image raw-data", IEEE TIP 2008) in linear light, gamma 2.2; the read noise that goes with a
-                  shot noise as measured by Brooks et al., "Unprocessing images for learned raw denoising", CVPR 2019;
-                  interpolated from a Bayer mosaic as the picture would be, which colours and correlates it
+                  single-image raw-data", IEEE TIP 2008) in linear light, gamma 2.2; read noise as a function of shot
+                  noise by Brooks et al., "Unprocessing images for learned raw denoising", CVPR 2019; interpolated
+                  from a Bayer mosaic like the picture, which correlates it between pixels and channels
 
-What the real sets contain beyond these (saturation, moving objects, haze, compression) they do not model.
+They do not model saturation, moving objects, haze or compression, which real sets contain.
 """
 
 from __future__ import annotations
@@ -72,10 +72,10 @@ def add_noise(clean: Image, sigma: float, random: np.random.Generator) -> Image:
 def motion_kernel(length: float, random: np.random.Generator) -> Image:
     """A blur kernel [K, K], K odd, non-negative, of sum 1, centred on its mass.
 
-    The time spent at each place of a random trajectory of that length in pixels.
+    Each value is the share of the exposure that a random trajectory of that length in pixels spends there.
 
-    The velocity turns by Gaussian steps, is pulled back towards the start, and is sometimes thrown round (a jerk of
-    the hand), by amounts drawn for each kernel; positions are spread over four pixels by their distances.
+    The velocity changes by Gaussian steps, is pulled back towards the start, and sometimes reverses (a jerk of the
+    hand), by amounts drawn for each kernel; positions are distributed over the four nearest pixels bilinearly.
     """
     anxiety, pull, jerk = 0.3 * random.random(), 0.1 * random.random(), 0.2 * random.random()
     heading = random.uniform(0, 2 * math.pi)
@@ -109,7 +109,7 @@ def streaks(shape: tuple[int, int], task: Derain, random: np.random.Generator) -
     angle = random.uniform(*task.angle)
     density = random.uniform(*task.density)
     height, width = shape
-    edge = math.ceil(task.length[1] / 2 + 3 * task.width[1])  # streaks may begin outside the picture
+    edge = math.ceil(task.length[1] / 2 + 3 * task.width[1])  # streaks may be centred outside the picture
     rain = np.zeros((height + 4 * edge, width + 4 * edge), np.float32)
     for _ in range(LAYERS):
         line = streak(

@@ -1,9 +1,9 @@
-"""Download a set from the addresses on its card, unpack it, prove it, and only then put it in its place.
+"""Download a set from the addresses on its card, unpack and check it, and only then move it to its place.
 
-Downloads go on where they stopped (HTTP ranges, only while the server says that the file is the same), are compared
-with the card's checksum, and are unpacked beside the target: what fails leaves no half of a set behind. Archives may
-not write outside their folder, nor grow without bound. A set without addresses is not fetched: its card says where
-people get it.
+Downloads continue where they stopped (HTTP ranges, while the server reports the same version of the file), are compared
+with the card's checksum, and are unpacked in a temporary folder, so that a failure leaves no partial set. Archives may
+not write outside their folder or grow without bound. A set without addresses is not downloaded: its card says how to
+get it.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from kitbench.data.pixels import file_sha256
 from kitbench.errors import InputError, RunError
 
 Report = Callable[[str, int, int | None], None]
-"""Told the file's name, the bytes that are here, and the bytes in all where the server says so."""
+"""Called with a file's name, the bytes received so far, and its total size, or None where the server does not say."""
 
 CHUNK = 1 << 16
-"""Bytes that are written at a time: what a broken connection may cost."""
+"""Bytes written at a time: at most this many are lost with a connection."""
 GROWTH = 50
-"""An archive may unpack to so many times its size, and 1 GiB."""
+"""An archive may unpack to this many times its own size plus 1 GiB."""
 
 
 @dataclass(frozen=True)
 class Patience:
-    """When to give up on a server: tries in a row that brought nothing, and seconds between two bytes."""
+    """When to give up on a server: consecutive attempts without data, and seconds without data."""
 
     tries: int = 6
     first_wait: float = 1.0
@@ -52,10 +52,10 @@ class Patience:
 
 
 def fetch(card: Card, root: Path, report: Report, patience: Patience | None = None) -> tuple[Path, bool]:
-    """The folder of the set below `root`, and whether it had to be fetched.
+    """The folder of the set below `root`, and whether it was downloaded now.
 
-    Raises InputError where the set may not be fetched, lies there altered, or what came is not the set; RunError
-    where the server could not be reached or did not send all: the same call then goes on.
+    Raises InputError where the set may not be downloaded, is there but altered, or the download is not the set;
+    RunError where the server could not be reached or did not send everything: the same call then continues.
     """
     if card.package:
         raise InputError(f"Data set {card.name} ships with the package {card.package}; it needs no download.")
@@ -64,10 +64,8 @@ def fetch(card: Card, root: Path, report: Report, patience: Patience | None = No
         if fits(card, folder):
             return folder, False
         other = described(card, folder)
-        is_what = (
-            f"it is {other.name}" if other.name != card.name else "kitbench data check names what is wrong with it"
-        )
-        raise InputError(f"{folder} is there, but is not {card.name}: {is_what}; move it away to fetch the set.")
+        is_what = f"it is {other.name}" if other.name != card.name else "`kitbench data check` lists the differences"
+        raise InputError(f"{folder} exists, but is not {card.name}: {is_what}; move it away to fetch the set.")
     if not card.urls:
         raise InputError(
             f"Data set {card.name} is not fetched by kitbench; {card.ask or 'get it by hand.'} Home: {card.home}."
@@ -79,7 +77,9 @@ def fetch(card: Card, root: Path, report: Report, patience: Patience | None = No
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
-            raise InputError(f"Data set {card.name} is being fetched into {root} already; wait for that.") from error
+            raise InputError(
+                f"Data set {card.name} is already being fetched into {root}; wait until that is done."
+            ) from error
         try:
             work.mkdir(exist_ok=True)
             files = [download(address, work, report, patience or Patience()) for address in card.urls]
@@ -93,7 +93,7 @@ def fetch(card: Card, root: Path, report: Report, patience: Patience | None = No
 
 @contextmanager
 def _writing(place: Path) -> Iterator[None]:
-    """A full disk or a folder that cannot be written is the user's to mend."""
+    """Turns a full disk or a folder that cannot be written into an InputError."""
     try:
         yield
     except OSError as error:
@@ -102,7 +102,7 @@ def _writing(place: Path) -> Iterator[None]:
 
 
 def download(address: Address, into: Path, report: Report, patience: Patience) -> Path:
-    """The file of an address, whole and of the right checksum; what is there of it already is not sent again."""
+    """Download a file completely and compare its checksum; bytes that are there already are not requested again."""
     name = PurePosixPath(unquote(urlparse(address.url).path)).name
     path, part = into / name, into / f"{name}.part"
     if not path.exists():
@@ -117,15 +117,15 @@ def download(address: Address, into: Path, report: Report, patience: Patience) -
                 if failures >= patience.tries:
                     raise RunError(
                         f"{address.url} could not be fetched: {error}, {failures} times in a row; {_size(part)} bytes "
-                        f"are kept, and the same command goes on from there"
+                        f"are kept, and the same command continues from there"
                     ) from error
                 time.sleep(patience.first_wait * 2 ** max(0, failures - 1))
         found = file_sha256(part)
         if address.sha256 and found != address.sha256:
             part.unlink()
             raise InputError(
-                f"{address.url} has SHA-256 {found}, expected {address.sha256}: it was damaged on the way, or is "
-                f"another file now; it was deleted, try again."
+                f"{address.url} has SHA-256 {found}, expected {address.sha256}: it was damaged in transfer, or has "
+                f"changed on the server; the download was deleted, try again."
             )
         part.replace(path)
         _tag(part).unlink(missing_ok=True)
@@ -133,7 +133,7 @@ def download(address: Address, into: Path, report: Report, patience: Patience) -
 
 
 class _Again(Exception):
-    """Something that may go better at the next try."""
+    """A failure that another attempt may get over."""
 
 
 def _size(path: Path) -> int:
@@ -141,12 +141,12 @@ def _size(path: Path) -> int:
 
 
 def _tag(part: Path) -> Path:
-    """Holds the server's mark of the version of the file that a part is of."""
+    """The file that stores which version of the file (ETag or date) a partial download belongs to."""
     return part.with_name(f"{part.name}.tag")
 
 
 def _receive(url: str, part: Path, report: Report, patience: Patience) -> None:
-    """One request for what is missing of a file, written behind what is there."""
+    """One request for the missing bytes of a file, appended to those that are there."""
     start, tag = _size(part), _tag(part)
     headers = {"Accept-Encoding": "identity"}
     if start and tag.exists():
@@ -159,13 +159,13 @@ def _receive(url: str, part: Path, report: Report, patience: Patience) -> None:
 
 
 def _write(response: requests.Response, part: Path, start: int, report: Report) -> None:
-    """Append the body of an answer to a part, or begin the part anew where the answer is the whole file."""
+    """Append the body of a response to a partial file, or overwrite it where the response is the whole file."""
     url, status = response.url, response.status_code
     if status == requests.codes.range_not_satisfiable:
         if response.headers.get("Content-Range") == f"bytes */{start}":
-            return  # all of it is here
+            return  # it is complete
         part.unlink()
-        raise _Again("the part that is here does not belong to the file")
+        raise _Again("the partial download does not belong to the file")
     if status >= 500 or status in (requests.codes.request_timeout, requests.codes.too_many_requests):
         raise _Again(f"the server answered {status} {response.reason}")
     if status not in (requests.codes.ok, requests.codes.partial_content):
@@ -174,7 +174,7 @@ def _write(response: requests.Response, part: Path, start: int, report: Report) 
         start = 0
     elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
         part.unlink()
-        raise _Again("the server sent another range than was asked for")
+        raise _Again("the server sent another range than requested")
     mark = response.headers.get("ETag", "")
     mark = response.headers.get("Last-Modified", "") if mark.startswith("W/") or not mark else mark
     if mark:
@@ -182,7 +182,7 @@ def _write(response: requests.Response, part: Path, start: int, report: Report) 
     length = response.headers.get("Content-Length")
     total = start + int(length) if length else None
     if total is not None and total - start > shutil.disk_usage(part.parent).free:
-        raise InputError(f"{url} has {total} bytes, more than the disk of {part.parent} has room for; free some space.")
+        raise InputError(f"{url} has {total} bytes, more than are free on the disk of {part.parent}; free some space.")
     done, name = start, part.name.removesuffix(".part")
     with part.open("ab" if start else "wb") as file:
         for chunk in response.iter_content(CHUNK):
@@ -204,7 +204,7 @@ def _is_page(response: requests.Response, head: bytes) -> bool:
 
 
 def _install(card: Card, files: list[Path], unpacked: Path, root: Path) -> Path:
-    """Unpack, find the set inside, prove it, and move it to its place. Leaves nothing behind where that fails."""
+    """Unpack, find the set inside, check it, and move it to its place. Leaves nothing behind where that fails."""
     shutil.rmtree(unpacked, ignore_errors=True)
     unpacked.mkdir()
     try:
@@ -215,7 +215,7 @@ def _install(card: Card, files: list[Path], unpacked: Path, root: Path) -> Path:
             for file in files:
                 file.unlink()
             raise InputError(
-                f"What {card.urls[0].url} sent is not {card.name}: {problems[0]}"
+                f"The download of {card.urls[0].url} is not {card.name}: {problems[0]}"
                 f"{f' (and {len(problems) - 1} more)' if len(problems) > 1 else ''}; nothing was kept."
             )
         target = root / card.folders[0]
@@ -225,7 +225,7 @@ def _install(card: Card, files: list[Path], unpacked: Path, root: Path) -> Path:
         if target.is_dir() and next(target.iterdir(), None) is None:
             target.rmdir()
         if target.exists():
-            raise InputError(f"{target} is there already, with other files; move it away to fetch {card.name}.")
+            raise InputError(f"{target} exists and contains other files; move it away to fetch {card.name}.")
         target.parent.mkdir(parents=True, exist_ok=True)
         source.replace(target)
     finally:
@@ -234,11 +234,11 @@ def _install(card: Card, files: list[Path], unpacked: Path, root: Path) -> Path:
 
 
 def _find(card: Card, unpacked: Path) -> tuple[Path | None, list[str]]:
-    """The folder that is the set, the highest that will do, and what is wrong with the best one where none will."""
+    """The topmost folder that is the set; where none is, the best candidate and its differences from the card."""
     folders = (unpacked, *(path for path in unpacked.rglob("*") if path.is_dir()))
     holding = [folder for folder in folders if any(glob(folder, patterns) for patterns in card.trees)]
-    # Where several folders hold images, the set is the one that fits: others are not worth a second look.
-    best: tuple[Path | None, list[str]] = None, [f"it holds nothing like {card.tree}"]
+    # Folders with the right number of images come first.
+    best: tuple[Path | None, list[str]] = None, [f"it contains no file like {card.tree}"]
     for folder in sorted(holding, key=lambda path: (not fits(card, path), len(path.parts), path)):
         problems = audit(card, folder)
         if not problems:
@@ -250,8 +250,8 @@ def _find(card: Card, unpacked: Path) -> tuple[Path | None, list[str]]:
 def unpack(archive: Path, into: Path) -> None:
     """Unpack a .zip or .tar archive, or put a file that is neither in the folder. Raises InputError.
 
-    No member may lie outside the folder, or be or lead through a link out of it; all together may not take more than
-    the disk holds, nor GROWTH times the archive and 1 GiB.
+    No member may be outside the folder, be a link, or lead through one out of it; together they may not take more than
+    is free on the disk, nor more than GROWTH times the size of the archive plus 1 GiB.
     """
     room = min(shutil.disk_usage(into).free, GROWTH * archive.stat().st_size + (1 << 30))
     try:
@@ -272,9 +272,11 @@ def _unzip(archive: Path, into: Path, room: int) -> None:
         for member in members:
             name = PurePosixPath(member.filename)
             if name.is_absolute() or ".." in name.parts or "\\" in member.filename:
-                raise InputError(f"{archive.name} holds {member.filename!r}, which lies outside its folder; refused.")
+                raise InputError(
+                    f"{archive.name} contains {member.filename!r}, which lies outside its folder; refused."
+                )
             if stat.S_ISLNK(member.external_attr >> 16):
-                raise InputError(f"{archive.name} holds a link, {member.filename!r}; refused.")
+                raise InputError(f"{archive.name} contains a link, {member.filename!r}; refused.")
             if member.flag_bits & 1:
                 raise InputError(f"{archive.name} is encrypted; unpack it by hand.")
             opened.extract(member, into)
@@ -292,5 +294,5 @@ def _untar(archive: Path, into: Path, room: int) -> None:
 def _check_room(archive: Path, needed: int, room: int) -> None:
     if needed > room:
         raise InputError(
-            f"{archive.name} would unpack to {needed} bytes or more, and there is room for {room}; free some space."
+            f"{archive.name} would unpack to {needed} bytes or more, but at most {room} are allowed; free some space."
         )

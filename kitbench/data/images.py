@@ -1,6 +1,6 @@
-"""Files to pixels: an image file, or the images inside a MATLAB .mat file, as uint8 [H, W, 3] or [H, W, 1].
+"""Decoding an image file, or the images inside a MATLAB .mat file, to uint8 [H, W, 3] or [H, W, 1].
 
-Knows nothing of data sets. What is no 8-bit RGB or gray image is refused in one sentence.
+Independent of data sets. Raises InputError for anything but 8-bit RGB or gray images.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from kitbench.errors import InputError
 
 GRAY_WEIGHTS = np.array([0.298936021293775, 0.587043074451121, 0.114020904255103])
-"""MATLAB's rgb2gray (the inverse of the NTSC matrix), which made BSD68 from CBSD68: equal there in every pixel."""
+"""MATLAB's rgb2gray (the inverse of the NTSC matrix), by which BSD68 was made from CBSD68: every pixel is equal."""
 
 
 def decode(path: Path) -> np.ndarray:
@@ -47,11 +47,11 @@ def _blocks(path: Path, _changed: int) -> np.ndarray:
     if array.ndim < 4 or array.shape[-1] not in (1, 3):
         shape = " x ".join(map(str, array.shape))
         raise InputError(f"{path} holds {path.stem} of {shape}, expected images x height x width x 1 or 3 channels.")
-    return np.ascontiguousarray(array)  # MATLAB's order would scatter every row of a crop
+    return np.ascontiguousarray(array)  # in MATLAB's order the rows of a crop are not contiguous
 
 
 def shape_of_blocks(path: Path) -> tuple[int, ...]:
-    """The shape that `blocks` would give, of the file's header alone. Raises InputError as `blocks` does."""
+    """The shape of `blocks_of_mat(path)`, from the file's header alone. Raises InputError as that does."""
     import h5py
     from scipy.io import whosmat
 
@@ -63,7 +63,7 @@ def shape_of_blocks(path: Path) -> tuple[int, ...]:
             shape = next(shape for name, shape, _ in whosmat(path) if name == path.stem)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, StopIteration, NotImplementedError):
         shape = ()
-    return tuple(shape) if len(shape) >= 4 else blocks_of_mat(path).shape  # which says what is wrong
+    return tuple(shape) if len(shape) >= 4 else blocks_of_mat(path).shape  # raises, saying what is wrong
 
 
 def variable(path: Path, name: str) -> np.ndarray:
@@ -84,7 +84,7 @@ def variable(path: Path, name: str) -> np.ndarray:
         raise InputError(f"{path} is not a readable .mat file ({error}); replace the file.") from error
     if name not in found:
         raise InputError(
-            f"{path} has no variable {name!r}, it holds {', '.join(names) or 'nothing'}; replace the file."
+            f"{path} has no variable {name!r}, it contains {', '.join(names) or 'none'}; replace the file."
         )
     return np.asarray(found[name])
 

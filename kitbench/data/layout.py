@@ -16,7 +16,7 @@ from kitbench.errors import InputError
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Where an image, or pair, of a set lies; `block` is its place in a .mat file."""
+    """The files of an image or pair of a set; `block` is its index in a .mat file."""
 
     name: str
     target: Path | None
@@ -29,6 +29,7 @@ class ImageFiles:
 
 
 def matches(folder: Path, patterns: Iterable[str]) -> bool:
+    """Whether any file in the folder matches any of the patterns."""
     return any(next(folder.glob(pattern), None) is not None for pattern in patterns)
 
 
@@ -49,6 +50,7 @@ def unnumbered(card: Card, found: Iterable[ImageFiles]) -> list[str]:
 
 
 def listed(card: Card, folder: Path) -> list[ImageFiles]:
+    """The images or pairs of the first of the card's layouts that has files. Raises InputError where none has."""
     for layout in card.layouts:
         if files := glob(folder, layout):
             left_out = {folder / name for name in card.without}
@@ -59,13 +61,14 @@ def listed(card: Card, folder: Path) -> list[ImageFiles]:
 
 
 def layout_of_pairs(card: Card, folder: Path) -> Pairs | None:
-    """Which of the card's layouts of pairs the folder has. Some share their targets, so the inputs tell first."""
+    """The layout of pairs of the card that the folder has: by its inputs, because several may share targets."""
     by_inputs = (pairs for pairs in card.pairs if matches(folder, pairs.inputs))
     by_targets = (pairs for pairs in card.pairs if matches(folder, pairs.targets))
     return next(by_inputs, next(by_targets, None))
 
 
 def name_in(path: Path, folder: Path) -> str:
+    """The name of an image: its path inside the folder of the set, without suffix."""
     return path.relative_to(folder).with_suffix("").as_posix()
 
 
@@ -98,7 +101,7 @@ def match(pairs: Pairs, folder: Path) -> tuple[list[tuple[Path, Path | None]], l
 
 
 def _starred(folder: Path, patterns: tuple[str, ...], only: str) -> dict[Path, tuple[str, ...]]:
-    """The files that match, sorted, with the texts that the stars of the pattern stand for."""
+    """The files that match, sorted, each with the texts that match the stars of the pattern."""
     named = None
     if only:
         list_file = folder / only

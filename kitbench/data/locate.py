@@ -1,4 +1,4 @@
-"""Where a set lies, and whether what lies there is the set that its card describes."""
+"""Finding the folder of a set, and checking that it contains the set that the card describes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from kitbench.errors import InputError
 
 
 def check_root(root: Path | None) -> None:
-    """Raises InputError where a data folder is named that does not exist."""
+    """Raises InputError where the data folder does not exist."""
     if root is not None and not root.is_dir():
         raise InputError(
-            f"Data folder {root} does not exist; give a folder that holds data sets (kitbench list names them)."
+            f"Data folder {root} does not exist; give a folder that contains data sets (kitbench list names them)."
         )
 
 
 def locate(card: Card, root: Path | None) -> Path | None:
-    """The folder of a set: inside an installed package, or below `root`; None where no folder holds a file of it.
+    """The folder of a set: inside an installed package, or below `root`; None where no folder contains a file of it.
 
-    An empty folder of the set's name counts: somebody began to put it there.
+    An empty folder of the set's name is returned too: the user has begun to put the set there.
     """
     if card.package:
         spec = find_spec(card.package)
@@ -36,7 +36,7 @@ def locate(card: Card, root: Path | None) -> Path | None:
 
 
 def present(card: Card, root: Path | None) -> Path | None:
-    """The folder of a set, unless what lies there is another version of it."""
+    """The folder of a set; None where it is missing or contains another version of the set."""
     folder = locate(card, root)
     return folder if folder is not None and described(card, folder).name == card.name else None
 
@@ -45,7 +45,7 @@ def files_of_set(card: Card, folder: Path) -> list[ImageFiles]:
     """The images of a set, sorted by path.
 
     Raises InputError for a folder without images, an input without its target, a target without its input, and a
-    wrong count, naming the set that lies there instead where a card describes it.
+    wrong count; where the folder contains a set that another card describes, the message names it.
     """
     found = listed(card, folder)
     if len(found) != card.count:
@@ -59,7 +59,7 @@ def files_of_set(card: Card, folder: Path) -> list[ImageFiles]:
 
 
 def described(card: Card, folder: Path) -> Card:
-    """The card that describes what lies in a folder: the given one, or that of another version of the set."""
+    """The card that describes the contents of a folder: the given one, or that of another version of the set."""
     if fits(card, folder):
         return card
     others = (other for other in cards().values() if set(other.folders) & set(card.folders))
@@ -67,7 +67,7 @@ def described(card: Card, folder: Path) -> Card:
 
 
 def fits(card: Card, folder: Path) -> bool:
-    """Whether a folder has as many images as the card says, the first of them of the right size."""
+    """Whether a folder has the number of images that the card states, the first of them of the right size."""
     try:
         found = listed(card, folder)
         if len(found) != card.count or card.size is None or found[0].block:
@@ -78,8 +78,8 @@ def fits(card: Card, folder: Path) -> bool:
 
 
 def instead(card: Card, folder: Path) -> str:
-    """What to do about a set that is not the card's."""
+    """Advice where a folder does not contain the set of the card."""
     other = described(card, folder)
     if other.name == card.name:
         return f"restore the set as its authors publish it ({card.home})"
-    return f"what lies there is {other.name} ({other.title}): name that set, or get the other one ({card.home})"
+    return f"the folder contains {other.name} ({other.title}): use that name, or get {card.name} ({card.home})"

@@ -1,10 +1,10 @@
-"""Are training and test images disjoint? By content: copies, turned or mirrored copies and crops are all found.
+"""Whether training and test images are disjoint, by content: finds copies, rotated or mirrored copies, and crops.
 
 Every test image is cut into squares of 16 x 16 pixels; each square, in its 8 orientations, has a hash. The hash of the
-square at *every* place of every training image is then looked up among them. A hash is a polynomial in two variables
-over the pixels, modulo 2 ** 64, so that doubling the side four times gives all places at once. Four equal squares are
-an overlap: any region of 47 x 47 pixels that two images share holds four whole squares of the test image's grid.
-Squares with hardly any content (sky, a black border) prove nothing and are left out. Cost: linear in the pixels.
+square at *every* position of every training image is then looked up among them. A hash is a polynomial in two variables
+over the pixels, modulo 2 ** 64, so that doubling the side four times gives all positions at once. Four equal squares
+are an overlap: any region of 47 x 47 pixels that two images share contains four squares of the test image's grid.
+Squares with few distinct values (sky, a black border) are evidence of nothing and are left out. Cost: linear in pixels.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from kitbench.errors import InputError
 SIDE = 16
 """Pixels; a power of two."""
 ENOUGH = 4
-"""Equal squares that prove an overlap; all of them where the test image has fewer."""
+"""Equal squares that count as an overlap; all of them where the test image has fewer."""
 LEVELS = 16
-"""Different values that a square must hold to prove anything."""
+"""Distinct values that a square must contain to be compared."""
 
 Hashes = NDArray[np.uint64]
 
@@ -50,16 +50,13 @@ def assert_disjoint(
     test: Mapping[str, Sequence[Photograph]],
     roles: tuple[str, str] = ("Training", "test"),
 ) -> None:
-    """Raises InputError where a test image shares a region with a training image, up to flips and turns.
-
-    roles: what the two groups of sets are called in the message.
-    """
+    """Raises InputError where a test image shares a region with a training image, also flipped or rotated."""
     found = overlaps(train, test)
     if found:
         first = found[0]
         raise InputError(
-            f"{roles[0]} and {roles[1]} images overlap: {first.train} is or contains {first.test}, or a part of "
-            f"it: {first.shared} of its {first.squares} squares of {SIDE} x {SIDE} px are equal "
+            f"{roles[0]} and {roles[1]} images overlap: {first.train} contains all or part of {first.test}: "
+            f"{first.shared} of its {first.squares} squares of {SIDE} x {SIDE} px are equal "
             f"({len(found)} such pairs in all); choose disjoint sets."
         )
 
@@ -89,7 +86,7 @@ class _Index:
         hashes = np.concatenate([np.empty(0, np.uint64), *(of_image.ravel() for of_image in squares)])
         order = np.argsort(hashes)
         self.hashes, self.numbers = hashes[order], order // 8
-        # Most places of a training image are in no test image: one look at a table of bits says so.
+        # Most positions of a training image are in no test image: a lookup in a table of bits finds that quickly.
         self.shift = np.uint64(64 - min(28, max(16, len(hashes).bit_length() + 5)))
         self.seen = np.zeros(1 << (64 - int(self.shift)), bool)
         self.seen[self.hashes >> self.shift] = True
@@ -97,7 +94,7 @@ class _Index:
     def shared(self, places: Hashes) -> dict[int, int]:
         """Test images that share enough squares with an image of these hashes, and how many."""
         maybe = np.unique(places[self.seen[places >> self.shift]])
-        # A hash may stand for several squares, where a test image occurs twice.
+        # Several squares may have the same hash, where a test image occurs twice.
         first, last = np.searchsorted(self.hashes, maybe, "left"), np.searchsorted(self.hashes, maybe, "right")
         hits = np.concatenate([np.arange(0), *map(np.arange, first[last > first], last[last > first])])
         owners, counts = np.unique(self.owners[np.unique(self.numbers[hits])], return_counts=True)

@@ -1,7 +1,7 @@
-"""A set read: its images checked against the card and decoded.
+"""Reading a set: its images checked against the card and decoded.
 
-Nothing has to be converted first: a set is read as its authors publish it, and what is missing is named. An image is
-uint8 [H, W, 3] (colour) or [H, W, 1] (gray); a pair has its real input beside the clean target.
+Sets are read as their authors publish them, without conversion. An image is uint8 [H, W, 3] (colour) or [H, W, 1]
+(gray); a pair is the degraded input and the clean target.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from kitbench.spec.fields import Mode
 
 T = TypeVar("T")
 RESIDENT = 0.5
-"""Share of the free memory that the decoded images of one set may take; what is beyond is decoded at each use."""
+"""Share of the free memory that the decoded images of one set may take; the others are decoded at each use."""
 
 
 class Photograph:
     """One image of a set: `pixels` is the clean one, `degraded` the real input of a pair or None; both uint8 [H, W, C].
 
     `name` is its path in the set, without suffix; `sha256` covers all its pixels. Images that do not fit in memory
-    (`RESIDENT`) are decoded when their pixels are asked for, and only the last few are kept.
+    (`RESIDENT`) are decoded when their pixels are read, and only the last few are kept.
     """
 
     def __init__(self, name: str, pixels: np.ndarray, sha256: str, degraded: np.ndarray | None = None) -> None:
@@ -44,7 +44,7 @@ class Photograph:
         self._decode: Callable[[], Images] | None = None
 
     def leave_on_disk(self, again: Callable[[], Images]) -> None:
-        """Forget the pixels; `again` decodes them."""
+        """Release the pixels; `again` decodes them when they are read next."""
         self._images, self._decode = None, again
 
     @property
@@ -71,8 +71,8 @@ def read_set(card: Card, root: Path | None, mode: Mode) -> list[Photograph]:
     A colour image is made gray by MATLAB's rgb2gray; a gray one cannot be made colour. Decoded images stay in memory
     as far as half of what is free allows (`RESIDENT`; GoPro's training pairs take 11.6 GB, SIDD-medium's 29 GB), the
     others are decoded again at each use. Raises InputError for a missing folder, a wrong count, a pair without its
-    other half or of two sizes, another version of the set, a file that is no 8-bit image or has another checksum, and
-    the wrong number of channels.
+    other half or of two sizes, another version of the set, a file that is not an 8-bit image or has another checksum,
+    and the wrong number of channels.
     """
     folder = locate(card, root)
     if folder is None:
@@ -83,7 +83,7 @@ def read_set(card: Card, root: Path | None, mode: Mode) -> list[Photograph]:
             f"Data set {card.name} is gray and cannot be used in mode 'colour'; choose a colour set, or mode 'gray'."
         )
     if card.blind:
-        raise InputError(f"Data set {card.name} has no targets here: its server scores a submission. {card.ask}")
+        raise InputError(f"Data set {card.name} has no public targets: its server scores submissions. {card.ask}")
     found = files_of_set(card, folder)
     room = _Room()
 
@@ -126,7 +126,7 @@ def verify(card: Card, folder: Path, entry: ImageFiles, images: Images) -> None:
         sizes = [f"{image.shape[1]} x {image.shape[0]}" for image in (degraded, target)]
         raise InputError(
             f"Data set {card.name}: {entry.input} is {sizes[0]} px and its target {entry.target} is {sizes[1]} px; "
-            f"a pair has one size: restore the set."
+            f"the images of a pair must have one size: restore the set."
         )
     if card.size is not None and size_of(images) != card.size:
         found, expected = f"{target.shape[1]} x {target.shape[0]}", " x ".join(map(str, card.size))
@@ -179,15 +179,15 @@ def _again(card: Card, entry: ImageFiles, mode: Mode) -> Images:
 
 
 def sample(items: Sequence[T]) -> Sequence[T]:
-    """Some 64 items, evenly spread: enough to tell what the blurred images of a set are averages of."""
+    """About 64 items, evenly spaced: enough to find out what the blurred images of a set are averages of."""
     return items[:: max(1, len(items) // 64)]
 
 
 def check_averaging(card: Card, images: Iterable[Images]) -> None:
-    """Refuse blurred images that are averages of something else than the card says.
+    """Raises InputError for blurred images that are not averages of what the card states.
 
     An average of frames keeps the mean of what was averaged: of the 8-bit values, or of the light. By Jensen's
-    inequality an average of light is brighter in its values than the frames are, so the two can be told apart.
+    inequality an average of light has larger values than the frames on average, so the two can be distinguished.
     """
     if not card.averaged:
         return
@@ -204,5 +204,5 @@ def check_averaging(card: Card, images: Iterable[Images]) -> None:
         other = next((c for c in cards().values() if c.averaged == found and c.count == card.count), None)
         raise InputError(
             f"Data set {card.name}: its blurred images are averages of the frames' {found}, expected of their "
-            f"{card.averaged}; what lies there is {other.name if other else 'another version of the set'}."
+            f"{card.averaged}; the folder contains {other.name if other else 'another version of the set'}."
         )

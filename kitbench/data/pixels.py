@@ -1,4 +1,4 @@
-"""The pixels of a set's images as its files have them, and the checksums of pixels and files."""
+"""The pixels of a set's images, before any conversion, and the checksums of pixels and files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Images = tuple[np.ndarray, np.ndarray | None]
 
 
 def load_pixels(card: Card, entry: ImageFiles) -> Images:
-    """The pixels of an entry, as its files have them: target, and input of a pair."""
+    """The pixels of an image or pair, before any conversion: target, and input or None."""
     assert entry.target is not None
     target = pixels_of(card, entry.target, entry.block)
     return target, None if entry.input is None else pixels_of(card, entry.input, entry.block)
@@ -28,7 +28,9 @@ def pixels_of(card: Card, path: Path, block: tuple[int, ...]) -> np.ndarray:
         if block:
             array = blocks_of_mat(path)
             if any(i >= n for i, n in zip(block, array.shape[:-3], strict=True)):
-                raise InputError(f"{path} holds {len(array)} images, fewer than its other half; restore the file.")
+                raise InputError(
+                    f"{path} holds {len(array)} images, fewer than the other file of the pair; restore the file."
+                )
             pixels: np.ndarray = array[block]
         else:
             pixels = decode(path)
@@ -44,7 +46,7 @@ def pixels_of(card: Card, path: Path, block: tuple[int, ...]) -> np.ndarray:
 
 
 def size_of(images: Images) -> tuple[int, int]:
-    """Width and height of an image as if it lay on its longer side."""
+    """The longer and the shorter side of an image, in pixels."""
     height, width = images[0].shape[:2]
     return max(height, width), min(height, width)
 

@@ -1,1 +1,1 @@
-"""The network that takes any attention; methods by name or file; weights read safely."""
+"""The backbone with any attention in it; methods by name or file; weights read without running code."""

@@ -1,8 +1,8 @@
 """The U-shaped network that every method shares: only the attention inside its blocks differs.
 
-Our reading of KiT's architecture, close to Uformer's: a 3x3 convolution in and out, a 4x4 stride-2 convolution down, a
-2x2 transposed convolution up, the skip joined by concatenation and a 1x1 convolution, a global residual. A block is
-x + attention(norm(x)), then x + LeFF(norm(x)); levels outside `attention_levels` have the second half only.
+Our reading of KiT's architecture, close to Uformer's: a 3x3 convolution at input and output, 4x4 stride-2 convolutions
+down, 2x2 transposed convolutions up, skips by concatenation and a 1x1 convolution, a global residual. A block is
+x + attention(norm(x)), then x + LeFF(norm(x)); levels outside `attention_levels` have only the second part.
 Feature maps are [B, C, H, W] in channels-last memory, so that an attention's [B, H, W, C] is a view.
 """
 
@@ -63,7 +63,7 @@ class UNet(nn.Module):
     """The shared backbone with one method's attention in it; [B, channels, H, W] in [0, 1] to the same, any H and W.
 
     Every parameter that two methods share starts from the same value: each module is initialised from a seed hashed
-    from (seed, its own name), so the attention inside one block cannot move the weights of another.
+    from (seed, its name), so that one block's attention does not influence the initial weights of another block.
     """
 
     def __init__(self, channels: int, config: Backbone, method: Loaded, settings: dict[str, Any], seed: int) -> None:
@@ -100,14 +100,14 @@ class UNet(nn.Module):
                 if reset is not None and ".attention" not in name:
                     torch.manual_seed(_seed(seed, name))
                     reset()
-            # The untrained network returns its input: the first steps are not spent on unlearning random residuals.
+            # The untrained network returns its input, so that training need not first remove a random residual.
             nn.init.zeros_(self.tail.weight)
             assert self.tail.bias is not None
             nn.init.zeros_(self.tail.bias)
         self.lay_out(torch.channels_last)
 
     def lay_out(self, memory_format: torch.memory_format) -> None:
-        """Choose the memory format of kernels and feature maps; changes rounding only."""
+        """Set the memory format of kernels and feature maps; it changes rounding only."""
         self.memory_format = memory_format
         self.to(memory_format=memory_format)  # type: ignore[call-overload]
 

@@ -1,9 +1,9 @@
-"""Finding a method by name or by file, and proving before any training that it keeps the one signature.
+"""Finding a method by name or file, and checking before any training that it has the required signature.
 
 A method is a Python file that opens with a card (its docstring) and defines one of three things: `class Attention`,
 trained inside the shared backbone (the contract is in `kitbench.attention`); `restore(image, sigma)`, training-free; or
 `class Network`, a whole network that is evaluated with given weights (`kitbench eval`). Shipped ones are
-`kitbench/attention/kit.py` and the files of `baselines/`; any other path to a .py file works the same.
+`kitbench/attention/kit.py` and the files of `baselines/`; the path of any other .py file works the same.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def shipped() -> dict[str, str]:
 
 
 KINDS = {"Attention": "trained", "restore": "training-free", "Network": "given weights"}
-"""What a method file defines, and the kind of method that it is then."""
+"""What a method file defines, and the kind of method that this makes it."""
 
 
 def method_cards() -> dict[str, tuple[str, str]]:
-    """For every shipped method: its kind, and its card. Read from the source; nothing is imported."""
+    """Kind and card of every shipped method, read from the source without importing it."""
     found = {}
     for name, module in shipped().items():
         package, _, stem = module.rpartition(".")
@@ -61,7 +61,7 @@ def method_cards() -> dict[str, tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A method as found: its card, its settings with their defaults, and what it is built from."""
+    """A method: its card, its settings with their defaults, and the class or function that implements it."""
 
     name: str
     card: str
@@ -69,7 +69,7 @@ class Loaded:
     restore: Restore | None = None
     network: type[nn.Module] | None = None
     source_sha256: str | None = None
-    """Of a user's file, whose text decides its numbers; None for shipped methods, whose version `NUMERICS` tells."""
+    """Of a user's file, which is part of the run's key; None for shipped methods, which `NUMERICS` versions."""
     settings: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     """Annotation and default of each setting."""
 
@@ -148,7 +148,7 @@ def _import_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever a stranger's file raises is that file's fault
+    except Exception as error:  # an import may raise anything
         raise InputError(f"Method file {path} cannot be imported: {type(error).__name__}: {error}.") from error
     return module
 
@@ -180,8 +180,8 @@ def _settings(method: type, word: str, name: str) -> dict[str, tuple[Any, Any]]:
 def check_method(method: Loaded, levels: Mapping[int, tuple[int, int, int]], settings: Mapping[str, Any]) -> None:
     """Run the attention forward and backward at each level's (channels, heads, side) before any training.
 
-    Raises InputError where it fails, returns another shape or dtype than it got, or something that is not finite, or
-    has parameters to train that no gradient reaches: they would be counted, and processes would wait for theirs.
+    Raises InputError where it fails, returns another shape or dtype than its input's or values that are not finite, or
+    has trainable parameters without a gradient: DistributedDataParallel would wait for them forever.
     """
     import torch
 
@@ -197,12 +197,12 @@ def check_method(method: Loaded, levels: Mapping[int, tuple[int, int, int]], set
                 y.square().mean().backward()
                 if idle := [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]:
                     raise InputError(
-                        f"{where}, shift={shift}: no gradient reaches {', '.join(idle)}; leave out what takes no part "
-                        f"in the result, or keep what is not trained as a buffer."
+                        f"{where}, shift={shift}: no gradient reaches {', '.join(idle)}; remove parameters that do not "
+                        f"affect the result, or register them as buffers."
                     )
             except InputError:
                 raise
-            except Exception as error:  # a method is a stranger's code: its fault is told, not traced
+            except Exception as error:  # a user's code: report its error, no traceback
                 raise InputError(f"{where} failed: {type(error).__name__}: {error}.") from error
 
 
@@ -215,20 +215,20 @@ def check_network(method: Loaded, network: nn.Module, channels: int, device: tor
     try:
         with torch.inference_mode():
             fault = _fault(network(x), x)
-    except Exception as error:  # a method is a stranger's code: its fault is told, not traced
+    except Exception as error:  # a user's code: report its error, no traceback
         raise InputError(f"{where} failed: {type(error).__name__}: {error}.") from error
     if fault:
         raise InputError(f"{where}: {fault}; pad inside forward where the network needs multiples.")
 
 
 def _fault(y: Any, x: torch.Tensor) -> str | None:
-    """What is wrong with what a forward pass returned for x, if anything is."""
+    """What is wrong with the output y of a forward pass of x; None where nothing is."""
     import torch
 
     returned = tuple(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__
     if returned != tuple(x.shape) or y.dtype != x.dtype:
         return (
-            f"forward returned {returned} {getattr(y, 'dtype', '')}, expected the shape it got, "
+            f"forward returned {returned} {getattr(y, 'dtype', '')}, expected the shape of its input, "
             f"{tuple(x.shape)} {x.dtype}"
         )
     if not bool(torch.isfinite(y).all()):
@@ -242,7 +242,7 @@ def check_restore(method: Loaded, channels: int, sigma: float | None) -> None:
     image = np.random.default_rng(0).random((32, 33, channels), dtype=np.float32)
     try:
         restored = method.restore(image, sigma)
-    except Exception as error:  # a method is a stranger's code: its fault is told, not traced
+    except Exception as error:  # a user's code: report its error, no traceback
         raise InputError(f"Method {method.name!r} failed on {image.shape}: {type(error).__name__}: {error}.") from error
     if getattr(restored, "shape", None) != image.shape or not np.isfinite(restored).all():
         found = getattr(restored, "shape", type(restored).__name__)

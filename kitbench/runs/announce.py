@@ -105,7 +105,7 @@ def _setting(prepared: PreparedSuite, slots: int) -> list[tuple[str, str]]:
 
 def cost_text(cost: Cost) -> str:
     """Parameters and multiply-adds of a method, for people."""
-    macs = cost.macs if cost.macs is not None else cost.macs_counted
+    macs = cost.stated_macs
     mark = f"; {cost.macs_note}" if cost.macs_note else ""
     return (
         f"{cost.parameters:,} parameters ({cost.attention_parameters:,} in the attention), "

@@ -23,13 +23,13 @@ from kitbench.model.weights import fit, given_file_sha256, read_state
 from kitbench.runs.announce import Expected
 from kitbench.runs.cell import Cell
 from kitbench.runs.display import CellReporter, Display
-from kitbench.runs.prepare import CHANNELS, Options, PreparedScoring, prepare_scoring
+from kitbench.runs.prepare import Options, PreparedScoring, prepare_scoring
 from kitbench.runs.probe import RESOLUTION
 from kitbench.runs.score import score_cell
 from kitbench.runs.source import source_digests
 from kitbench.runs.work import begin
 from kitbench.scoring import evaluate
-from kitbench.spec.fields import Mode
+from kitbench.spec.fields import CHANNELS, Mode
 from kitbench.spec.loading import load_suite
 from kitbench.spec.suite import Suite
 from kitbench.store.folder import RunFolder

@@ -13,9 +13,9 @@ from kitbench.cost.memory import free_bytes, predict_peak_bytes
 from kitbench.errors import InputError, RunError
 from kitbench.model.backbone import UNet
 from kitbench.runs.cell import Cell
-from kitbench.runs.prepare import CHANNELS, PreparedSuite
+from kitbench.runs.prepare import PreparedSuite
 from kitbench.runs.train import loss_of
-from kitbench.spec.fields import Mode
+from kitbench.spec.fields import CHANNELS, Mode
 from kitbench.store.records import Cost
 from kitbench.text import gib
 

@@ -24,7 +24,7 @@ from kitbench.model.methods import Loaded
 from kitbench.runs.cell import Axes, Cell, axes
 from kitbench.scoring.lpips import LPIPS, available
 from kitbench.seeds import derive
-from kitbench.spec.fields import Mode, digest
+from kitbench.spec.fields import CHANNELS, Mode, digest
 from kitbench.spec.suite import Protocol, SetNames, Suite
 from kitbench.spec.tasks import Denoise
 from kitbench.store.files import writable
@@ -33,7 +33,6 @@ from kitbench.system.environment import choose_device, device_name, make_repeata
 from kitbench.system.processes import World, current, pieces
 from kitbench.system.tracking import Tracker, trackers
 
-CHANNELS: dict[Mode, int] = {"colour": 3, "gray": 1}
 Unit = tuple[str, float | None]
 """An evaluation: a test set, and a noise level or None."""
 

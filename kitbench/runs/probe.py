@@ -20,8 +20,9 @@ from kitbench.cost.memory import peak_bytes
 from kitbench.cost.timing import Sample, compare_times
 from kitbench.runs.cell import Cell
 from kitbench.runs.limits import require_memory, tile_shape
-from kitbench.runs.prepare import CHANNELS, PreparedSuite
+from kitbench.runs.prepare import PreparedSuite
 from kitbench.runs.train import loss_of
+from kitbench.spec.fields import CHANNELS
 from kitbench.store.records import Cost
 
 RESOLUTION = 256

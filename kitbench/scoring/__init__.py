@@ -1,1 +1,1 @@
-"""A protocol in, scores out: tiles, metrics, LPIPS, crops."""
+"""Scoring restored images by a protocol: tiles, metrics, LPIPS, crops."""

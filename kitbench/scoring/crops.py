@@ -1,4 +1,4 @@
-"""Crops of restored images, kept as pictures beside the scores."""
+"""Crops of restored images, stored as PNG files in the folder of the run."""
 
 from __future__ import annotations
 
@@ -18,25 +18,28 @@ from kitbench.store.files import write_atomic
 from kitbench.store.folder import RunFolder
 
 PICTURES = 4
-"""Images of each test set of which crops are kept."""
+"""Images of each test set of which crops are stored."""
 
 
 def crop_saver(
     folder: RunFolder, photographs: list[Photograph], name: str, sigma: float | None, stamp: str
 ) -> Callable[[Photograph, np.ndarray, np.ndarray], None]:
-    """What keeps a crop of the first PICTURES images of a set as pictures in the run's folder."""
+    """A function that stores crops of the first PICTURES images of a set in the run's folder.
+
+    It takes the photograph, its input and its restoration, float32 [H, W, C] nominally in [0, 1].
+    """
     numbers = {photo.name: number for number, photo in enumerate(photographs[:PICTURES])}
 
-    def keep(photo: Photograph, degraded: np.ndarray, restored: np.ndarray) -> None:
+    def save(photo: Photograph, degraded: np.ndarray, restored: np.ndarray) -> None:
         if photo.name in numbers:
             path = folder.crop_path(name, sigma, stamp, numbers[photo.name])
             write_atomic(path, crop_strip(photo, name, degraded, restored))
 
-    return keep
+    return save
 
 
 CROP = 128
-"""Side in pixels of the crops that are kept as pictures."""
+"""Side in pixels of the stored crops."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Place:
 
 
 def crop_place(photo: Photograph, data_set: str) -> Place:
-    """Where an image is shown: of 16 places drawn from (data set, image), the one with the strongest edges."""
+    """The crop of an image: of 16 places drawn by a seed of (data set, image), the one with the strongest edges."""
     height, width = photo.pixels.shape[:2]
     side = min(CROP, height, width)
     grey = photo.pixels.mean(2)
@@ -61,9 +64,9 @@ def crop_place(photo: Photograph, data_set: str) -> Place:
 
 
 def crop_strip(photo: Photograph, data_set: str, degraded: np.ndarray, restored: np.ndarray) -> bytes:
-    """A PNG of four squares side by side: the whole image made small, then degraded, restored and clean crop, 8 bits.
+    """A PNG of four squares in a row: the whole image reduced, then degraded, restored and clean crop, 8 bits.
 
-    The text `place` tells where the crop lies: top, left, side, height and width of the image, in pixels.
+    Its text chunk `place` is top, left and side of the crop, then height and width of the image, in pixels.
     """
     at = crop_place(photo, data_set)
     height, width = photo.pixels.shape[:2]

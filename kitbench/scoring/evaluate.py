@@ -1,4 +1,4 @@
-"""Evaluation: a protocol in, scores out. One image at a time, the noise of each a pure function of what it is."""
+"""Evaluation of a method by a protocol, image by image; the noise of an image is a pure function of its name."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def degraded(photo: Photograph, data_set: str, task: Task, sigma: float | None, 
     if sigma is None:
         return degrade(clean, task, generator(task.kind, data_set, photo.name))
     if protocol.noise_seed == "numpy0":
-        legacy = np.random.RandomState(0)  # the point of this protocol is the legacy stream
+        legacy = np.random.RandomState(0)  # published code uses NumPy's legacy generator
         return (clean + legacy.normal(0, sigma / 255, clean.shape)).astype(np.float32)
     return degrade(clean, task, generator("noise", data_set, photo.name, f"{sigma:g}"), sigma)
 

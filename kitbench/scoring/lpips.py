@@ -1,8 +1,8 @@
 """LPIPS (Zhang et al., CVPR 2018), version 0.1, without torchvision.
 
 The linear heads are read from the files of the installed `lpips` package, which is not imported: its import needs a
-torchvision that fits torch, and PyPI's does not fit a CPU build. The ImageNet backbones are the plain modules below,
-with torchvision's names, so that torchvision's weight files load into them. They are not downloaded: give the file.
+torchvision of torch's version and build, and PyPI's is not of a CPU build. The ImageNet backbones are the modules
+below, with torchvision's names, so that torchvision's weight files fit. Weights are not downloaded: give the file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _TAPS = {"squeeze": (1, 4, 7, 9, 10, 11, 12), "alex": (1, 4, 7, 9, 11), "vgg": (
 
 
 def available(net: str, weights: str | Path | None = None) -> str | None:
-    """None if LPIPS with this backbone can be computed here; otherwise the reason, and what to do, in one sentence."""
+    """None where LPIPS with this backbone can be computed; otherwise one sentence: why not, and what to do."""
     try:
         LPIPS(net, weights)
     except InputError as error:
@@ -156,7 +156,7 @@ def _heads_file(net: str) -> Path:
 
 
 def _backbone_file(net: str, weights: str | Path | None) -> Path:
-    """The file that was asked for, or the first found. A file that carries a hash in its name must have it."""
+    """The given file, or the first one found. Raises InputError where the hash in its name is not its content's."""
     standard = _FILES[net]
     given = weights or os.environ.get(ENVIRONMENT)
     place = Path(given).expanduser() if given else Path(torch.hub.get_dir()) / "checkpoints"
@@ -164,10 +164,11 @@ def _backbone_file(net: str, weights: str | Path | None) -> Path:
     candidates = [place] if place.is_file() else [place / standard, *sorted(place.glob(f"{stem}*.pth"))]
     found = next((file for file in candidates if file.is_file()), None)
     if found is None:
-        cache = _told(Path(torch.hub.get_dir()) / "checkpoints")
+        cache = _without_home(Path(torch.hub.get_dir()) / "checkpoints")
         raise InputError(
-            f"LPIPS-{net} needs the backbone's weights {standard} ({_URL}{standard}), not found in {_told(place)}: "
-            f"download it and name the file, or its folder, as the weights of the metric or in {ENVIRONMENT}, or put "
+            f"LPIPS-{net} needs the backbone's weights {standard} ({_URL}{standard}), "
+            f"not found in {_without_home(place)}: download it and name the file, or its folder, "
+            f"as the weights of the metric or in {ENVIRONMENT}, or put "
             f"it into {cache}."
         )
     stated = re.search(r"-([0-9a-f]{8,64})\.pth$", found.name)
@@ -182,8 +183,8 @@ def _backbone_file(net: str, weights: str | Path | None) -> Path:
     return found
 
 
-def _told(path: Path) -> str:
-    """A path as it may stand in a stored run: without the user's own folder."""
+def _without_home(path: Path) -> str:
+    """A path for a stored record: the user's home folder as ~."""
     home = Path.home()
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
 

@@ -1,7 +1,7 @@
 """Image quality: PSNR, SSIM and MATLAB's luma, in NumPy and OpenCV (no torch).
 
-All functions take images in 0..255, uint8 or floating point, [H, W] (gray) or [H, W, C]. What is measured (which
-rounding, which colour space) is the protocol's business, not theirs: round and convert before you call them.
+All functions take images in 0..255, uint8 or floating point, [H, W] (gray) or [H, W, C]. They neither round nor convert
+colours, which depends on the protocol: do so before calling them.
 LPIPS, which needs a network, is in lpips.py.
 """
 
@@ -63,9 +63,10 @@ def ssim(a: Array, b: Array, data_range: float = 255.0, threads: int | None = No
 def ssim_volume(a: Array, b: Array, data_range: float = 255.0, threads: int | None = None) -> float:
     """MATLAB's `ssim(a, b)` of an image given as [H, W, 3] array: it is taken for a volume whose third axis is colour.
 
-    What the scripts of the field print for GoPro, HIDE and SIDD (MPRNet's and Restormer's evaluate_*.m among them). The
+    The SSIM of published scripts for GoPro, HIDE and SIDD (evaluate_*.m of MPRNet and Restormer among them). The
     Gaussian of 11 taps, sigma 1.5, runs along all three axes, every border replicated; the mean is over all voxels.
-    K1 = 0.01, K2 = 0.03, population variance, float64. Colour counts as contrast, so that it is far above `ssim`.
+    K1 = 0.01, K2 = 0.03, population variance, float64. Differences between channels count as contrast, so that values
+    are far above those of `ssim`.
     a, b: [H, W] or [H, W, C], of one shape and one dtype (uint8, float32 or float64), of any size; of a gray image it
     is MATLAB's ssim of a matrix. threads as for `ssim`. Raises InputError if shapes or dtypes differ or are others.
     """
@@ -76,13 +77,13 @@ def ssim_volume(a: Array, b: Array, data_range: float = 255.0, threads: int | No
 
 
 def best_shift(prediction: Array, target: Array, shift: int) -> tuple[Array, Array]:
-    """The inner part of the target, and the part of the prediction that fits it best, over all shifts by whole pixels.
+    """The part of the prediction that matches the inner part of the target best, over integer shifts; and that part.
 
-    For blind deblurring, where image and kernel are known up to a shift that cancels out. Of all (2 shift + 1)^2 shifts
-    of up to `shift` pixels on each axis the one of the highest PSNR is taken; score PSNR and SSIM on what is returned.
-    For the set of Levin et al. (CVPR 2009) print searches 5 px, in steps of a quarter pixel by linear interpolation,
-    and leaves 15 px of border out (their comp_upto_shift.m, and after it SelfDeblur and KAIR): whole pixels give at
-    most that PSNR, and equal it where the estimate is not off by a fraction of a pixel.
+    For blind deblurring, where image and kernel are determined only up to opposite shifts. Of the (2 shift + 1)^2
+    shifts of up to `shift` pixels on each axis the one with the highest PSNR is chosen.
+    For the set of Levin et al. (CVPR 2009) published scores search 5 px in steps of a quarter pixel by linear
+    interpolation and leave out 15 px of border (comp_upto_shift.m, also in SelfDeblur and KAIR): integer shifts give at
+    most that PSNR, and the same where the estimate is not shifted by a fraction of a pixel.
     prediction, target: as for `psnr`, more than 2 shift pixels a side. Returns two views, 2 shift pixels less a side.
     Raises InputError if they are not alike, or too small.
     """
@@ -96,7 +97,7 @@ def best_shift(prediction: Array, target: Array, shift: int) -> tuple[Array, Arr
     inner = target[shift : height - shift, shift : width - shift]
     places = sorted(itertools.product(range(2 * shift + 1), repeat=2), key=lambda at: math.dist(at, (shift, shift)))
     parts = (prediction[y : y + inner.shape[0], x : x + inner.shape[1]] for y, x in places)
-    return max(parts, key=lambda part: psnr(part, inner)), inner  # of equals the least shifted
+    return max(parts, key=lambda part: psnr(part, inner)), inner  # of equal ones the smallest shift
 
 
 def luma(rgb: Array) -> Array:
@@ -152,8 +153,8 @@ def _mean_ssim(
 def _ssim_sum(a: Array, b: Array, c1: float, c2: float, mix: Array | None) -> float:
     """The sum of the SSIM map of one strip, [H, W] or [H, W, C]; `mix` is the filter along the channels, if any.
 
-    Filtered are a, b, ab and (a - b)^2, which of uint8 are integers of 8 and 16 bits: no other product is needed, since
-    a^2 + b^2 = (a - b)^2 + 2ab, and the constants ride on the filter. Every pass over float64 counts here.
+    Only a, b, ab and (a - b)^2 are filtered, which for uint8 are integers of 8 and 16 bits: a^2 + b^2 = (a - b)^2 +
+    2ab, and the filter adds the constants. Fewer passes over float64 arrays make this fast.
     """
     if a.dtype == np.uint8:
         difference = cv2.absdiff(a, b)
@@ -181,7 +182,7 @@ def _ssim_sum(a: Array, b: Array, c1: float, c2: float, mix: Array | None) -> fl
 
 
 def _blur(plane: Array, mix: Array | None, times: float = 1.0, plus: float = 0.0) -> Array:
-    """times x plane, filtered, + plus: float64 of the plane's shape, false in the outer 5 pixels."""
+    """times x plane, filtered, + plus: float64 of the plane's shape; invalid in the outer 5 pixels."""
     kernel = _kernel()
     blurred = cv2.sepFilter2D(plane, cv2.CV_64F, times * kernel, kernel, delta=plus)
     return blurred if mix is None or blurred.ndim == 2 else blurred @ mix

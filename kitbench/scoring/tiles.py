@@ -1,4 +1,4 @@
-"""Images too large for the memory, restored in square tiles that overlap."""
+"""Restoring an image in overlapping square tiles, where the whole image does not fit in memory."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What people write, as validated frozen objects, and the messages where they erred."""
+"""Suites, recipes and protocols: what users write, as validated frozen objects, and messages about invalid input."""

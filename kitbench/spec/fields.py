@@ -1,4 +1,4 @@
-"""What every record of kitbench is made of: the frozen model, types of single fields, and the digest of a value."""
+"""The base class of all validated records, types of common fields, and the digest of a value."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Mode = Literal["colour", "gray"]
+CHANNELS: dict[Mode, int] = {"colour": 3, "gray": 1}
 Setting = bool | int | float | str
 
 
 class Frozen(BaseModel):
-    """Validated once, never changed; a key that is not declared is an error."""
+    """A model that is validated when made and immutable; an undeclared key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

@@ -1,7 +1,7 @@
 """From TOML files to validated objects: suites with their presets and overrides, recipes and protocols.
 
 Presets inside the suite change some of its keys; `--set key=value` changes single ones. Unknown keys are refused
-everywhere, with the nearest known one. This room knows nothing of torch: reading a suite is instant.
+everywhere, with the most similar known one. Nothing here imports torch, so that reading a suite takes milliseconds.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def read_toml(name: str, kind: Literal["suites", "recipes", "protocols"], base: 
     elif name in builtin(kind):
         path, text = Path(f"{name}.toml"), builtin(kind)[name]
     else:
-        raise InputError(f"Unknown {what} {name!r}; {nearest(name, builtin(kind))} A file's name must end in .toml.")
+        raise InputError(
+            f"Unknown {what} {name!r}; {nearest(name, builtin(kind))} The path of a file must end in .toml."
+        )
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -78,14 +80,14 @@ def load_suite(
         raw[kind] = _resolve(raw.get(kind), kind, base)
     _resolve_protocols(raw, base)
     raw["methods"] = {
-        key: value | {"attention": _beside(value.get("attention", key), base)}
+        key: value | {"attention": _relative_to(value.get("attention", key), base)}
         for key, value in _tables(raw.get("methods", {}), label).items()
     }
     if methods:
         raw["methods"] = dict(_chosen(method, raw["methods"], label) for method in methods)
     for override in overrides:
         _set(raw, override, base)
-    # In TOML a method's settings stand beside its `attention`; here they are a table of their own.
+    # In TOML a method's settings are keys of the table that names its `attention`; here they are a table of their own.
     raw["methods"] = {
         key: {"attention": value["attention"], "settings": {k: v for k, v in value.items() if k != "attention"}}
         for key, value in raw["methods"].items()
@@ -97,7 +99,7 @@ def load_suite(
 
 
 def _merge(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `change` laid over it, table by table; lists and values are replaced."""
+    """`base` updated by `change`, table by table; lists and values are replaced."""
     merged = dict(base)
     for key, value in change.items():
         old = merged.get(key)
@@ -132,8 +134,8 @@ def _tables(value: object, label: str) -> dict[str, dict[str, Any]]:
     return value
 
 
-def _beside(attention: object, base: Path) -> object:
-    """A method file named in a suite file is looked for beside that file."""
+def _relative_to(attention: object, base: Path) -> object:
+    """The path of a method file named in a suite file is relative to the folder of the suite file."""
     return str(base / attention) if isinstance(attention, str) and attention.endswith(".py") else attention
 
 

@@ -1,4 +1,4 @@
-"""Validation, and what went wrong in it as one sentence: where, what was found, what was expected."""
+"""Validation whose errors are one sentence: where, what was found, what was expected."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def parse(model: type[M], raw: object, where: str) -> M:
-    """Validate `raw`, turning pydantic's report into one sentence. Raises InputError."""
+    """Validate `raw`. Raises InputError with the first error of pydantic's report as one sentence."""
     try:
         return model.model_validate(raw)
     except ValidationError as error:
@@ -23,8 +23,8 @@ def parse(model: type[M], raw: object, where: str) -> M:
 
 
 def _sentence(model: type[BaseModel], error: ValidationError, where: str) -> str:
-    """The first fault of a validation report, with its place, what was found and what was expected."""
-    # An unknown key is told before the key that is missing for it.
+    """The first error of a validation report: its place, what was found and what was expected."""
+    # A misspelt key is two errors, an unknown key and a missing one: the first says more.
     faults = sorted(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
     fault = faults[0]
     owner, parts = _walk(model, [str(part) for part in fault["loc"]])
@@ -48,9 +48,9 @@ def _sentence(model: type[BaseModel], error: ValidationError, where: str) -> str
 
 
 def _walk(model: type[BaseModel] | None, path: Sequence[str]) -> tuple[type[BaseModel] | None, list[str]]:
-    """The model that describes the table holding the last key of a report's path, and the path as people write it.
+    """The model of the table that contains the last key of a report's path, and the path as a user writes it.
 
-    None where keys are free (methods' settings). A report names the chosen member of a union behind the union's key.
+    None where any key is allowed (settings of methods). After the key of a union a report names the chosen member.
     """
     owner, parts, rest = model, [], list(path)
     while rest:
@@ -67,7 +67,7 @@ def _walk(model: type[BaseModel] | None, path: Sequence[str]) -> tuple[type[Base
 
 
 def _tag(model: type[BaseModel]) -> str | None:
-    """The `kind` that chooses this member of a union; None for other models."""
+    """The `kind` that selects this member of a union; None for other models."""
     field = model.model_fields.get("kind")
     return get_args(field.annotation)[0] if field and get_origin(field.annotation) is Literal else None
 

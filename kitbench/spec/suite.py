@@ -1,8 +1,8 @@
-"""A suite: what is compared, resolved. Protocol, data, backbone and recipe are parts of it.
+"""A suite, after presets and overrides: task, data, backbone, methods, recipe, protocol, seeds.
 
 A suite (`kitbench/suites/*.toml`, or a file of the user's own) says what is compared: task, data, backbone, methods,
-seeds. It names a recipe (how every method is trained) and a protocol (how every result is scored), which are files of
-their own; loading.py reads them. All objects are validated and frozen.
+seeds. It names a recipe (how every method is trained) and a protocol (how every result is scored), which are separate
+files; loading.py reads them. All objects are validated and frozen.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Protocol(Frozen):
     """gaussian11: 11 x 11 Gaussian window, sigma 1.5, valid region, each channel alone, then averaged. matlab-rgb:
     MATLAB's ssim of the RGB array as a volume, borders replicated."""
     shift: Annotated[int, Field(ge=0, le=16)] = 0
-    """Compared at the integer shift of the prediction, up to so many pixels each way, that gives the best PSNR."""
+    """Scored at the integer shift of the prediction, up to this many pixels in each direction, with the best PSNR."""
     lpips: Literal["none", "alex", "squeeze", "vgg"] = "none"
     """LPIPS version 0.1 with this backbone; n/a, with the reason, where its weights are missing."""
     tile: Annotated[int, Field(ge=0)] = 0
-    """0: whole images. Else square tiles of this side, alike for every method."""
+    """0: whole images. Otherwise the side of square tiles, the same for every method."""
     overlap: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
@@ -53,7 +53,7 @@ class Protocol(Frozen):
 
     @property
     def stamp(self) -> str:
-        """`id.vN`, with a hash behind it where a key differs from the shipped protocol of that id."""
+        """`id.vN`, followed by a hash where a key differs from the shipped protocol of that id."""
         stamp = f"{self.id}.v{self.version}"
         shipped = builtin("protocols").get(self.id)
         if shipped is not None and Protocol.model_validate(tomllib.loads(shipped)) == self:
@@ -62,18 +62,18 @@ class Protocol(Frozen):
 
 
 class SetNames(Frozen):
-    """Names of data cards: those trained on (together) and those reported (one by one)."""
+    """Names of data sets: those for training (used together) and those for test (reported one by one)."""
 
     train: Annotated[tuple[str, ...], Field(min_length=1)]
     test: Annotated[tuple[str, ...], Field(min_length=1)]
     validation: tuple[str, ...] = ()
     """Those that learning curves and the tuning of learning rates are measured on; neither trained on nor reported."""
     protocol: Protocol | None = None
-    """How these are scored, where the suite's own protocol does not fit them."""
+    """How these sets are scored, where not by the suite's own protocol."""
 
 
 class Source(Frozen):
-    """The sets of a source of images, a choice per colour mode; `modes` are those that a run uses."""
+    """The data sets for each colour mode; `modes` are the colour modes that are run."""
 
     modes: Annotated[tuple[Mode, ...], Field(min_length=1)]
     colour: SetNames | None = None
@@ -122,7 +122,7 @@ class Backbone(Frozen):
 
 
 class RecipeCard(Frozen):
-    """What somebody should know before starting the recipe."""
+    """What to expect of a recipe before starting it."""
 
     summary: str
     hardware: str
@@ -131,13 +131,13 @@ class RecipeCard(Frozen):
 
 
 class Recipe(Frozen):
-    """How every method is trained, without exception."""
+    """How every method of a suite is trained."""
 
     name: str
     card: RecipeCard
     steps: Annotated[int, Field(ge=1, le=10_000_000)]
     batch: Annotated[int, Field(ge=1, le=4096)]
-    """Crops a step, over all devices."""
+    """Crops of a step, over all devices together."""
     crop: Annotated[int, Field(ge=16, le=4096)]
     """Side of the square training crop, pixels."""
     optimiser: Literal["adamw"] = "adamw"
@@ -154,7 +154,7 @@ class Recipe(Frozen):
     augment: bool = True
     """Each crop is flipped and turned by a multiple of 90 degrees at random (8 orientations)."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay per step of a moving average of the weights, which is then what is kept and scored; 0: none."""
+    """Decay per step of a moving average of the weights, which is then stored and scored; 0: none."""
     precision: Literal["float32", "bf16", "float64"] = "float32"
     """bf16: autocast. float64: trained in double precision, kept and scored in float32."""
     tf32: bool = False
@@ -172,7 +172,7 @@ class Recipe(Frozen):
     validations: Annotated[int, Field(ge=0, le=1000)] = 8
     """How often during training the validation crops are scored; decides no number but the curve."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 500
-    """Steps between checkpoints; decides no number."""
+    """Steps between checkpoints; does not change any number."""
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:
@@ -182,7 +182,7 @@ class Recipe(Frozen):
 
 
 class Method(Frozen):
-    """An attention and its settings: what a method of the suite puts into the shared backbone."""
+    """A method of the suite: the attention in the shared backbone, and its settings."""
 
     attention: str
     """A shipped name, or a path to a Python file with a class `Attention`."""
@@ -190,7 +190,7 @@ class Method(Frozen):
 
 
 class Suite(Frozen):
-    """A comparison, resolved: preset and overrides applied, recipe and protocol read."""
+    """A comparison, with preset and overrides applied, recipe and protocol read."""
 
     name: str
     title: str

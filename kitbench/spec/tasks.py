@@ -1,4 +1,4 @@
-"""Tasks: what is restored, with the ranges that degradations are drawn from."""
+"""Tasks: the degradation that is to be removed, with the ranges that its parameters are drawn from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kitbench.spec.fields import Degrees, Frozen, Grey, Pixels, Share
 
 
 class Ranges(Frozen):
-    """A task whose keys are ranges [low, high]: a value is drawn between them for every crop and every test image."""
+    """A task whose keys are ranges [low, high]: a value is drawn from each for every crop and every test image."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -21,12 +21,12 @@ class Ranges(Frozen):
 
     @property
     def conditions(self) -> tuple[float | None, ...]:
-        """What every test set is scored at: noise levels, or None where a set has one condition."""
+        """The noise levels at which every test set is scored; None where a set has one condition."""
         return (None,)
 
 
 def condition(sigma: float | None) -> str:
-    """What stands behind a test set's name: `σ25`, or nothing where a task has one condition."""
+    """What follows a test set's name: `σ25`, or nothing where a task has one condition."""
     return "" if sigma is None else f"σ{sigma:g}"
 
 
@@ -35,7 +35,7 @@ class Denoise(Ranges):
 
     kind: Literal["denoise"]
     sigma_train: tuple[Grey, Grey]
-    """Each training crop draws its sigma uniformly between these two; equal ends train for one sigma."""
+    """The sigma of a training crop is drawn uniformly between these; equal values train for one sigma."""
     sigma_test: Annotated[tuple[Annotated[float, Field(gt=0, le=255)], ...], Field(min_length=1)]
 
     @property
@@ -50,7 +50,7 @@ class Deblur(Ranges):
     length: tuple[Pixels, Pixels]
     """Length of the trajectory, pixels."""
     sigma: tuple[Grey, Grey]
-    """White Gaussian noise behind the blur, in 8-bit grey levels."""
+    """White Gaussian noise added after the blur, in 8-bit grey levels."""
 
 
 class Derain(Ranges):
@@ -58,7 +58,7 @@ class Derain(Ranges):
 
     kind: Literal["derain"]
     density: tuple[Share, Share]
-    """Streaks begun per pixel."""
+    """Streaks per pixel."""
     length: tuple[Pixels, Pixels]
     """Of a streak, pixels."""
     width: tuple[Pixels, Pixels]
@@ -70,13 +70,13 @@ class Derain(Ranges):
 
 
 class RealNoise(Ranges):
-    """Noise of a camera: Poisson and Gaussian in linear light, behind a colour mosaic (kitbench/data/degrade.py)."""
+    """Camera noise: Poisson and Gaussian in linear light, through a Bayer mosaic (kitbench/data/degrade.py)."""
 
     kind: Literal["denoise-real"]
     shot: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]]
-    """Variance per unit of light, drawn uniformly in its logarithm; the read noise follows from it."""
+    """Variance per unit of light, drawn uniformly in its logarithm; it determines the read noise."""
     mosaic: bool = True
-    """Every pixel sees one colour; the noise is interpolated as a bilinear demosaicing does."""
+    """Each pixel measures one colour; the noise is interpolated as by bilinear demosaicing."""
 
 
 Task = Annotated[Denoise | Deblur | Derain | RealNoise, Field(discriminator="kind")]

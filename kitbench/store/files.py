@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kitbench.errors import InputError
 
 
 def writable(folder: Path) -> None:
-    """Raises InputError where files cannot be made in `folder`, which need not exist yet; leaves nothing behind."""
+    """Raises InputError where files cannot be created in `folder`, which need not exist yet; creates nothing."""
     existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):
@@ -23,26 +23,26 @@ def writable(folder: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes, previous: Path | None = None) -> None:
-    """Write a file whole or not at all, surviving a power cut: written aside, synced, renamed, the folder synced.
+    """Write a file completely or not at all, even if power fails: to a temporary file, synced, renamed, folder synced.
 
-    `previous`: what the file that stood there is kept as.
+    previous: where the file that was there is moved; by default it is replaced.
     """
-    replace_with(path, lambda aside: aside.write_bytes(data), previous)
+    replace_with(path, lambda temporary: temporary.write_bytes(data), previous)
 
 
 def replace_with(path: Path, write: Callable[[Path], object], previous: Path | None = None) -> None:
-    """Let `write(aside)` make a file beside `path`, then put it in its place at once. Otherwise as `write_atomic`."""
+    """Let `write(temporary)` write a file in the folder of `path`, then rename it to `path`. Like `write_atomic`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(aside)
-        with aside.open("rb+") as file:
+        write(temporary)
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         if previous is not None and path.exists():
             path.replace(previous)
-        aside.replace(path)
+        temporary.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

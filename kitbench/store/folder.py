@@ -1,17 +1,17 @@
-"""Run folders: written atomically, read validated; the only thing that tables, plots and checks ever read.
+"""Run folders: written atomically, validated when read; the only input of tables, plots and checks.
 
     results/denoise-colour-kit-s0-0123456789/
-        run.json              what decides the run's numbers, and the environment that made it; written first
-        log.csv               training log, a line every so many steps
-        checkpoint.safetensors  weights, optimiser state and step, with their checksum, until the training is done
+        run.json              what determines the run's numbers, and the environment it was made in; written first
+        log.csv               training log, one line for each interval of steps
+        checkpoint.safetensors  weights, optimiser state and step, with their checksum; deleted when training is done
         checkpoint-previous.safetensors  the one before it
         weights.safetensors   the trained weights
-        training.json         what the training cost; its presence says that the training is done
+        training.json         what the training cost; it exists if and only if training is done
         eval/SET-sigma-PROTOCOL.json   scores of every image of one test set, one sigma (if there is one), one protocol
-        failed.json           why the run is not complete, where it failed
+        failed.json           why the run failed, if it did
         crops/SET-sigma-PROTOCOL-NUMBER.png   pictures of the first images of the set: whole, input, restored, clean
 
-A file is written under another name, synced and renamed: a reader finds the old file or the new one, never a half.
+A file is written under another name, synced and renamed: a reader sees the old file or the new one, never part of one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import csv
 import hashlib
 import json
 import os
-import platform
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from kitbench.errors import InputError, RunError
 from kitbench.spec.fields import Frozen, digest
 from kitbench.store.files import write_atomic
 from kitbench.store.log import LogLine, parse_log
-from kitbench.store.records import Evaluation, Failure, Owner, Progress, Run, Training, now, read_record
+from kitbench.store.records import Evaluation, Failure, Owner, Progress, Run, Training, host_name, now, read_record
 
 
 class RunLocked(RunError):
@@ -40,7 +39,7 @@ class RunLocked(RunError):
 
 
 class RunFolder:
-    """One run on disk. Reading raises InputError for a file that is no such record."""
+    """One run on disk. Reading raises InputError for a file that is not the expected record."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -85,7 +84,7 @@ class RunFolder:
         return self.path / "crops" / f"{self.evaluation_path(data_set, sigma, stamp).stem}-{number}.png"
 
     def evaluation(self, data_set: str, data_sha256: str, sigma: float | None, stamp: str) -> Evaluation | None:
-        """The stored evaluation of exactly these images under exactly this protocol, if there is one."""
+        """The stored evaluation of these very images under this very protocol, if there is one."""
         path = self.evaluation_path(data_set, sigma, stamp)
         found = read_record(Evaluation, path) if path.is_file() else None
         return found if found is not None and found.data_sha256 == data_sha256 else None
@@ -97,13 +96,13 @@ class RunFolder:
         try:
             data, training = self.log.read_bytes(), self.training
             if training and training.log_sha256 not in (None, hashlib.sha256(data).hexdigest()):
-                raise ValueError("it does not have the checksum that training.json states")
+                raise ValueError("it does not match the checksum stated in training.json")
             return parse_log(data.decode())
         except (OSError, ValueError, csv.Error) as error:
-            raise InputError(f"{self.log} is no training log ({error}); restore it or delete it.") from error
+            raise InputError(f"{self.log} is not a training log ({error}); restore it or delete it.") from error
 
     def write(self, name: str, record: Frozen) -> None:
-        """Write a record, with the checksum of its content behind it."""
+        """Write a record, followed by the checksum of its content."""
         text = record.model_dump_json(indent=1).removesuffix("\n}")
         text = f'{text},\n "sha256": "{digest(json.loads(text + "}"))}"\n}}\n'
         write_atomic(self.path / name, text.encode())
@@ -120,7 +119,7 @@ class RunFolder:
 
     @property
     def failure(self) -> str | None:
-        """Why the run failed; None where it did not, or goes on well since."""
+        """Why the run failed; None where it did not, or was continued since."""
         return self.failed.message if self.failed else None
 
     def fail(self, key: str, message: str) -> None:
@@ -129,10 +128,10 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[Owner | None]:
-        """Only one process works on a run. Raises RunLocked, naming the owner, where another does.
+        """Lock the run for this process. Raises RunLocked, naming the owner, where another process has locked it.
 
-        The system drops the lock with the process that holds it, so a lock is never stale. Yields the owner before,
-        where it was killed; what it left half-written is removed.
+        The operating system releases the lock when its process ends, so a lock is never stale. Yields the previous
+        owner if it was killed; its partly written files are removed.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / ".lock", timeout=0.2)  # `held` takes it for a moment
@@ -145,7 +144,7 @@ class RunFolder:
             before = _owner(self.path)
             for left in self.path.rglob(".*.tmp"):
                 left.unlink()
-            self.write(".owner", Owner(pid=os.getpid(), host=platform.node(), started=now()))
+            self.write(".owner", Owner(pid=os.getpid(), host=host_name(), started=now()))
             try:
                 yield before
             finally:
@@ -168,19 +167,20 @@ def _owner(folder: Path) -> Owner | None:
     try:
         return read_record(Owner, folder / ".owner")
     except InputError:
-        return None  # it comes and goes with the process
+        return None  # deleted meanwhile, by the process that wrote it
 
 
 def find(paths: Sequence[Path]) -> list[RunFolder]:
-    """The runs at the given paths: each is a run's folder, or a folder that holds runs. Raises InputError."""
+    """The runs at the given paths: each is the folder of a run, or a folder that contains runs. Raises InputError."""
     found: dict[Path, RunFolder] = {}
     for path in paths:
         if not path.is_dir():
-            raise InputError(f"{path} is no folder; give a run's folder, or a folder that holds runs.")
+            raise InputError(f"{path} is not a folder; give the folder of a run, or a folder that contains runs.")
         here = [path] if (path / "run.json").is_file() else sorted(p.parent for p in path.glob("*/run.json"))
         if not here:
             raise InputError(
-                f"No run in {path}: no run.json there or one folder below; give another folder, or run a suite first."
+                f"No run in {path}: neither it nor its subfolders contain a run.json; give another folder, "
+                f"or run a suite first."
             )
         found |= {run.resolve(): RunFolder(run) for run in here}
     return list(found.values())

@@ -6,6 +6,8 @@ Their JSON Schemas are in schemas/, written by tools/schemas.py.
 from __future__ import annotations
 
 import json
+import math
+import platform
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,20 +21,20 @@ from kitbench.spec.suite import Backbone, Protocol, Recipe
 from kitbench.spec.tasks import Task, condition
 
 SCHEMA = 1
-"""The version that this code writes and reads. No older one exists; a new one brings what migrates this one."""
+"""The version that this code writes and reads. No older one exists; a new version must come with a migration."""
 LARGEST = 64 << 20
 """Bytes of the largest record that is read."""
 Stamp = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*\.v[0-9]+(\+[0-9a-f]{6})?$")]
-"""Part of file names: nothing in it leads out of the run's folder."""
+"""Used in file names, so the pattern admits no path separator."""
 Record = TypeVar("Record", bound=Frozen)
 
 
 class Environment(Frozen):
-    """Where and how a run was made; decides no key, but explains differences."""
+    """Where and how a run was made. Not part of the run's key; explains differences between runs."""
 
     kitbench: str
     commit: str | None
-    """Of kitbench's own source, with `+dirty` behind it; None for an installed package."""
+    """Of kitbench's own source, followed by `+dirty` where files differ from it; None for an installed package."""
     command: tuple[str, ...]
     started: str
     host: str
@@ -45,9 +47,7 @@ class Environment(Frozen):
 
 
 class Numerics(Frozen):
-    """What the last bits of a run's numbers depend on, beside the cell: numbers of one source, release of torch, thread
-    count and set of flags may stand side by side without a mark.
-    """
+    """What the last bits of a run's numbers depend on, besides its cell."""
 
     source: dict[str, str]
     """By part (attention, network, data, training, scoring): digest of the syntax trees of the source files, without
@@ -64,21 +64,26 @@ class Cost(Frozen):
     parameters: int
     attention_parameters: int
     resolution: int
-    """Side in pixels of the square image that macs speaks of."""
+    """Side in pixels of the square image for which macs is stated."""
     macs: int | None
     """Closed form, one forward of one image; None where the method states none."""
     macs_counted: int | None
     macs_note: str | None
-    """None where closed form and counter agree; else what differs, or which operator nobody counted."""
+    """None where closed form and counters agree; otherwise what differs, and which operators have no formula."""
     train_peak_bytes: int | None
-    """Peak memory of one training step beyond what was held before it."""
+    """Peak memory of one training step, above what was allocated before it."""
     memory_note: str | None
     calibration_seconds: float | None = None
-    """Time of a fixed piece of work on the same device in the same minute: a step's seconds divided by it can be
-    compared across machines."""
+    """Seconds of a fixed piece of work on the same device in the same minute: the time of a step divided by it can be
+    compared between machines."""
     step_seconds: float | None = None
     """Of a training step on a whole batch: median, measured before training with no other run under way, all methods in
-    turn; on the CPU, the time of the processor. None: not measured."""
+    turn; on the CPU, processor time. None: not measured."""
+
+    @property
+    def stated_macs(self) -> int | None:
+        """The closed form, or where the method states none the count."""
+        return self.macs if self.macs is not None else self.macs_counted
 
 
 class Run(Frozen):
@@ -113,7 +118,7 @@ class Run(Frozen):
     @field_validator("recipe", mode="before")
     @classmethod
     def _threads_were_not_fixed(cls, recipe: Any) -> Any:
-        """Runs made before recipes had the key `threads` took as many as torch chose."""
+        """Runs made before recipes had the key `threads` used as many as torch chose."""
         return {"threads": None, **recipe} if isinstance(recipe, dict) else recipe
 
 
@@ -124,18 +129,18 @@ class Training(Frozen):
     steps: int
     seconds: float
     seconds_per_step: float
-    """Median over the logged stretches of training, data loading included, other runs perhaps under way beside it."""
+    """Median over the intervals between log lines, data loading included; other runs may have been under way."""
     contended: float | None = None
-    """Share of the time of training that its threads waited for a processor: above a few hundredths other work slowed
+    """Share of the training time that threads waited for a processor: above a few hundredths, other processes slowed
     the steps. None: not recorded."""
     loss: float
-    """Mean over the last logged stretch."""
+    """Mean over the last interval of the log."""
     weights_sha256: str
     log_sha256: str | None = None
     """Of log.csv; None in runs that were made before it was kept."""
     cost: Cost
     notes: Mapping[str, Any] = Field(default_factory=dict)
-    """What a method reports of itself after training, e.g. the recall of its retrieval."""
+    """What the method's `report` returned after training, e.g. the recall of its retrieval."""
 
 
 class Score(Frozen):
@@ -157,25 +162,35 @@ class Evaluation(Frozen):
     """Of the run."""
     data_set: str
     data_sha256: str
-    """Of the images, and of the degradation where the task makes it and has no sigma."""
+    """Of the images; also of the degradation, where the task generates it and has no sigma."""
     sigma: float | None
     """In 8-bit grey levels; None where the task has one condition."""
     protocol: Protocol
     stamp: Stamp
     numerics: Numerics | None = None
-    """Of the scoring; None in evaluations that were made before it was recorded."""
+    """Of the scoring; None in evaluations made before it was recorded."""
     lpips_note: str | None
-    """Why LPIPS is n/a; None where it was measured or not asked for."""
+    """Why LPIPS was not computed; None where it was, or was not requested."""
     scores: tuple[Score, ...]
 
     @property
     def condition(self) -> str:
-        """What stands behind the data set's name: `σ25`, or nothing."""
+        """What follows the data set's name: `σ25`, or nothing."""
         return condition(self.sigma)
+
+    @property
+    def mean_psnr(self) -> float:
+        """Mean over images, dB; infinite where an image was restored exactly."""
+        return math.fsum(math.inf if s.psnr is None else s.psnr for s in self.scores) / len(self.scores)
+
+    @property
+    def mean_ssim(self) -> float:
+        """Mean over images."""
+        return math.fsum(score.ssim for score in self.scores) / len(self.scores)
 
 
 class Failure(Frozen):
-    """failed.json: why the run is not complete; gone once it is."""
+    """failed.json: why the run is not complete; deleted when it is."""
 
     schema_version: Literal[1] = 1
     key: str
@@ -185,7 +200,7 @@ class Failure(Frozen):
 
 
 class Owner(Frozen):
-    """.owner: the process that works on a run. Left behind by one that was killed."""
+    """.owner: the process that works on a run. Still there after a process that was killed."""
 
     schema_version: Literal[1] = 1
     pid: int
@@ -198,7 +213,7 @@ class Owner(Frozen):
 
 
 class Progress(Frozen):
-    """progress.json: how far a run under way is; decides nothing, and goes when the run is done."""
+    """progress.json: how far a running cell is; information only, deleted when the run is done."""
 
     schema_version: Literal[1] = 1
     phase: Literal["training", "scoring"]
@@ -211,17 +226,23 @@ class Progress(Frozen):
     host: str
 
 
+def host_name() -> str:
+    """The machine's name, as records and locks state it."""
+    return platform.node()
+
+
 def now() -> str:
+    """UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def read_record(model: type[Record], path: Path) -> Record:
-    """A record from a file that a stranger may have written. Raises InputError."""
+    """Read and validate a record; the file is not trusted. Raises InputError where it is not such a record."""
     try:
         if not path.is_file():  # a pipe would be waited on forever
-            raise InputError(f"{path} is no file; restore it or delete the run's folder.")
+            raise InputError(f"{path} is not a file; restore it or delete the run's folder.")
         if path.stat().st_size > LARGEST:
-            raise InputError(f"{path} is larger than {LARGEST >> 20} MiB, which no record is; restore it.")
+            raise InputError(f"{path} is larger than {LARGEST >> 20} MiB, too large for a record; restore it.")
         raw = json.loads(path.read_bytes())
         stated = raw.pop("sha256", None) if isinstance(raw, dict) else None
         found = digest(raw)
@@ -230,11 +251,11 @@ def read_record(model: type[Record], path: Path) -> Record:
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA:
         newer = isinstance(version, int) and version > SCHEMA
-        advice = "a newer kitbench wrote it: update kitbench" if newer else "it is no record of kitbench: restore it"
+        advice = "a newer kitbench wrote it: update kitbench" if newer else "it is not a record of kitbench: restore it"
         raise InputError(f"{path} has schema version {str(version)[:20]!r}, this kitbench reads {SCHEMA}; {advice}.")
     if stated not in (None, found):
         raise InputError(
-            f"{path} is damaged, or was changed by hand: its content has not the checksum that it states; "
+            f"{path} is damaged or was edited: its content does not match the checksum stated in it; "
             f"restore it or delete the run's folder."
         )
     try:

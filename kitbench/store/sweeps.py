@@ -14,14 +14,14 @@ Status = Literal["measured", "predicted"] | Outcome
 
 
 class Point(Frozen):
-    """One method at one size, inference or training step: what it takes, and whether that was measured."""
+    """One method at one size, inference or training step: its cost, and whether that was measured or predicted."""
 
     method: str
     what: What
     size: int
     status: Status
     reason: str | None = None
-    """Why it was not measured, or not to the end."""
+    """Why it was not measured, or not completely."""
     macs: int
     """Counted multiply-adds of one call on fake tensors; of a training step forward and backward."""
     macs_closed: int | None
@@ -59,7 +59,7 @@ class Sweep(Frozen):
 
     schema_version: Literal[1] = 1
     key: str
-    """Digest of all that decides the points; another key starts the sweep anew."""
+    """Digest of everything that determines the points; a sweep with another key starts from the beginning."""
     scope: Scope
     dim: int
     heads: int

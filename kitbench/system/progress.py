@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kitbench.store.folder import RunFolder
 from kitbench.store.records import Progress as Record
+from kitbench.store.records import host_name
 from kitbench.text import duration
 
 Update = Callable[[int, str], None]
@@ -82,7 +82,7 @@ def heartbeat(folder: RunFolder, phase: Literal["training", "scoring"], total: i
         left = (now - first[1]) / (done - first[0]) * (total - done) if done > first[0] else None
         folder.write(
             "progress.json",
-            Record(phase=phase, done=done, total=total, seconds_left=left, updated=now, host=platform.node()),
+            Record(phase=phase, done=done, total=total, seconds_left=left, updated=now, host=host_name()),
         )
 
     return beat

@@ -1,7 +1,7 @@
-"""`kitbench diff`: what two stored runs differ in: what decides their numbers, where they were made, the numbers.
+"""`kitbench diff`: the differences between two stored runs: inputs, environment and results.
 
-Differences stand in the order in which they explain one another: other data or code comes before another version of a
-library, and that before another processor. `reproduce` names the first of them.
+They are sorted by how much they explain: data and code come before versions of libraries, and those before the
+processor. `reproduce` names the first one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KINDS: tuple[Kind, ...] = ("data", "code", "setting", "device", "version", "flag
 
 @dataclass(frozen=True)
 class RunDifference:
-    """One thing that two runs differ in."""
+    """One difference between two runs; a and b are the two values."""
 
     kind: Kind
     what: str
@@ -32,7 +32,7 @@ class RunDifference:
 
 
 def _short(value: object) -> str:
-    """Checksums by their first letters."""
+    """A value as text; of a checksum, the first digits."""
     text = "nothing" if value is None else str(value)
     digits, _, dirty = text.partition("+")
     is_hash = len(digits) in (40, 64) and all(c in "0123456789abcdef" for c in digits)
@@ -40,7 +40,7 @@ def _short(value: object) -> str:
 
 
 def differences(a: RunFolder, b: RunFolder) -> list[RunDifference]:
-    """All that differs, what explains first; times are left out."""
+    """All differences except in times, sorted by how much they explain."""
     one, two = a.run, b.run
     found = [*_identity(one, two), *_test_sets(a, b), *_environment(one.environment, two.environment), *numbers(a, b)]
     return sorted(found, key=lambda difference: KINDS.index(difference.kind))
@@ -50,7 +50,7 @@ def _identity(a: Run, b: Run) -> Iterator[RunDifference]:
     kinds: dict[str, Kind] = {"numerics": "code", "device": "device", "train_sha256": "data"}
     for name, first, second in _unequal(_flat(a.identity), _flat(b.identity)):
         if name != "train_sha256":
-            # A user's own attention is known by the checksum of its file.
+            # The attention of a user's file is identified by the checksum of the file.
             own = name == "attention" and a.method == b.method
             yield RunDifference("code" if own else kinds.get(name, "setting"), name, first, second)
     for name, first, second in _unequal(a.train_sets, b.train_sets):
@@ -79,7 +79,7 @@ def _test_sets(a: RunFolder, b: RunFolder) -> Iterator[RunDifference]:
 
 
 def numbers(a: RunFolder, b: RunFolder) -> list[RunDifference]:
-    """Where the numbers part: the first logged step, the weights, the scores of every evaluation that both have."""
+    """The first logged step with another loss, the weights, and the scores in evaluations that both runs have."""
     found = []
     one, two = a.training, b.training
     if one is not None and two is not None:
@@ -96,13 +96,13 @@ def numbers(a: RunFolder, b: RunFolder) -> list[RunDifference]:
             other = theirs.get(score.image)
             if other is None:
                 found.append(RunDifference("numbers", f"{name}, {score.image}", f"{score.psnr} dB", "not scored"))
-            elif parts(score, other):
+            elif scores_differ(score, other):
                 found.append(RunDifference("numbers", f"{name}, {score.image}", _dB(score), _dB(other)))
     return found
 
 
-def parts(a: Score, b: Score) -> bool:
-    """Whether two scores of one image differ; LPIPS counts where both have it."""
+def scores_differ(a: Score, b: Score) -> bool:
+    """Whether two scores of one image differ; LPIPS is compared where both have it."""
     return (a.psnr, a.ssim) != (b.psnr, b.ssim) or (None not in (a.lpips, b.lpips) and a.lpips != b.lpips)
 
 

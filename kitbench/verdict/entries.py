@@ -1,9 +1,8 @@
-"""Entries: stored evaluations with the runs they belong to, of one protocol and one version of each data set."""
+"""Stored evaluations with the runs they belong to, of one protocol and one version of each data set."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,17 +38,18 @@ def entries(runs: Sequence[RunFolder], protocol: str | None) -> list[Entry]:
         stamps = sorted({entry.evaluation.stamp for entry in found})
     if len(stamps) > 1:
         raise InputError(
-            f"Rows of different protocols cannot stand in one table: found {' and '.join(stamps)}; "
+            f"Rows of different protocols cannot be in one table: found {' and '.join(stamps)}; "
             f"choose one with --protocol."
         )
     if not found:
-        raise InputError("These runs hold no evaluation yet; let `kitbench run` finish first.")
+        raise InputError("These runs have no evaluation yet; let `kitbench run` finish first.")
     contents: dict[str, str] = {}
     for entry in found:
         name, content = f"{entry.evaluation.data_set} ({entry.run.mode})", entry.evaluation.data_sha256
         if contents.setdefault(name, content) != content:
             raise InputError(
-                f"Two versions of data set {name} ({contents[name][:8]}, {content[:8]}) cannot stand in one table."
+                f"Two versions of data set {name} ({contents[name][:8]}, {content[:8]}) cannot be in one table; "
+                f"give fewer runs."
             )
     return found
 
@@ -60,18 +60,17 @@ def under(evaluation: Evaluation, protocol: str) -> bool:
 
 
 def mean_psnr(entry: Entry) -> float:
-    """Mean over images; infinite where an image was restored exactly."""
-    return math.fsum(math.inf if s.psnr is None else s.psnr for s in entry.evaluation.scores) / len(
-        entry.evaluation.scores
-    )
+    """Mean over images, dB; infinite where an image was restored exactly."""
+    return entry.evaluation.mean_psnr
 
 
 def mean_ssim(entry: Entry) -> float:
-    return math.fsum(score.ssim for score in entry.evaluation.scores) / len(entry.evaluation.scores)
+    """Mean over images."""
+    return entry.evaluation.mean_ssim
 
 
 def labels(found: Sequence[Entry]) -> dict[tuple[str, str], str]:
-    """What each run is called: its method, with the settings behind it where two runs differ by these only."""
+    """The name of each run in tables: its method, followed by settings where two runs differ only in these."""
     by_name: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for entry in found:
         run = entry.run

@@ -1,4 +1,4 @@
-"""Figures that others published of their models (kitbench/published/*.toml): the block "published, not run here"."""
+"""Scores that others published (kitbench/published/*.toml), for the table "published, not run here"."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CAUTION = (
 
 
 class Figure(Frozen):
-    """One printed score. PSNR in dB; `metric` tells of which channels."""
+    """One printed score. PSNR in dB; `metric` states of which channels."""
 
     data_set: str
     sigma: float | None = None
@@ -29,21 +29,21 @@ class Figure(Frozen):
 
 
 class Published(Frozen):
-    """One model on one task, as read in one place."""
+    """The scores of one model on one task, as printed in one source."""
 
     method: str
     task: Literal["denoise", "deblur", "derain", "denoise-real"]
     paper: str
     source: str
-    """Where the figures were read."""
+    """Where the scores are printed."""
     weights_sha256: str = ""
-    """Of the file of weights whose scores these are, where it is public; `kitbench anchors` scores it anew."""
+    """Of the public file of weights with these scores, if any; `kitbench anchors` compares its scores with them."""
     figures: tuple[Figure, ...]
 
 
 @cache
 def published() -> tuple[Published, ...]:
-    """All of them, by file name."""
+    """All published scores, by file name."""
     files = sorted(resources.files("kitbench.published").iterdir(), key=lambda file: file.name)
     return tuple(
         parse(Published, tomllib.loads(file.read_text("utf-8")), f"published figures {file.name}")
@@ -55,7 +55,7 @@ def published() -> tuple[Published, ...]:
 def lines(columns: set[Column] | None = None) -> list[list[str]]:
     """Rows (method, task, data set, metric, dB, read in) of the figures at these (data set, condition); of all without.
 
-    A model without a readable figure is a row of its own, wherever the block speaks of its task.
+    A model without any printed score is a row with n/a, where another row has its task.
     """
     found = []
     for model in published():

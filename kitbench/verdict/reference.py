@@ -1,15 +1,15 @@
-"""`kitbench check`: do these runs still reach what a stored reference reached? For continuous integration.
+"""`kitbench check`: compare runs with a stored reference, for continuous integration.
 
-A reference (JSON, written by `--update`) keeps the scores of every seed, and what each method cost. Tolerances:
+A reference (JSON, written by `--update`) contains the scores of every seed and the cost of each method. Tolerances:
 
-    PSNR, SSIM    from the spread between seeds that the reference itself measured; only worse fails
+    PSNR, SSIM    from the spread over seeds in the reference; only a worse score fails
     parameters, GMACs    none: any change fails
-    peak memory of a step    MEMORY of it more
-    time of a step    divided by a calibration run of the same minute and machine; TIME of it more
+    peak memory of a step    a share MEMORY more
+    time of a step    a share TIME more, after division by a calibration of the same minute and machine
 
-Seeds that both have are compared pairwise, so that only what is left of the spread after removing what all methods
-share in a seed counts; without a shared seed the whole spread counts. One sided, at 5 % over all scores (Bonferroni).
-A reference of another protocol, data version, recipe or device is refused: it speaks of other numbers.
+Seeds that both have are compared in pairs, so that the effect of a seed on all methods cancels from the spread; without
+a shared seed the whole spread counts. One-sided, at 5 % over all scores (Bonferroni). Raises InputError for a reference
+of another protocol, data version, recipe or device: its numbers are not comparable.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from kitbench.errors import InputError
 from kitbench.spec.fields import Frozen
 from kitbench.spec.tasks import condition
 from kitbench.store.folder import RunFolder
-from kitbench.verdict.entries import Entry, entries, labels, mean_psnr, mean_ssim
+from kitbench.verdict.entries import Entry, entries, labels
 
 MEMORY = 0.05
 TIME = 0.5
 FLOOR = {"PSNR": 0.01, "SSIM": 0.0005}
-"""Tolerance at least: what another processor's rounding may move."""
+"""Smallest tolerance: differences of rounding between processors."""
 ONE_SEED = {"PSNR": 0.1, "SSIM": 0.005}
-"""Tolerance where the reference has one seed, so that no spread was measured; the line says so."""
+"""Tolerance where the reference has one seed, hence no spread; the comparison says so."""
 Place = tuple[str, str, str, str, str]
 """Comparison, mode, method, data set, condition."""
 
@@ -67,7 +67,7 @@ class Row(Frozen):
 
 
 class CostRow(Frozen):
-    """What one method costs. Memory and time are means over its runs; `step` is in units of the calibration run."""
+    """Cost of one method, over its runs: mean memory, median time of a step in units of the calibration."""
 
     comparison: str
     method: str
@@ -119,7 +119,7 @@ def collect(runs: Sequence[RunFolder], protocol: str | None) -> Reference:
     trained: dict[tuple[str, str], dict[str, Entry]] = {}
     for entry in sorted(found, key=lambda e: (e.run.seed or 0, e.run.key)):
         name = names[entry.run.key, entry.run.method]
-        if not math.isfinite(mean_psnr(entry)):
+        if not math.isfinite(entry.evaluation.mean_psnr):
             raise InputError(f"{name} restored an image of {entry.evaluation.data_set} exactly: no PSNR to compare.")
         place = (entry.run.comparison, entry.run.mode, name, entry.evaluation.data_set, entry.evaluation.condition)
         groups.setdefault(place, []).append(entry)
@@ -129,7 +129,8 @@ def collect(runs: Sequence[RunFolder], protocol: str | None) -> Reference:
         Row(
             comparison=place[0], mode=place[1], method=place[2], data_set=place[3], sigma=group[0].evaluation.sigma,
             data_sha256=group[0].evaluation.data_sha256,
-            psnr={_seed(e): mean_psnr(e) for e in group}, ssim={_seed(e): mean_ssim(e) for e in group},
+            psnr={_seed(e): e.evaluation.mean_psnr for e in group},
+            ssim={_seed(e): e.evaluation.mean_ssim for e in group},
             runs=tuple(e.run.key[:10] for e in group),
         )
         for place, group in sorted(groups.items())
@@ -151,7 +152,7 @@ def _cost(comparison: str, method: str, group: list[Entry]) -> CostRow:
     peaks = [t.cost.train_peak_bytes for t in trainings if t.cost.train_peak_bytes is not None]
     return CostRow(
         comparison=comparison, method=method, parameters=first.parameters,
-        macs=first.macs if first.macs is not None else first.macs_counted,
+        macs=first.stated_macs,
         peak_bytes=float(np.mean(peaks)) if peaks else None,
         step=float(np.median(steps)) if len(steps) == len(trainings) else None,
         runs=tuple(entry.run.key[:10] for entry in group),
@@ -168,20 +169,20 @@ def read_reference(path: Path) -> Reference:
         ) from error
     except (ValueError, ValidationError, RecursionError) as error:
         raise InputError(
-            f"{path} is no reference of this version of kitbench; write it anew with `kitbench check ... --update`."
+            f"{path} is not a reference of this version of kitbench; write one with `kitbench check ... --update`."
         ) from error
 
 
 def compare_with_reference(runs: Sequence[RunFolder], reference: Reference, time: float = TIME) -> list[Comparison]:
-    """Every comparison of the runs with the reference. Raises InputError where the two speak of other numbers."""
+    """All comparisons of the runs with the reference. Raises InputError where they are not comparable."""
     current = collect(runs, reference.protocol)
     theirs = {row.comparison for row in current.rows}
     for row in reference.rows:
         if row.comparison and row.comparison not in theirs:
             raise InputError(
-                f"The reference's {row.method} on {row.data_set} was trained under another recipe, task, data or "
-                f"device, or by another version of the numerics; make the runs as the reference's were made, or write "
-                f"a new reference with --update."
+                f"{row.method} on {row.data_set} of the reference differs from these runs in recipe, task, training "
+                f"data, device or NUMERICS; run the suite and preset of the reference, or write a new reference with "
+                f"--update."
             )
     here = {row.place: row for row in current.rows}
     lines = [line for row in reference.rows for line in _scores(row, here.get(row.place), reference)]
@@ -197,7 +198,7 @@ def _scores(row: Row, found: Row | None, reference: Reference) -> Iterable[Compa
         return
     if found.data_sha256 != row.data_sha256:
         raise InputError(
-            f"The reference's {row.data_set} holds other images ({row.data_sha256[:8]}) than these runs' "
+            f"{row.data_set} of the reference has other images ({row.data_sha256[:8]}) than that of these runs "
             f"({found.data_sha256[:8]}); restore the set, or write a new reference with --update."
         )
     for quantity, old, new in (("PSNR", row.psnr, found.psnr), ("SSIM", row.ssim, found.ssim)):
@@ -213,7 +214,7 @@ def _scores(row: Row, found: Row | None, reference: Reference) -> Iterable[Compa
 def score_tolerance(
     row: Row, quantity: str, new: int, old: int, paired: bool, reference: Reference
 ) -> tuple[float, str]:
-    """How much worse a mean over `new` seeds may be than one over `old`, and where that comes from."""
+    """How much worse a mean over `new` seeds may be than one over `old`, and the reason."""
     if "-" in row.psnr:
         return FLOOR[quantity], "(training-free)"
     field = "psnr" if quantity == "PSNR" else "ssim"
@@ -226,7 +227,7 @@ def score_tolerance(
     if len(seeds) < 2 or not methods:
         return ONE_SEED[quantity], "(by default: the reference has no spread over seeds)"
     rest = scores - scores.mean(1, keepdims=True)
-    freedom = len(seeds) - 1  # the methods share most of what a seed does: they are no independent draws of it
+    freedom = len(seeds) - 1  # a seed affects all methods alike
     spread = math.sqrt(float(np.square(rest).sum()) / (methods * freedom))
     why = f"from {len(seeds)} seeds"
     if paired and methods > 1:
@@ -240,7 +241,7 @@ def score_tolerance(
 
 def _costs(row: CostRow, found: CostRow | None, time: float) -> Iterable[Comparison]:
     if found is None:
-        return  # its scores are missing too, and were told
+        return  # its scores are missing too, which already fails
     for quantity, new, old in (("parameters", found.parameters, row.parameters), ("MACs", found.macs, row.macs)):
         yield Comparison(row.method, quantity, new, old, "no tolerance", new != old, found.runs)
     for quantity, value, before, share in (
@@ -253,25 +254,25 @@ def _costs(row: CostRow, found: CostRow | None, time: float) -> Iterable[Compari
 
 
 def changes(old: Reference, new: Reference) -> list[str]:
-    """What a new reference changes, a line each."""
-    told = [] if old.protocol == new.protocol else [f"protocol: {old.protocol} -> {new.protocol}"]
+    """The differences between two references, one line each."""
+    changed = [] if old.protocol == new.protocol else [f"protocol: {old.protocol} -> {new.protocol}"]
     before, after = ({row.place: float(np.mean(list(row.psnr.values()))) for row in r.rows} for r in (old, new))
     for place in sorted(before.keys() | after.keys()):
         a, b = before.get(place), after.get(place)
         if a != b:
             moved = "" if a is None or b is None else f" ({b - a:+.4f})"
-            told.append(f"{_name(place)}: PSNR {_shown(a)} -> {_shown(b)} dB{moved}")
+            changed.append(f"{_name(place)}: PSNR {_shown(a)} -> {_shown(b)} dB{moved}")
     costs = [{(row.comparison, row.method): row for row in r.costs} for r in (old, new)]
     for key in sorted(costs[0].keys() & costs[1].keys()):
         for field in ("parameters", "macs", "peak_bytes", "step"):
             a, b = (getattr(c[key], field) for c in costs)
             if a != b:
-                told.append(f"{key[1]}: {field} {_shown(a)} -> {_shown(b)}")
-    return told
+                changed.append(f"{key[1]}: {field} {_shown(a)} -> {_shown(b)}")
+    return changed
 
 
 def junit(lines: Sequence[Comparison]) -> bytes:
-    """JUnit XML: a test case a comparison."""
+    """JUnit XML with one test case for each comparison."""
     failures = str(sum(line.failed for line in lines))
     suite = ElementTree.Element("testsuite", name="kitbench check", tests=str(len(lines)), failures=failures)
     for line in lines:
@@ -283,7 +284,7 @@ def junit(lines: Sequence[Comparison]) -> bytes:
 
 
 def check_summary(lines: Sequence[Comparison]) -> str:
-    """Markdown for a pull request: the verdict, the failures, then everything that was compared."""
+    """Markdown for a pull request: the result, the failures, and all comparisons."""
     failed = [line for line in lines if line.failed]
     header = ["what", "quantity", "found", "reference", "tolerance", "runs"]
 
@@ -293,7 +294,7 @@ def check_summary(lines: Sequence[Comparison]) -> str:
         ]
         return tabulate(cells, header, tablefmt="pipe", disable_numparse=True)
 
-    told = f"{len(failed)} of {len(lines)} comparisons failed" if failed else f"all {len(lines)} comparisons hold"
-    parts = [f"## kitbench check: {told}", *([grid(failed)] if failed else [])]
-    parts.append(f"<details><summary>everything compared</summary>\n\n{grid(lines)}\n\n</details>")
+    result = f"{len(failed)} of {len(lines)} comparisons failed" if failed else f"all {len(lines)} comparisons passed"
+    parts = [f"## kitbench check: {result}", *([grid(failed)] if failed else [])]
+    parts.append(f"<details><summary>all comparisons</summary>\n\n{grid(lines)}\n\n</details>")
     return "\n\n".join(parts) + "\n"

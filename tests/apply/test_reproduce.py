@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from real_commands import RUN, Done, folder, kitbench
 
-from kitbench.apply.reproduce import judge
+from kitbench.apply.reproduce import compare_runs
 from kitbench.store.folder import RunFolder
 from kitbench.store.records import Environment, Run
 from kitbench.verdict.differences import differences
@@ -77,17 +77,17 @@ def test_other_data_is_named_before_anything_is_trained(finished: Path, tmp_path
     run = RunFolder(Path(shutil.copytree(source, tmp_path / "run")))
     run.write("run.json", run.run.model_copy(update={"train_sets": {"skimage-train": "ab" * 32}}))
     done = kitbench(finished, "reproduce", str(run.path))
-    assert "different: other data: nothing was run" in done.text
+    assert "different: the data differ, so nothing was run" in done.text
     assert "the first thing that differs: data: training set skimage-train: ababababab and" in done.text
     assert "24/24" not in done.text
     assert done.code == 1
 
 
 def test_a_users_own_file_must_be_the_one_of_the_record(finished: Path) -> None:
-    assert "name its Python file with --method" in again(finished, "own", code=2).text
+    assert "give its Python file with --method" in again(finished, "own", code=2).text
     (finished / "other.py").write_text(OWN + "# changed\n")
     text = again(finished, "own", "--method", "other.py", code=2).text
-    assert "is not the file that the run was made with" in " ".join(text.split())
+    assert "is not the version that the run was made with" in " ".join(text.split())
 
 
 def test_diff_of_a_run_with_itself_and_with_another(finished: Path) -> None:
@@ -103,16 +103,16 @@ def changed(run: RunFolder, **environment: object) -> RunFolder:
     return run
 
 
-def test_the_seeds_beside_a_run_tell_how_far_its_numbers_may_move(tmp_path: Path) -> None:
+def test_the_other_seeds_of_a_run_say_how_much_its_numbers_may_change(tmp_path: Path) -> None:
     """Seeds of 30, 30.2 and 30.4 dB spread by 0.2: 0.4 is allowed."""
     runs = [store(tmp_path / "stored", "kit", psnr, seed) for seed, psnr in enumerate((30.0, 30.2, 30.4))]
     for moved, verdict in ((0.0, "bit-identical"), (0.39, "within the seed spread"), (-0.41, "different")):
         made = store(tmp_path / f"made{moved}", "kit", 30.0 + moved, 0)
-        outcome = judge(runs[0], changed(made, versions={"torch": "3"}), runs[1:])
+        outcome = compare_runs(runs[0], changed(made, versions={"torch": "3"}), runs[1:])
         assert outcome.verdict == verdict
         if moved:
             assert str(outcome.first) == "version: torch: 2 and 3"
-            assert "3 seeds spread by 0.2 and 0.4 is allowed" in outcome.why
+            assert "allowed: 0.4, from a standard deviation of 0.2 over 3 seeds" in outcome.why
 
 
 def test_one_seed_allows_a_tenth_of_a_decibel_and_no_training_a_hundredth(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_one_seed_allows_a_tenth_of_a_decibel_and_no_training_a_hundredth(tmp_pa
         stored = store(tmp_path / "stored", method, 30.0, seed)
         for moved, verdict in ((0.9 * allowed, "within the seed spread"), (1.1 * allowed, "different")):
             made = store(tmp_path / f"{method}{moved}", method, 30.0 + moved, seed)
-            assert judge(stored, made, []).verdict == verdict
+            assert compare_runs(stored, made, []).verdict == verdict
 
 
 def test_what_explains_comes_first(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_a_number_changed_by_hand_is_noticed(tmp_path: Path) -> None:
     folder = store(tmp_path, "kit", 30.25)
     [path] = (folder.path / "eval").iterdir()
     path.write_text(path.read_text().replace("31.25", "32.25"))
-    with pytest.raises(InputError, match="damaged, or was changed by hand"):
+    with pytest.raises(InputError, match="is damaged or was edited"):
         folder.evaluations()
 
 
@@ -111,7 +111,7 @@ def test_a_pipe_in_the_place_of_a_record_is_not_waited_for(tmp_path: Path) -> No
     folder = store(tmp_path, "kit", 30.25)
     (folder.path / "run.json").unlink()
     os.mkfifo(folder.path / "run.json")
-    with pytest.raises(InputError, match="is no file"):
+    with pytest.raises(InputError, match="is not a file"):
         _ = folder.run
 
 

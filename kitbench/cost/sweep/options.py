@@ -1,4 +1,4 @@
-"""What to sweep, and within which bounds: the options of `kitbench scale`, and their texts read."""
+"""The options of `kitbench scale`, and parsing of their texts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEFAULT_SIZES = "64:4096"
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """What to sweep, and within which bounds."""
+    """The options of `kitbench scale`."""
 
     methods: tuple[str, ...] = DEFAULT_METHODS
     """NAME, FILE.py, or either with settings: NAME:key=value:key=value."""
@@ -31,11 +31,11 @@ class SweepOptions:
     device: str = "auto"
     out: Path = Path("results/scale")
     memory: str | None = None
-    """Most that a point may take, e.g. 8GiB; 80 % of what is free without it."""
+    """Memory limit of a point, e.g. 8GiB; by default 80 % of what is free."""
     budget: str = "8GiB"
     """Memory for which the largest image is reported."""
     patience: float = 1.5
-    """Points of which one call would take longer, in seconds, are predicted."""
+    """Seconds: a point whose single call would take longer is predicted, not measured."""
     rounds: int = 7
     """Undisturbed rounds of timing."""
     seconds: float = 8.0
@@ -49,7 +49,7 @@ def parse_method(text: str) -> tuple[str, dict[str, Setting]]:
     for item in rest:
         key, equals, value = item.partition("=")
         if not equals:
-            raise InputError(f"Method {text!r}: {item!r} is no setting; write NAME:key=value:key=value.")
+            raise InputError(f"Method {text!r}: {item!r} is not a setting; write NAME:key=value:key=value.")
         settings[key] = _value(value)
     return name, methods.load_method(name).resolve(settings) and settings
 
@@ -72,9 +72,9 @@ def parse_sizes(text: str) -> list[int]:
     elif re.fullmatch(r"\d+(,\d+)*", text):
         sizes = sorted({int(part) for part in text.split(",")})
     else:
-        raise InputError(f"--sizes {text!r} is not understood; give A:B, which doubles from A to B, or a list A,B,C.")
+        raise InputError(f"--sizes {text!r} is not valid; give A:B, which doubles from A to B, or a list A,B,C.")
     if not sizes or sizes[0] < 8 or sizes[-1] > 1 << 16:
-        raise InputError(f"--sizes {text!r} must lie between 8 and 65536, the smaller end first.")
+        raise InputError(f"--sizes {text!r} must be between 8 and 65536, the smaller end first.")
     return sizes
 
 
@@ -88,7 +88,7 @@ def parse_bytes(text: str) -> int:
     """`8GiB`, `512 MiB`, `24GB`, `1000000` -> bytes. Raises InputError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?)(iB|B)?\s*", text, re.IGNORECASE)
     if not match or float(match[1]) <= 0:
-        raise InputError(f"{text!r} is no amount of memory; write for example 8GiB or 512MiB.")
+        raise InputError(f"{text!r} is not an amount of memory; write for example 8GiB or 512MiB.")
     base = 1000 if (match[3] or "iB").lower() == "b" and match[2] else 1024
     unit: int = base ** " KMGTP".index(match[2].upper() or " ")
     return round(float(match[1]) * unit)

@@ -1,8 +1,8 @@
-"""The points of one size: counted, predicted, and measured where they can be.
+"""The points of one size: counted, predicted, and measured where possible.
 
-FLOPs are counted and memory is predicted for all points, on fake tensors; what is predicted to fit, and not to take
-too long, runs, each point in a child process of its own (worker.py); the children of a size take turns while their
-time is taken. What does not fit, hangs or dies is a row like any other, and larger sizes are predicted.
+FLOPs are counted and memory is predicted for all points, on fake tensors. Points that are predicted to fit into memory
+and not to take too long run, each in a process of its own (worker.py), which take turns while they are timed. A point
+that does not fit, hangs or dies is a row like any other, and larger sizes are predicted.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ WARM_UP_SECONDS = 20.0  # on top of what a call should take, before a child is c
 def measure(specs: Mapping[str, Spec], sweep: Sweep, options: SweepOptions) -> list[Point]:
     """The points of one size and one of infer and train, by label: counted, predicted, and run where they can be.
 
-    On CUDA the children share the memory: a point that finds none beside the others is run again when they have ended,
-    and is out of memory only where it is so alone.
+    On CUDA the processes share memory: a point that runs out of it is run again alone when the others have ended, and
+    only a point that fails alone is out of memory.
     """
     predicted = {label: _predicted(label, spec, sweep) for label, spec in specs.items()}
     points = dict(predicted)
@@ -44,7 +44,7 @@ def measure(specs: Mapping[str, Spec], sweep: Sweep, options: SweepOptions) -> l
 
 
 def _run(specs: Mapping[str, Spec], points: dict[str, Point], sweep: Sweep, options: SweepOptions) -> list[str]:
-    """Run the points that can be, each in a child, and renew them. Returns those that lacked memory beside others."""
+    """Run the points that may fit, each in a process, and update `points`. Returns those that must be run alone."""
     device = torch.device(sweep.device)
     crowded: list[str] = []
     with ExitStack() as running:
@@ -52,7 +52,7 @@ def _run(specs: Mapping[str, Spec], points: dict[str, Point], sweep: Sweep, opti
         waits: dict[str, float] = {}
 
         def fail(label: str, child: Child, failure: Failed) -> None:
-            """Mark the row, end the child; the others go on."""
+            """Mark the row and end the process; the others continue."""
             child.end()
             children.pop(label, None)
             reason = failure.reason
@@ -93,7 +93,7 @@ def _time(
     options: SweepOptions,
     fail: Callable[[str, Child, Failed], None],
 ) -> None:
-    """Interleaved rounds over the children; where one fails, the others start their rounds again."""
+    """Interleaved rounds over the processes; where one fails, the others start their rounds again."""
     while children:
         asked: list[str] = []
         samplers = {label: _taker(label, children[label], waits[label], asked) for label in children}
@@ -129,7 +129,7 @@ def _resident(spec: Spec, sweep: Sweep, memory: Memory, wait: float) -> int | No
 
 
 def _predicted(label: str, spec: Spec, sweep: Sweep) -> Point:
-    """The point before anything has run: counts, and the predicted memory."""
+    """The point before it is run: counted FLOPs and predicted memory."""
     module = build(spec)
     train = spec.what == "train"
     closed = closed_form(module, spec)
@@ -139,7 +139,7 @@ def _predicted(label: str, spec: Spec, sweep: Sweep) -> Point:
         raw = _raw_bytes(module.train(train), spec)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         raise InputError(
-            f"Method {label!r} cannot run on fake tensors, by which the sweep counts and predicts "
+            f"Method {label!r} cannot run on fake tensors, which the sweep needs to count FLOPs and predict memory "
             f"({type(error).__name__}: {str(error).splitlines()[0]}); its forward must not depend on tensors' values."
         ) from error
     return Point(
@@ -159,9 +159,9 @@ def _predicted(label: str, spec: Spec, sweep: Sweep) -> Point:
 
 
 def _raw_bytes(module: torch.nn.Module, spec: Spec) -> int:
-    """Following the loops of own operators, or at large sizes adding what they held at a size where that is quick.
+    """Predicted peak bytes, including temporaries inside own operators; at large sizes, those of a small size.
 
-    An operator's chunks have a fixed size, so what it holds inside does not grow with the map.
+    An operator's chunks have a fixed size, so its temporaries do not grow with the map.
     """
     if spec.size <= INSIDE_UP_TO:
         return predict_peak_bytes(step, module, spec.shape)
@@ -171,10 +171,10 @@ def _raw_bytes(module: torch.nn.Module, spec: Spec) -> int:
 
 
 def _correction(label: str, spec: Spec, sweep: Sweep) -> float:
-    """What the two largest smaller sizes both measured over their own prediction; 1 where there are no two.
+    """The smaller ratio of measured to predicted bytes at the next two smaller sizes, at least 1; 1 without two.
 
-    Temporaries inside torch's kernels are not predicted. Those that grow with the map show at both sizes; scratch of a
-    fixed size shows at the smaller one only, and is left out.
+    Temporaries inside torch's kernels are not predicted. Those that grow with the map raise both ratios; buffers of a
+    fixed size raise mainly that of the smaller size, and are ignored.
     """
     measured = [p for p in sweep.curve(label, spec.what) if p.size < spec.size and p.peak_bytes]
     ratios = [p.bytes / p.raw_bytes for p in measured[-2:]]
@@ -182,7 +182,7 @@ def _correction(label: str, spec: Spec, sweep: Sweep) -> float:
 
 
 def guess_seconds(point: Point, sweep: Sweep) -> float | None:
-    """What one call should take, from the largest smaller size that was timed; infinite beyond one that hung."""
+    """Expected seconds of a call, from the largest smaller size that was timed; infinite above a size that hung."""
     below = [p for p in sweep.curve(point.method, point.what) if p.size < point.size]
     if any(p.status in ("timeout", "killed") for p in below):
         return float("inf")
@@ -195,10 +195,11 @@ def guess_seconds(point: Point, sweep: Sweep) -> float | None:
 
 
 def _not_to_be_run(point: Point, guess: float | None, sweep: Sweep, options: SweepOptions) -> dict[str, Any] | None:
-    """The row of a point that would not fit or take too long; None for one that is to be run."""
+    """Status and reason of a point that would not fit or would take too long; None for one that is to be run."""
     if point.predicted_bytes * MARGIN > sweep.memory_limit:
         return {"status": "oom", "reason": f"would need {gib(point.predicted_bytes)}, not tried"}
     if guess is not None and guess > options.patience:
-        told = "a smaller size did not end" if guess == float("inf") else f"one call would take about {duration(guess)}"
-        return {"status": "predicted", "reason": told}
+        never = guess == float("inf")
+        reason = "a smaller size did not end" if never else f"one call would take about {duration(guess)}"
+        return {"status": "predicted", "reason": reason}
     return None

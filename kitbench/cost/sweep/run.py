@@ -1,7 +1,7 @@
-"""`kitbench scale`: FLOPs, memory and time of every method against resolution, on this machine, as far as it goes.
+"""`kitbench scale`: FLOPs, memory and time of every method against resolution, as far as this machine allows.
 
-The points of one size after another, from small to large (points.py). Points are stored as they come, and the same
-command on the same machine does not repeat them. What they say, and their pictures: kitbench/verdict/scaling.
+Size by size, from small to large (points.py). Points are stored as soon as they are measured, and the same command on
+the same machine does not repeat them. Their evaluation and plots: kitbench/verdict/scaling.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ SHARE = 0.8  # of the free memory that a child may take
 def run_scale(options: SweepOptions, console: Console) -> Sweep:
     """Sweep, and store the points in `options.out` as scale.json. Returns those that the options ask for.
 
-    Raises InputError for a method, size, scope or amount of memory that makes no sense, and where `out` cannot be
-    written.
+    Raises InputError for an invalid method, size, scope or amount of memory, and where `out` cannot be written.
     """
     sizes = parse_sizes(options.sizes)
     sweep = _start(options)
@@ -47,7 +46,7 @@ def run_scale(options: SweepOptions, console: Console) -> Sweep:
     }
     for spec in specs.values():
         if spec.size == sizes[0]:
-            build(spec)  # refuses what makes no sense before anything runs
+            build(spec)  # raises for invalid settings before anything runs
     writable(options.out)
     path = options.out / "scale.json"
     sweep = _resumed(sweep, path)
@@ -85,10 +84,10 @@ def _start(options: SweepOptions) -> Sweep:
         raise InputError("A method is listed twice; list each once, with different settings.")
     sources = {name: methods.load_method(name).source_sha256 for name, _ in labels.values()}
     limit = parse_bytes(options.memory) if options.memory else round(SHARE * free_bytes(device))
-    told = environment(device)
+    found = environment(device)
     decides = [
-        labels, sources, options.scope, options.dim, options.heads, options.device, options.patience, told.host,
-        told.device, told.threads, told.commit, told.versions["torch"], options.memory,
+        labels, sources, options.scope, options.dim, options.heads, options.device, options.patience, found.host,
+        found.device, found.threads, found.commit, found.versions["torch"], options.memory,
     ]  # fmt: skip
     return Sweep(
         key=digest(decides),
@@ -100,7 +99,7 @@ def _start(options: SweepOptions) -> Sweep:
         memory_limit=limit,
         budget=parse_bytes(options.budget),
         methods=labels,
-        environment=told,
+        environment=found,
     )
 
 

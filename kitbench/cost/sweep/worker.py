@@ -1,7 +1,7 @@
 """One point of the sweep in a process of its own, which may run out of memory, hang or be killed.
 
-The parent starts a `Child` for a `Spec`, asks it to measure its memory, to take samples of its time whenever its turn
-comes (the children of one size take turns), and to stop. Whatever ends a child early becomes a `Failed` that says how.
+The parent starts a `Child` for a `Spec`, and asks it to measure memory and to take samples of time in turn with the
+other processes of its size. A process that ends early becomes a `Failed` that says how.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kitbench.store.sweeps import Outcome, Scope, What
 from kitbench.system.environment import choose_device
 from kitbench.system.processes import process_context
 
-_SMALL_RSS = 16 << 20  # below it the resident set says nothing
+_SMALL_RSS = 16 << 20  # below it the resident set is not accurate
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def build(spec: Spec) -> nn.Module:
 
 
 def closed_form(module: nn.Module, spec: Spec) -> int | None:
-    """Multiply-adds of one forward pass as the operator's author states them; None where he states none."""
+    """Multiply-adds of one forward pass as stated by the method's `macs`; None where it has none."""
     parts = [module.attention, module.ffn] if spec.scope == "block" else [module]
     if not all(hasattr(part, "macs") for part in parts):
         return None
@@ -94,7 +94,7 @@ def step(module: nn.Module, x: Tensor) -> Tensor | None:
 
 
 class Failed(Exception):
-    """A child ended early: how, and in which words."""
+    """A process ended early: how, and why."""
 
     def __init__(self, outcome: Outcome, reason: str) -> None:
         super().__init__(outcome, reason)
@@ -109,11 +109,11 @@ class Memory:
     allocated: int
     reserved: int | None
     seconds: float
-    """Of the first call, warm-up included: a guess at what further calls cost."""
+    """Of the first call, warm-up included: an estimate for further calls."""
 
 
 class Child:
-    """A process that holds the module of one point. Use as a context manager: leaving it ends the process."""
+    """A process with the module of one point. A context manager: leaving it ends the process."""
 
     def __init__(self, spec: Spec, device: torch.device, threads: int, limit: int) -> None:
         context = process_context()
@@ -138,7 +138,7 @@ class Child:
         return taken
 
     def resident(self, timeout: float) -> int | None:
-        """Peak resident set of a call; None where it is too small to say anything or the system does not tell."""
+        """Peak resident set of a call; None where it is too small to be accurate or the system cannot report it."""
         found: int | None = self._ask("resident", timeout)
         return found
 
@@ -152,7 +152,7 @@ class Child:
             self._process.join(5)
             code = self._process.exitcode or 0
             how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-            hint = ", perhaps for want of memory" if code == -9 else ""
+            hint = ", perhaps out of memory" if code == -9 else ""
             raise Failed("killed", f"the process ended {how}{hint}") from error
         if isinstance(reply, Failed):
             raise reply
@@ -165,7 +165,7 @@ class Child:
         self.end()
 
     def end(self) -> None:
-        """End the process; what it held is free when this returns."""
+        """End the process; its memory is free when this returns."""
         self._process.kill()
         self._process.join()
         self._connection.close()
@@ -183,15 +183,15 @@ def serve(connection: Connection, spec: Spec, device_name: str, threads: int, li
         try:
             reply: Any = bench.answer(request)
             bench.rest()
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is this point's result
+        except Exception as error:  # noqa: BLE001 - any error is the result of this point
             reply = _failure(error)
         connection.send(reply)
 
 
 class Bench:
-    """The module of a point at work. On CUDA it holds an input, and cached memory, only while it answers.
+    """Runs the module of a point. On CUDA it keeps an input, and cached memory, only while it answers a request.
 
-    The children of one size share the device: what one of them kept while it waits for its turn, another would lack.
+    The processes of one size share the device: memory kept by a waiting process would be missing for the others.
     """
 
     def __init__(self, spec: Spec, device: torch.device, limit: int) -> None:
@@ -227,7 +227,7 @@ class Bench:
         elif request == "sample":
             assert self.take is not None
             if self.device.type == "cuda":
-                self.call()  # takes memory from the driver again, which is slow
+                self.call()  # allocates memory from the driver again, which is slow
             return self.take()
         elif request == "resident":
             return _resident(self.call) if self.device.type == "cpu" and sys.platform == "linux" else None
@@ -241,7 +241,7 @@ class Bench:
 
 
 def _limit(device: torch.device, limit: int) -> None:
-    """Let allocations fail beyond `limit` bytes, before the machine suffers."""
+    """Make allocations fail beyond `limit` bytes."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
@@ -255,7 +255,7 @@ def _limit(device: torch.device, limit: int) -> None:
 
 
 def _resident(call: Callable[[], object]) -> int | None:
-    """Peak resident set of a second call, with a malloc that gives memory back at once. Ask a fresh child."""
+    """Peak resident set of a second call, with a malloc that returns memory at once. Needs a new process."""
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         return None
@@ -270,7 +270,9 @@ def _resident(call: Callable[[], object]) -> int | None:
 def _failure(error: Exception) -> Failed:
     words = str(error).strip().split("\n")[0]
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in words:
-        asked = re.search(r"allocate ([\d.]+) (bytes|[KMG]iB)", words)  # as the CPU's allocator says it, and as CUDA's
+        asked = re.search(
+            r"allocate ([\d.]+) (bytes|[KMG]iB)", words
+        )  # in the words of the CPU's allocator and of CUDA's
         if asked is None:
             return Failed("oom", "out of memory")
         scale = ("bytes", "KiB", "MiB", "GiB").index(asked[2])

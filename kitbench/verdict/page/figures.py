@@ -1,4 +1,4 @@
-"""The figures of the page: costs, curves, differences, sweeps and crops, embedded."""
+"""The figures of the report: costs, training curves, differences, sweeps and crops, embedded."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from kitbench.verdict.entries import Entry, labels
 from kitbench.verdict.page import pictures
 
 CROP_BYTES = 5_000_000
-"""Pictures of crops that a report holds at most; what is left out is told."""
+"""Largest size in bytes of all crops in a report; it states how many images were left out."""
 
 
 @dataclass(frozen=True)
 class EmbeddedFigure:
-    """A figure, embedded."""
+    """A figure with its image as a data URL."""
 
     title: str
     source: str
@@ -84,13 +84,13 @@ def pictures_of(
             EmbeddedFigure("Training curves: mean over seeds, smoothed over 5 % of the steps", _svg(drawn), wide=True)
         )
     if compared:
-        title = "Differences to the best, image by image; bar: 95 % interval over seeds and images"
+        title = "Differences from the best, image by image; bar: 95 % interval over seeds and images"
         shown.append(EmbeddedFigure(title, _svg(pictures.difference_plot(compared)), wide=True))
     return shown
 
 
 def _from_25(sigma: float | None) -> float:
-    """How far a noise level is from the one that is shown first; 0 where a task has none."""
+    """Distance of a noise level from 25, which is shown first; 0 where a task has none."""
     return 0.0 if sigma is None or math.isnan(sigma) else abs(sigma - 25)
 
 
@@ -108,7 +108,7 @@ def _png(data: bytes) -> str:
 
 
 def galleries_of(found: Sequence[Entry], folders: dict[str, RunFolder]) -> tuple[list[Gallery], int]:
-    """Crops of the images that the runs kept, by the lowest seed of each method, as far as the page has room."""
+    """Stored crops of the lowest seed of each method, up to CROP_BYTES; and the number of images left out."""
     names = labels(found)
     groups: dict[tuple[Any, ...], dict[str, tuple[Path, Entry, int]]] = {}
     for entry in sorted(found, key=lambda e: (bool(e.run.comparison), names[e.run.key, e.run.method], e.run.seed or 0)):
@@ -138,8 +138,8 @@ def _gallery(methods: dict[str, tuple[Path, Entry, int]]) -> Gallery:
     panels = [Panel("input", "", "", _png(first.degraded), None)] if "input" not in methods else []
     for name, (_, own, _) in sorted(methods.items(), key=lambda item: item[0] != "input"):
         psnr = own.evaluation.scores[place].psnr
-        told_psnr = "exact" if psnr is None else f"{psnr:.2f} dB"
-        panels.append(Panel(name, told_psnr, own.run.key[:10], _png(cut[name].restored), _png(cut[name].error)))
+        shown = "exact" if psnr is None else f"{psnr:.2f} dB"
+        panels.append(Panel(name, shown, own.run.key[:10], _png(cut[name].restored), _png(cut[name].error)))
     panels.append(Panel("ground truth", "", "", _png(first.clean), None))
     evaluation = entry.evaluation
     image = f"{evaluation.scores[place].image} {evaluation.condition}".strip()

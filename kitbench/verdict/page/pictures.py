@@ -1,7 +1,7 @@
-"""Pictures of stored runs, as SVG and PNG bytes: the same runs give the same bytes.
+"""Figures of stored runs, as SVG and PNG bytes: the same runs give the same bytes.
 
-A method keeps its colour in all pictures of a report (Okabe and Ito's palette, safe for the colour-blind) and is named
-beside its point or line, so that gray prints do as well.
+A method has the same colour in all figures of a report (Okabe and Ito's palette, safe for colour-blind readers) and a
+marker or line style of its own, so that the figures can be read in gray.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ import matplotlib.pyplot as plt  # after the backend was chosen: no display is n
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 MARKERS = "osD^vPX*"
 ERROR_FULL = 48
-"""Grey levels of error that are drawn in the brightest colour of an error map."""
+"""Error in grey levels that is drawn in the brightest colour of an error map."""
 
 
 @contextmanager
 def _figure(width: float, height: float) -> Iterator[tuple[Any, Any, io.BytesIO]]:
-    """A figure of one panel; what stands in the buffer afterwards is its SVG."""
+    """A figure of one panel; after the block, the buffer contains its SVG."""
     buffer = io.BytesIO()
     with plt.rc_context({"font.size": 10, "svg.hashsalt": "kitbench", "svg.fonttype": "none"}):
         figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
@@ -52,7 +52,7 @@ def styles(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def pareto(points: Mapping[str, tuple[float, float]], label: str, column: str) -> bytes:
-    """PSNR against a cost, {method: (cost, dB)}; methods that no other beats in both are joined by a line."""
+    """PSNR against a cost, {method: (cost, dB)}; a line joins the methods that no other one beats in both."""
     with _figure(5.2, 3.6) as (_, axes, buffer):
         front, best = [], -np.inf
         for cost, psnr in sorted(points.values(), key=lambda p: (p[0], -p[1])):
@@ -64,7 +64,7 @@ def pareto(points: Mapping[str, tuple[float, float]], label: str, column: str) -
         for place, (method, (cost, psnr)) in enumerate(sorted(points.items(), key=lambda item: item[1][1])):
             colour, marker = styles(list(points))[method]
             axes.plot([cost], [psnr], marker=marker, color=colour, markersize=8, linestyle="none")
-            # Names stand in a column of their own, evenly spaced: points may lie on one another.
+            # Names are in a column of their own, evenly spaced, because points may coincide.
             at = low + (high - low) * (place + 0.5) / len(points) if high > low else psnr
             axes.annotate(
                 method, (cost, psnr), (1.04, at), textcoords=axes.get_yaxis_transform(), color="0.15", va="center",
@@ -106,7 +106,7 @@ def _curve(folders: Sequence[RunFolder]) -> tuple[np.ndarray, np.ndarray] | None
 
 
 def difference_plot(compared: Sequence[tuple[Compared, np.ndarray]]) -> bytes:
-    """Differences of each method to the best, dB: a dot an image (mean over seeds), a bar for the 95 % interval."""
+    """Differences of each method from the best, dB: dots are images (mean over seeds), bars are 95 % intervals."""
     with _figure(7.4, 0.9 + 0.42 * len(compared)) as (_, axes, buffer):
         for place, (one, d) in enumerate(compared):
             axes.plot(d.mean(0), np.full(d.shape[1], place + 0.2), "o", color="#56B4E9", alpha=0.6, markersize=5)
@@ -121,7 +121,7 @@ def difference_plot(compared: Sequence[tuple[Compared, np.ndarray]]) -> bytes:
 
 @dataclass(frozen=True)
 class Crop:
-    """A stored strip, cut into its squares (PNG bytes). `place` is left, top, width and height in % of `whole`."""
+    """The squares of a stored strip (PNG bytes). `place` is left, top, width and height in % of `whole`."""
 
     whole: bytes
     degraded: bytes
@@ -132,14 +132,14 @@ class Crop:
 
 
 def crop(path: Path) -> Crop:
-    """Read a strip that evaluation stored. Raises InputError."""
+    """Read a strip that was stored at evaluation. Raises InputError."""
     try:
         with Image.open(path) as file:
             assert isinstance(file, PngImageFile)
             top, left, side, height, width = json.loads(file.text["place"])
             strip = np.asarray(file.convert("RGB"))
     except (Image.DecompressionBombError, OSError, KeyError, ValueError, AssertionError) as error:
-        raise InputError(f"{path} is no stored crop ({error}); delete it, or run its evaluation again.") from error
+        raise InputError(f"{path} is not a stored crop ({error}); delete it, or run its evaluation again.") from error
     small, degraded, restored, clean = (strip[:, i * side : (i + 1) * side] for i in range(4))
     scale = side / max(height, width)
     small = small[: max(1, round(height * scale)), : max(1, round(width * scale))]

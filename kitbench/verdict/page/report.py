@@ -1,7 +1,7 @@
-"""`kitbench report`: one self-contained HTML file of stored runs, which works from disk, offline, and prints.
+"""`kitbench report`: one self-contained HTML file of stored runs, readable offline and printable.
 
-Verdict first, then tables, pictures, settings, environment, and how to reproduce each number. The page itself is
-report.html (a Jinja template); everything in it is embedded.
+Verdict, claims, tables, figures, settings, environment, and how to reproduce each number. The page is a Jinja template,
+report.html; images and scripts are embedded.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from kitbench.verdict.rows import rows
 
 
 def report(runs: Sequence[RunFolder], sweeps: Sequence[Sweep], protocol: str | None = None) -> str:
-    """The whole page. Raises InputError where the runs cannot stand in one table."""
+    """The HTML text. Raises InputError where the runs cannot be in one table."""
     found = entries(runs, protocol)
     table = rows(runs, protocol)
     folders = {folder.run.key: folder for folder in runs}
@@ -62,7 +62,7 @@ def report(runs: Sequence[RunFolder], sweeps: Sequence[Sweep], protocol: str | N
 def _section(
     block: pd.DataFrame, run: Run, table: pd.DataFrame, found: Sequence[Entry], folders: dict[str, RunFolder]
 ) -> dict[str, Any]:
-    """Tables and figures of what may be compared."""
+    """Tables and figures of the runs of one comparison."""
     mine = [e for e in found if e.run.comparison == run.comparison and e.run.mode == run.mode]
     trained = next(iter(blocks(mine)), None)
     compared = _against_best(trained) if trained else []
@@ -93,33 +93,37 @@ def _against_best(block: Block) -> list[tuple[Compared, Any]]:
 
 
 def _verdict(block: pd.DataFrame, trained: Block | None, compared: Sequence[tuple[Compared, Any]]) -> list[str]:
-    """What may be concluded about quality, in sentences."""
+    """What the runs show about quality, in sentences."""
     if trained is None or not compared:
-        return ["One trained method at most: there is nothing to compare."]
+        return ["There are fewer than two trained methods, so there is nothing to compare."]
     best = compared[0][0].b
     worse = [c.a for c, _ in compared if c.decided]
     level = [c.a for c, _ in compared if not c.decided and c.p_holm is not None]
-    untold = [c for c, _ in compared if c.p_holm is None]
-    told_all = [f"Over all test images, {best} has the highest mean PSNR of the trained methods."]
+    undecided = [c for c, _ in compared if c.p_holm is None]
+    sentences = [f"Over all test images, {best} has the highest mean PSNR of the trained methods."]
     means = block.groupby("method")["psnr_db"].mean()
     above = [m for m in means.index if m not in trained.methods and means[m] > means[best]]
     if above:
-        told_all.append(f"{', '.join(above)}, without any training, is above it: these runs were trained too little.")
+        sentences.append(
+            f"{', '.join(above)}, without any training, scores higher: these runs were not trained long enough."
+        )
     if worse:
-        told_all.append(f"It is better than {', '.join(worse)}, by more than noise.")
+        sentences.append(f"It is significantly better than {', '.join(worse)}.")
     if level:
-        told_all.append(f"Its difference to {', '.join(level)} is within noise: these runs do not rank them.")
-    if untold:
-        told_all.append(f"Nothing is decided about {', '.join(c.a for c in untold)}: {untold[0].found.note}.")
+        sentences.append(f"It is not distinguishable from {', '.join(level)}: these runs do not rank them.")
+    if undecided:
+        sentences.append(f"Nothing is decided about {', '.join(c.a for c in undecided)}: {undecided[0].found.note}.")
     smallest = [c.found.detectable for c, _ in compared if c.found.detectable is not None]
     if smallest:
-        told_all.append(f"So many seeds and images could have shown differences of {max(smallest):.3f} dB.")
+        sentences.append(
+            f"These seeds and images detect differences of {max(smallest):.3f} dB or more with 80 % power."
+        )
     notes = dict.fromkeys(c.found.note for c, _ in compared if c.found.note and c.p_holm is not None)
-    return told_all + [f"{note[0].upper()}{note[1:]}." for note in notes if note]
+    return sentences + [f"{note[0].upper()}{note[1:]}." for note in notes if note]
 
 
 def _settings(found: Sequence[Entry]) -> list[dict[str, str]]:
-    """What decided the numbers of each method: shared parts once a comparison, then the method's own settings."""
+    """Everything that determines the numbers: shared parts for each comparison, then settings of each method."""
     shown: dict[str, dict[str, str]] = {}
     for entry in found:
         run = entry.run
@@ -143,7 +147,7 @@ def _settings(found: Sequence[Entry]) -> list[dict[str, str]]:
 
 
 def _reproduce(found: Sequence[Entry], folders: dict[str, RunFolder]) -> list[dict[str, str]]:
-    """A line a run: its key, folder, the command and commit that made it, and the checksum of its weights."""
+    """One row for each run: key, folder, command, commit, and the checksum of its weights."""
     lines = {}
     for entry in sorted(found, key=lambda e: (e.run.method, e.run.seed or 0, e.run.key)):
         environment = entry.run.environment
@@ -158,7 +162,7 @@ def _reproduce(found: Sequence[Entry], folders: dict[str, RunFolder]) -> list[di
 
 
 def _environments(found: Sequence[Entry]) -> list[dict[str, Any]]:
-    """Where the runs were made: one entry for all that share a machine and versions."""
+    """The environments of the runs: one entry for all runs of the same machine and versions."""
     shown: dict[str, dict[str, Any]] = {}
     for entry in sorted(found, key=lambda e: e.run.key):
         e = entry.run.environment

@@ -1,4 +1,4 @@
-"""The tables of the page, sortable."""
+"""The sortable tables of the report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kitbench.verdict.render import named, notes_of, number, ranked, slowed
 
 @dataclass(frozen=True)
 class TableCell:
-    """A cell of a table: what is shown, and what it is sorted by."""
+    """A cell of a table: its text, and the value to sort by."""
 
     text: str
     key: float | str
@@ -98,7 +98,7 @@ def differences_of(compared: Sequence[Compared]) -> Grid | None:
         "95 % interval",
         "on these images alone",
         "p (Holm)",
-        "Shows, dB",
+        "Detectable, dB",
         "Seeds",
         "Images",
         "Runs",
@@ -121,14 +121,14 @@ def differences_of(compared: Sequence[Compared]) -> Grid | None:
     notes = [
         "Paired by seed and image; an image's mean over its conditions. Interval: hierarchical bootstrap over seeds "
         "and images, expanded to Student's t. p: the larger of a permutation test and the test over seeds and images.",
-        "Shows: the true difference that so many seeds and images find in 4 cases of 5.",
+        "Detectable: the true difference that these seeds and images detect with 80 % power.",
         *dict.fromkeys(c.found.note + "." for c in compared if c.found.note),
     ]
-    return Grid("Differences to the best", header, lines, notes)
+    return Grid("Differences from the best", header, lines, notes)
 
 
 def ablation(block: Block | None) -> Grid | None:
-    """What each choice of our reading of KiT is worth: every variant of kit against kit."""
+    """The effect of each choice in our reading of KiT: every variant of kit against kit."""
     if block is None or "kit" not in block.methods:
         return None
     variants = [m for m in block.methods if m.startswith("kit-")]
@@ -137,4 +137,4 @@ def ablation(block: Block | None) -> Grid | None:
         return None
     grid = differences_of(adjusted(compared))
     assert grid is not None
-    return Grid("What each choice of our reading of KiT is worth", grid.header, grid.lines, grid.notes)
+    return Grid("Effect of each choice in our reading of KiT", grid.header, grid.lines, grid.notes)

@@ -1,1 +1,1 @@
-"""What a stored sweep says: exponents, crossings, the largest image; its page and pictures."""
+"""Evaluation of a stored sweep: exponents, crossings, the largest image; its page and plots."""

@@ -1,4 +1,4 @@
-"""What a sweep says: exponents in pixels, where one method overtakes another, the largest image that fits."""
+"""Evaluation of a sweep: exponents in pixels, sizes where two curves cross, the largest image within a budget."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WORDS = {"infer": "inference", "train": "training step"}
 
 @dataclass(frozen=True)
 class Exponent:
-    """The slope of log(quantity) over log(pixels), with its 95 % interval: None where two points leave none."""
+    """The slope of log(quantity) over log(pixels), and half its 95 % interval, None with only two points."""
 
     value: float
     half_width: float | None
@@ -26,7 +26,7 @@ class Exponent:
 
 
 def exponent(points: Sequence[Point], quantity: Quantity) -> Exponent | None:
-    """Least squares over the points that have the quantity; None with fewer than two of them."""
+    """Least squares over the points that have the quantity; None with fewer than two."""
     pairs = _pairs(points, quantity)
     if len(pairs) < 2:
         return None
@@ -40,11 +40,11 @@ def exponent(points: Sequence[Point], quantity: Quantity) -> Exponent | None:
 
 @dataclass(frozen=True)
 class Crossing:
-    """From which side in pixels on a is below b, or below no more."""
+    """The size, a side in pixels, at which the curves of a and b cross."""
 
     size: float
     cheaper_above: bool
-    """Whether a is the cheaper one above that size (else below it)."""
+    """Whether a is the cheaper one above that size; otherwise below it."""
 
 
 def crossings(a: Sequence[Point], b: Sequence[Point], quantity: Quantity) -> list[Crossing]:

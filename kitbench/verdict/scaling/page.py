@@ -1,4 +1,4 @@
-"""What a sweep is written down as: a CSV of its points, and a Markdown page with table, exponents and words."""
+"""The files of a sweep: a CSV of its points, and a Markdown page with exponents, points and a summary."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ QUANTITIES: dict[str, Quantity] = {
     "memory": lambda point: point.bytes,
     "time": lambda point: point.seconds,
 }
-TELLING_BYTES = 16 << 20
+COMPARED_BYTES = 16 << 20
 LINEAR = 1.1  # exponents up to this are called linear
 _COLUMNS: dict[str, Callable[[Point], object]] = {
     "method": lambda p: p.method,
@@ -60,21 +60,21 @@ def sweep_csv(sweep: Sweep) -> str:
 
 
 def sweep_markdown(sweep: Sweep) -> str:
-    """The page that `scale.md` holds."""
-
-    told = sweep.environment
+    """The content of scale.md."""
+    environment = sweep.environment
     subject = {"attention": "attention alone", "block": "one block", "model": "whole model"}[sweep.scope]
     parts = [
         "# Cost against resolution",
         f"{subject}, {sweep.dim} channels, {sweep.heads} head{'s' * (sweep.heads > 1)}, batch 1, float32; "
-        f"{told.device}, {told.host}, {sweep.threads} threads, torch {told.versions['torch']}, commit {told.commit}. "
-        f"A point could take {gib(sweep.memory_limit)}. Memory is the peak above the module and its input. "
-        "Exponents are in pixels (1: linear in the number of pixels), with their 95 % intervals; those of time rest on "
-        "measured points only, those of memory on measured and predicted ones.",
+        f"{environment.device}, {environment.host}, {sweep.threads} threads, torch {environment.versions['torch']}, "
+        f"commit {environment.commit}. "
+        f"Memory limit of a point: {gib(sweep.memory_limit)}. Memory is the peak above the module and its input. "
+        "Exponents are in pixels (1: linear in the number of pixels), with their 95 % intervals; those of time are "
+        "fitted to measured points only, those of memory to measured and predicted ones.",
     ]
     for what in dict.fromkeys(what for _, what in curves(sweep)):
         parts += [f"## {WORDS[what].capitalize()}", _exponents(sweep, what), _points(sweep, what)]
-    parts += ["## In words", "\n".join(f"- {sentence}" for sentence in words(sweep))]
+    parts += ["## Summary", "\n".join(f"- {sentence}" for sentence in words(sweep))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -87,7 +87,7 @@ def write_sweep(sweep: Sweep, folder: Path) -> list[Path]:
 
 
 def sweep_summary(sweep: Sweep) -> str:
-    """What the terminal shows: exponents and the largest image, and the words."""
+    """For the terminal: exponents, the largest image within the budget, and the summary in sentences."""
     parts = []
     for what in dict.fromkeys(what for _, what in curves(sweep)):
         parts += [WORDS[what].capitalize(), _exponents(sweep, what, "simple")]
@@ -146,42 +146,44 @@ def _remark(point: Point) -> str:
 
 
 def failures(sweep: Sweep) -> list[str]:
-    """A sentence for each point that failed: neither for want of memory or time, nor killed."""
+    """A sentence for each point that failed for another reason than memory, time or a kill."""
     failed = (p for method, what in curves(sweep) for p in sweep.curve(method, what) if p.status == "failed")
     return [f"{p.method} failed at {p.size} px, {WORDS[p.what]}: {p.reason}" for p in failed]
 
 
 def broken(sweep: Sweep) -> list[str]:
-    """A sentence for each curve that has failed wherever it was tried."""
-    told = []
+    """A sentence for each method that failed at every size that was tried."""
+    sentences = []
     for method, what in curves(sweep):
         points = sweep.curve(method, what)
         reason = next((p.reason for p in points if p.status == "failed"), None)
         if reason is not None and not any(p.status in ("measured", "timeout", "killed") for p in points):
-            told.append(f"{method}, {WORDS[what]}, failed at every size that was tried: {reason}")
-    return told
+            sentences.append(f"{method}, {WORDS[what]}, failed at every size that was tried: {reason}")
+    return sentences
 
 
 def words(sweep: Sweep) -> list[str]:
-    """What the points say, one sentence each; only what they do say."""
-    told: list[str] = []
+    """Statements that the points support, one sentence each."""
+    sentences: list[str] = []
     for what in dict.fromkeys(what for _, what in curves(sweep)):
-        told += _growth(sweep, what) + _kernel_or_method(sweep, what) + _overtaking(sweep, what)
-    return told + _trust(sweep) + [f"{failure}." for failure in failures(sweep)]
+        sentences += _growth(sweep, what) + _kernel_or_method(sweep, what) + _overtaking(sweep, what)
+    return sentences + _trust(sweep) + [f"{failure}." for failure in failures(sweep)]
 
 
 def _growth(sweep: Sweep, what: What) -> list[str]:
-    told = []
+    sentences = []
     for name, quantity in QUANTITIES.items():
         fits = {method: exponent(sweep.curve(method, what), quantity) for method, w in curves(sweep) if w == what}
         steep = [f"{method} ({fit.value:.2f})" for method, fit in fits.items() if fit and _steep(fit)]
         flat = [method for method, fit in fits.items() if fit and not _steep(fit)]
         if steep and flat:
-            slow = f"not: {_list(flat)}"
-            told.append(f"{WORDS[what]}: faster growth of {name} than linear in pixels: {_list(steep)}; {slow}.")
+            slow = f"at most about linearly: {_list(flat)}"
+            sentences.append(f"{WORDS[what]}: {name} grows faster than linearly in pixels: {_list(steep)}; {slow}.")
         elif flat or steep:
-            told.append(f"{WORDS[what]}: faster growth of {name} than linear in pixels: {'none' if flat else 'all'}.")
-    return told
+            sentences.append(
+                f"{WORDS[what]}: {name} grows faster than linearly in pixels: {'none' if flat else 'all'}."
+            )
+    return sentences
 
 
 def _steep(fit: Exponent) -> bool:
@@ -190,7 +192,7 @@ def _steep(fit: Exponent) -> bool:
 
 
 def _kernel_or_method(sweep: Sweep, what: What) -> list[str]:
-    """Whose merit a gain over global attention is, where both of its forms were swept beside another method."""
+    """Whether a gain over global attention comes from the kernel or the method, where both forms of it were swept."""
     forms = {
         settings.get("form", "sdpa"): label for label, (name, settings) in sweep.methods.items() if name == "global"
     }
@@ -204,56 +206,58 @@ def _kernel_or_method(sweep: Sweep, what: What) -> list[str]:
         if (found := exponent(sweep.curve(label, what), quantity))
     }
     plain, fused = forms["materialised"], forms["sdpa"]
-    told = []
+    sentences = []
     # A single size has no slope.
     if slope.get((plain, "memory"), 0) > 1.5 and slope.get((fused, "memory"), 9) <= LINEAR:
-        told.append(
-            f"{WORDS[what]}: the memory gain over global attention is owed to the kernel: computed by a fused one, "
-            f"global attention's memory grows with the power {slope[fused, 'memory']:.2f} of the pixels (materialised: "
-            f"{slope[plain, 'memory']:.2f}), kit's with {slope[kit, 'memory']:.2f}."
+        sentences.append(
+            f"{WORDS[what]}: the memory saved over global attention comes from the kernel: with a fused kernel, memory "
+            f"of global attention grows with exponent {slope[fused, 'memory']:.2f} in pixels (materialised: "
+            f"{slope[plain, 'memory']:.2f}), that of kit with {slope[kit, 'memory']:.2f}."
         )
     if slope.get((fused, "time"), 0) > 1.5 and slope.get((kit, "time"), 9) < 1.5:
-        told.append(
-            f"{WORDS[what]}: the time gain is owed to the method: fused or not, global attention's time grows with the "
-            f"power {slope[fused, 'time']:.2f} of the pixels, kit's with {slope[kit, 'time']:.2f}."
+        sentences.append(
+            f"{WORDS[what]}: the time saved comes from the method: time of global attention grows with exponent "
+            f"{slope[fused, 'time']:.2f} in pixels even with a fused kernel, that of kit with {slope[kit, 'time']:.2f}."
         )
-    return told
+    return sentences
 
 
 def _overtaking(sweep: Sweep, what: What) -> list[str]:
     labels = [method for method, w in curves(sweep) if w == what]
-    told = []
+    sentences = []
     for name, quantity in QUANTITIES.items():
         for other in labels[1:]:
             for crossing in crossings(sweep.curve(labels[0], what), sweep.curve(other, what), quantity):
                 side = "above" if crossing.cheaper_above else "below"
-                told.append(f"{WORDS[what]}: {labels[0]} needs less {name} than {other} {side} {crossing.size:.0f} px.")
-    return told
+                sentences.append(
+                    f"{WORDS[what]}: {labels[0]} needs less {name} than {other} {side} {crossing.size:.0f} px."
+                )
+    return sentences
 
 
 def _trust(sweep: Sweep) -> list[str]:
-    """How well the instruments agreed in this very run."""
-    told = []
-    both = [p for p in sweep.points if (p.peak_bytes or 0) >= TELLING_BYTES]
+    """How well prediction, measurement and counts agree in this sweep."""
+    sentences = []
+    both = [p for p in sweep.points if (p.peak_bytes or 0) >= COMPARED_BYTES]
     if both:
         errors = [100 * abs(p.predicted_bytes / p.bytes - 1) for p in both]
-        told.append(
+        sentences.append(
             f"Predicted memory is within {max(errors):.1f} % of the measured one at all {len(both)} points that have "
-            "both and take 16 MiB or more (below, scratch of a fixed size inside torch's kernels shows)."
+            "both and take 16 MiB or more (below that, fixed-size buffers inside torch's kernels matter)."
         )
     checked = [p for p in sweep.points if p.resident_bytes and p.peak_bytes]
     if checked:
         errors = [100 * abs((p.resident_bytes or 0) / (p.peak_bytes or 1) - 1) for p in checked]
-        told.append(
+        sentences.append(
             f"The resident set of a fresh process is within {max(errors):.1f} % of the allocator's peak "
             f"at all {len(checked)} points where it was taken."
         )
     marked = sorted({f"{p.method} ({p.macs_note})" for p in sweep.points if p.macs_note})
-    told += [f"FLOPs not reconciled: {mark}." for mark in marked]
+    sentences += [f"FLOPs: closed form and count differ: {mark}." for mark in marked]
     stated = [p for p in sweep.points if p.macs_closed is not None]
     if stated and not marked:
-        told.append(f"Counted FLOPs equal the closed form to 1 % at all {len(stated)} points.")
-    return told
+        sentences.append(f"Counted FLOPs equal the closed form to 1 % at all {len(stated)} points.")
+    return sentences
 
 
 def _list(items: Sequence[str]) -> str:
