@@ -30,6 +30,10 @@ LPIPS = click.option(
     help="Backbone weights for LPIPS.",
 )
 DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+JOBS = click.option(
+    "--jobs", type=click.IntRange(1), envvar="KITBENCH_JOBS", show_envvar=True,
+    help="Runs at a time; by default as many as cores and memory, GPUs, or Slurm allow. 1: one after another.",
+)  # fmt: skip
 PATHS = click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
 PROTOCOL = click.option("--protocol", help="Only rows of this protocol (id, or id.vN).")
 RUN = click.option("--run", "folder", required=True, type=click.Path(path_type=Path), help="Folder of a trained run.")

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from kitbench.cli.options import DATA, DEVICE, LPIPS, METHOD_FILE, OUT, PATHS, PRESET, SET, SUITE
+from kitbench.cli.options import DATA, DEVICE, JOBS, LPIPS, METHOD_FILE, OUT, PATHS, PRESET, SET, SUITE
 from kitbench.cli.output import make_console, show_tables
 from kitbench.errors import InputError, RunError
 
@@ -33,11 +33,11 @@ from kitbench.errors import InputError, RunError
     help="Most crops at a time on a device; their gradients add up to the batch's. Moves rounding only.",
 )  # fmt: skip
 @click.option("--track", multiple=True, metavar="NAME", help="tensorboard, wandb or mlflow too. Repeatable.")
-@click.option(
-    "--jobs", type=click.IntRange(1), envvar="KITBENCH_JOBS", show_envvar=True,
-    help="Runs at a time; by default as many as cores and memory, GPUs, or Slurm allow. 1: one after another.",
-)  # fmt: skip
+@JOBS
 @click.option("--gpus", help="Which GPUs to use, e.g. 0,1; with --launcher slurm, how many a run gets.")
+@click.option(
+    "--tuned", is_flag=True, help="Train each method at its own best learning rate, found by `kitbench tune`."
+)
 @click.option("--dry-run", is_flag=True, help="Print what would be run, and run nothing.")
 @click.option("--launcher", type=click.Choice(["slurm"]), help="Submit the runs to Slurm instead of running them here.")
 @click.option("--cpus", type=click.IntRange(1), help="Slurm: CPU cores of a run.")
@@ -65,6 +65,7 @@ def run(
     track: tuple[str, ...],
     jobs: int | None,
     gpus: str | None,
+    tuned: bool,
     dry_run: bool,
     launcher: str | None,
     only: str | None,
@@ -81,35 +82,117 @@ def run(
     from kitbench.launch import commands, slurm
     from kitbench.runs import plan, queue
     from kitbench.runs.prepare import Options
+    from kitbench.runs.tune import tuned_suites
     from kitbench.system.environment import how_to_go_on
     from kitbench.system.processes import started_by_torchrun
 
-    if only:
-        resolved = plan.restrict(resolved, only)
     if launcher and started_by_torchrun():
         raise InputError("--launcher slurm starts processes of its own; give the same command without torchrun.")
     options = Options(out, data, device, workers, lpips_weights, micro_batch, track, jobs, gpus)
     console, again = make_console(), _again(context)
+    parts = tuned_suites(resolved, out) if tuned else [plan.restrict(resolved, only) if only else resolved]
     if launcher == "slurm":
         spread = commands.Spread(jobs, gpus, **cluster)
-        submitted = slurm.slurm(resolved, options, spread, again, dry_run, console)
-        if submitted:
-            click.echo(f"submitted {len(submitted)} jobs: {', '.join(submitted)}")
-            click.echo(f"Look after them with: {shlex.join(['python', '-m', 'kitbench', 'status', str(out)])}")
+        for part in parts:
+            _submitted(slurm.slurm(part, options, spread, again, dry_run, console), out)
         return
     if dry_run:
-        labels = [cell.label for cell in queue.planned_cells(resolved, options)]
+        labels = [cell.label for part in parts for cell in queue.planned_cells(part, options)]
         console.print(f"{len(labels)} cells are to be run", highlight=False)
         commands.show(labels, again, console)
         return
+    complete, failed = [], []
     try:
-        complete, failed = queue.run(resolved, options, console)
+        for part in parts:
+            done, sentences = queue.run(part, options, console)
+            complete += done
+            failed += sentences
     except RunError as error:
         raise RunError(f"{error}. {how_to_go_on()}") from error
     if complete and not only:  # the table of a Slurm job would show one run
         show_tables(complete, resolved.stamps, out, console)
     if failed:
         raise RunError(f"{len(failed)} of the suite's runs failed: " + "; ".join(failed))
+
+
+def _submitted(jobs: list[str], out: Path) -> None:
+    if jobs:
+        click.echo(f"submitted {len(jobs)} jobs: {', '.join(jobs)}")
+        click.echo(f"Look after them with: {shlex.join(['python', '-m', 'kitbench', 'status', str(out)])}")
+
+
+@click.command()
+@SUITE
+@PRESET
+@click.option(
+    "--method", "method", multiple=True, help="Tune only this method: a name, or the path of a .py file. Repeatable."
+)
+@SET
+@DATA
+@OUT
+@DEVICE
+@click.option(
+    "--workers", type=click.IntRange(0, 64), default=0, show_default=True, help="Processes that prepare batches."
+)
+@click.option(
+    "--rates",
+    metavar="LR,LR,...",
+    help="Learning rates to try; by default five, each twice the one before, around the recipe's.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=1000,
+    show_default=True,
+    help="Of all trials; no compared run may have it.",
+)
+@JOBS
+@click.option("--gpus", help="Which GPUs to use, e.g. 0,1.")
+def tune(
+    suite: str,
+    preset: str | None,
+    method: tuple[str, ...],
+    overrides: tuple[str, ...],
+    data: Path | None,
+    out: Path,
+    device: str,
+    workers: int,
+    rates: str | None,
+    seed: int,
+    jobs: int | None,
+    gpus: str | None,
+) -> None:
+    """Search the best learning rate of every method, alike for all, on validation images.
+
+    What came out is kept in OUT; `run --tuned` then trains each method at its own best rate.
+    """
+    from kitbench.runs import tune as job
+    from kitbench.runs.prepare import Options
+    from kitbench.spec.loading import load_suite
+    from kitbench.system.environment import how_to_go_on
+    from kitbench.verdict.tuning import tuning_table
+
+    resolved = load_suite(suite, preset, overrides, method)
+    search = job.Search(_rates(rates) or job.grid(resolved.recipe.lr, 5), seed)
+    options = Options(out, data, device, workers, None, jobs=jobs, gpus=gpus)
+    try:
+        found = job.tune(resolved, options, search, make_console())
+    except RunError as error:
+        raise RunError(f"{error}. {how_to_go_on()}") from error
+    for record in found:
+        click.echo()
+        click.echo(tuning_table(record))
+        click.echo(f"wrote {out / job.record_name(resolved, record.mode)}")
+
+
+def _rates(text: str | None) -> tuple[float, ...]:
+    try:
+        found = tuple(sorted({float(part) for part in text.split(",")})) if text else ()
+    except ValueError:
+        found = (0.0,)
+    if text and (len(found) < 2 or found[0] <= 0 or found[-1] > 1):
+        raise InputError(f"--rates takes two or more learning rates above 0 like 1e-3,2e-3,4e-3; found {text!r}.")
+    return found
 
 
 def _again(context: click.Context) -> list[str]:

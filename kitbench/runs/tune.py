@@ -1,0 +1,192 @@
+"""`kitbench tune`: the same search for a learning rate for every method, on images that are neither trained on nor tested.
+
+Every method is trained at every rate of one grid, at the recipe's full length, with a seed that no comparison uses, and
+scored on the validation sets. Where one method's best rate is the lowest or the highest, the grid is widened for all.
+Trials are ordinary stored runs, in OUT/tuning; the choice is a record with its evidence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from kitbench.errors import InputError, RunError
+from kitbench.runs.prepare import Options
+from kitbench.runs.queue import run
+from kitbench.spec.fields import Mode
+from kitbench.spec.suite import Data, SetNames, Source, Suite
+from kitbench.spec.tasks import Denoise
+from kitbench.store.folder import RunFolder
+from kitbench.store.records import Trial, Tuning, read_record
+
+FACTOR = 2.0
+"""Between two neighbouring rates of the grid."""
+WIDENINGS = 3
+"""How often the grid is widened, at most."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is tried."""
+
+    rates: tuple[float, ...]
+    """Ascending."""
+    seed: int
+
+
+def grid(rate: float, count: int) -> tuple[float, ...]:
+    """`count` rates, each FACTOR times the one before, with `rate` in the middle."""
+    return tuple(rounded(rate * FACTOR ** (place - count // 2)) for place in range(count))
+
+
+def rounded(rate: float) -> float:
+    """To six significant digits: a widened grid must meet the rates that are stored."""
+    return float(f"{rate:.6g}")
+
+
+def tune(suite: Suite, options: Options, search: Search, console: Console) -> list[Tuning]:
+    """Search the best rate of every method of a suite, and store the choice; a record for each mode.
+
+    A trial whose training diverges has no score. Raises InputError where the suite names no validation sets, or its
+    comparison uses the search's seed; RunError where no trial of a method ended well, or one failed in another way than
+    by diverging; Interrupted on Ctrl-C, after which the same search goes on.
+    """
+    if search.seed in suite.seeds:
+        raise InputError(f"--seed {search.seed} is one of the suite's seeds, whose runs are compared; give another.")
+    rates, trials, widened = search.rates, dict[Mode, list[Trial]](), 0
+    todo: Sequence[float] = rates
+    while todo:
+        for rate in todo:
+            console.print(f"[bold]trial[/bold]     learning rate {rate:g}", highlight=False)
+            for mode, found in _trial(suite, options, rate, search.seed, console).items():
+                trials.setdefault(mode, []).extend(found)
+        best = {mode: best_rates(own) for mode, own in trials.items()}
+        todo = beyond(rates, [rate for own in best.values() for rate in own.values()]) if widened < WIDENINGS else ()
+        rates, widened = tuple(sorted((*rates, *todo))), widened + bool(todo)
+    records = []
+    for mode, own in trials.items():
+        record = Tuning(
+            suite=suite.name, preset=suite.preset, mode=mode, steps=suite.recipe.steps, seed=search.seed,
+            lr=suite.recipe.lr, rates=rates, widened=widened > 0,
+            validation=", ".join(_source(suite, options)[mode].validation),
+            trials=tuple(sorted(own, key=lambda trial: (trial.method, trial.lr))), best=best[mode],
+        )  # fmt: skip
+        RunFolder(options.out).write(record_name(suite, mode), record)
+        records.append(record)
+    return records
+
+
+def beyond(rates: Sequence[float], best: Sequence[float]) -> tuple[float, ...]:
+    """The rates to be added to the grid where a best one lies at its edge."""
+    low = (rounded(rates[0] / FACTOR),) if rates[0] in best else ()
+    high = (rounded(rates[-1] * FACTOR),) if rates[-1] in best else ()
+    return (*low, *high)
+
+
+def best_rates(trials: Sequence[Trial]) -> dict[str, float]:
+    """By method, the rate with the highest PSNR; the lower one of two equal ones. Raises RunError where there is none."""
+    best = {}
+    for method in dict.fromkeys(trial.method for trial in trials):
+        scored = [trial for trial in trials if trial.method == method and trial.psnr_db is not None]
+        if not scored:
+            raise RunError(f"every trial of {method} diverged; give lower --rates")
+        best[method] = max(scored, key=lambda trial: (trial.psnr_db, -trial.lr)).lr
+    return best
+
+
+def _trial(suite: Suite, options: Options, rate: float, seed: int, console: Console) -> dict[Mode, list[Trial]]:
+    """Every method trained at one rate; by mode."""
+    chosen = trial_suite(suite, _source(suite, options), rate, seed)
+    complete, failed = run(chosen, replace(options, out=options.out / "tuning"), console)
+    other = [sentence for sentence in failed if "training diverged" not in sentence]
+    if other:
+        raise RunError(f"{len(other)} trials failed: " + "; ".join(other))
+    found: dict[Mode, list[Trial]] = {}
+    for folder in complete:
+        record = folder.run
+        means = [evaluation.mean_psnr for evaluation in folder.evaluations()]
+        psnr = math.fsum(means) / len(means)
+        trial = Trial(method=record.method, lr=rate, psnr_db=psnr, key=record.key)
+        found.setdefault(record.mode, []).append(trial)
+    modes = list(found) or list(chosen.data.embedded.modes)
+    for mode in modes:
+        ended = {trial.method for trial in found.get(mode, [])}
+        for name in chosen.methods.keys() - ended:
+            found.setdefault(mode, []).append(Trial(method=name, lr=rate, psnr_db=None, key=""))
+    return found
+
+
+def _source(suite: Suite, options: Options) -> dict[Mode, SetNames]:
+    """The sets of every mode. Raises InputError where there is none to validate on."""
+    name = "folder" if options.data is not None else "embedded"
+    source: Source = getattr(suite.data, name)
+    sets: dict[Mode, SetNames] = {mode: getattr(source, mode) for mode in source.modes}
+    for mode, own in sets.items():
+        if not own.validation:
+            raise InputError(
+                f"Suite {suite.name!r} names no validation sets for mode {mode}; name some in "
+                f"data.{name}.{mode}.validation, of images that are in neither training nor test sets."
+            )
+    return sets
+
+
+def trial_suite(suite: Suite, sets: Mapping[Mode, SetNames], rate: float, seed: int) -> Suite:
+    """The suite whose methods are trained at one rate with one seed, and scored on the validation sets alone.
+
+    Gaussian denoising is scored at the middle one of the suite's noise levels.
+    """
+    validated = {mode: own.model_copy(update={"test": own.validation, "validation": ()}) for mode, own in sets.items()}
+    source = Source.model_validate({"modes": tuple(sets), **validated})
+    task = suite.task
+    if isinstance(task, Denoise):
+        task = task.model_copy(update={"sigma_test": (task.sigma_test[len(task.sigma_test) // 2],)})
+    changes = {
+        "task": task, "data": Data(embedded=source, folder=source), "seeds": (seed,), "references": (),
+        "recipe": suite.recipe.model_copy(update={"lr": rate}),
+    }  # fmt: skip
+    return suite.model_copy(update=changes)
+
+
+def record_name(suite: Suite, mode: Mode) -> str:
+    return f"tuning-{suite.name}-{suite.preset}-{mode}.json"
+
+
+def tuned_suites(suite: Suite, out: Path) -> list[Suite]:
+    """Parts of a suite, in each of which every method is trained at its own best rate: one for each mode and rate.
+
+    Raises InputError where no search is stored in `out`, it was made with other steps, or it lacks a method.
+    """
+    sources, found = {name: getattr(suite.data, name) for name in ("embedded", "folder")}, []
+    for mode in dict.fromkeys(mode for source in sources.values() for mode in source.modes):
+        path = out / record_name(suite, mode)
+        if not path.is_file():
+            continue
+        record: Tuning = read_record(Tuning, path)
+        if record.steps != suite.recipe.steps:
+            raise InputError(
+                f"{path} was made with {record.steps} steps, this recipe has {suite.recipe.steps}; run `kitbench tune` "
+                f"with the same recipe."
+            )
+        lacking = suite.methods.keys() - record.best.keys()
+        if lacking:
+            raise InputError(f"{path} holds no rate of {', '.join(sorted(lacking))}; run `kitbench tune` again.")
+        own = {
+            name: source.model_copy(update={"modes": (mode,)})
+            for name, source in sources.items()
+            if mode in source.modes
+        }
+        for rate in sorted({record.best[name] for name in suite.methods}):
+            methods = {name: method for name, method in suite.methods.items() if record.best[name] == rate}
+            recipe = suite.recipe.model_copy(update={"lr": rate})
+            changes = {"methods": methods, "recipe": recipe, "data": suite.data.model_copy(update=own)}
+            found.append(suite.model_copy(update=changes))
+    if not found:
+        raise InputError(
+            f"No search of learning rates for suite {suite.name!r}, preset {suite.preset!r} is in {out}; run "
+            f"`kitbench tune` first, with the same --suite, --preset and --out."
+        )
+    return found
