@@ -235,7 +235,7 @@ def bad_data(tmp_path: Path) -> None:
         (["run", "--suite", "tiny.toml", "--seeds", "a"], "whole numbers"),
         (["run", "--suite", "tiny.toml", "--out", "tiny.toml/results"], "cannot be written"),
         (["run", "--suite", "tiny.toml", "--workers", "-1"], "Invalid value for '--workers'"),
-        (["table", "missing"], "is no folder"),
+        (["table", "missing"], "is not a folder"),
         (["table", "."], "No run in"),
     ],
 )  # fmt: skip

@@ -181,10 +181,10 @@ def test_the_blocks_of_a_mat_file_are_images(version: str, tmp_path: Path) -> No
 
 
 BAD_MATS = {
-    "another name": ({"other": np.zeros((1, 1, 8, 8, 3), np.uint8)}, "has no variable 'ValidationGtBlocksSrgb', it holds other"),
+    "another name": ({"other": np.zeros((1, 1, 8, 8, 3), np.uint8)}, "has no variable 'ValidationGtBlocksSrgb', it contains other"),
     "16 bits": ({"ValidationGtBlocksSrgb": np.zeros((1, 1, 8, 8, 3), np.uint16)}, "as uint16, expected 8-bit pixels"),
     "a matrix": ({"ValidationGtBlocksSrgb": np.zeros((8, 8), np.uint8)}, "of 8 x 8, expected images x height"),
-    "fewer": ({"ValidationGtBlocksSrgb": np.zeros((1, 8, 8, 3), np.uint8)}, "fewer than its other half"),
+    "fewer": ({"ValidationGtBlocksSrgb": np.zeros((1, 8, 8, 3), np.uint8)}, "fewer than the other file of the pair"),
 }  # fmt: skip
 
 
@@ -254,7 +254,7 @@ def test_checksums_cover_both_halves_of_a_pair(tmp_path: Path) -> None:
 def test_another_size_of_kodak_is_told_by_content(name: str, found: str, size: tuple[int, int], tmp_path: Path) -> None:
     for number in range(24):
         write(tmp_path / "Kodak24" / f"kodim{number + 1:02d}.png", np.full((size[1], size[0], 3), number, np.uint8))
-    with pytest.raises(InputError, match=rf"is {size[0]} x {size[1]} px, .* what lies there is {found} "):
+    with pytest.raises(InputError, match=rf"is {size[0]} x {size[1]} px, .* the folder contains {found} "):
         read_set(card(name), tmp_path, "colour")
     assert len(read_set(card(found), tmp_path, "colour")) == 24
 
@@ -263,7 +263,7 @@ def test_another_version_of_rain100h_is_told_by_its_count(tmp_path: Path) -> Non
     for number in range(200):
         for half in ("input", "target"):
             write(tmp_path / "Rain100H" / half / f"{number}.png", np.full((8, 8, 3), number, np.uint8))
-    with pytest.raises(InputError, match="200 pairs in .*expected 100; what lies there is Rain100H-new "):
+    with pytest.raises(InputError, match="200 pairs in .*expected 100; the folder contains Rain100H-new "):
         read_set(card("Rain100H"), tmp_path, "colour")
     assert len(read_set(card("Rain100H-new"), tmp_path, "colour")) == 200
 
@@ -283,7 +283,7 @@ def test_what_a_blur_is_an_average_of_is_told_by_content(gamma: float, name: str
 
 def test_a_set_whose_server_keeps_the_targets_is_not_read(tmp_path: Path) -> None:
     mat_file(tmp_path / "SIDD" / "BenchmarkNoisyBlocksSrgb.mat", "x", np.zeros(3), "5")
-    with pytest.raises(InputError, match="its server scores a submission"):
+    with pytest.raises(InputError, match="its server scores submissions"):
         read_set(card("SIDD-benchmark"), tmp_path, "colour")
 
 

@@ -114,7 +114,7 @@ def test_a_second_call_goes_on_from_what_the_first_one_left(server: Server, tmp_
 
     server.behave = half_and_then_nothing
     kept = len(ARCHIVE) // 2 // fetching.CHUNK * fetching.CHUNK
-    with pytest.raises(RunError, match=rf"answered 503.*{kept} bytes are kept.*goes on from there"):
+    with pytest.raises(RunError, match=rf"answered 503.*{kept} bytes are kept.*continues from there"):
         get(own(server), tmp_path)
     server.behave = lambda handler, number: False
     get(own(server, archive=hashlib.sha256(ARCHIVE).hexdigest()), tmp_path)
@@ -209,7 +209,7 @@ def test_a_server_that_cannot_be_reached_is_a_failed_run(server: Server, tmp_pat
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ({"something/else.txt": b"text"}, r"it holds nothing like input/\*\.png"),
+        ({"something/else.txt": b"text"}, r"it contains no file like input/\*\.png"),
         ({name: data for name, data in PAIRS.items() if name != "target/1.png"}, "missing: the target of input/1.png"),
         (PAIRS | {"target/1.png": b"no image"}, "altered: .*1.png is not a readable image"),
     ],
@@ -255,7 +255,7 @@ def test_a_file_larger_than_the_disk_is_not_begun(
 ) -> None:
     usage = fetching.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(fetching.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(InputError, match="more than the disk of .* has room for"):
+    with pytest.raises(InputError, match="more than are free on the disk of"):
         get(own(server), tmp_path)
 
 
@@ -290,13 +290,13 @@ def claiming(size: int) -> bytes:
         (zipped({"../outside.png": b"x"}), "lies outside its folder"),
         (zipped({"/etc/outside.png": b"x"}), "lies outside its folder"),
         (zipped({"a\\..\\..\\outside.png": b"x"}), "lies outside its folder"),
-        (link("link", "/etc"), "holds a link"),
+        (link("link", "/etc"), "contains a link"),
         (tarred("../outside.png"), "outside"),
         (tarred("link", tarfile.SYMTYPE, "/etc"), "cannot be unpacked"),
         (tarred("link", tarfile.SYMTYPE, "../.."), "cannot be unpacked"),
         (tarred("hard", tarfile.LNKTYPE, "../../outside"), "cannot be unpacked"),
         (tarred("device", tarfile.CHRTYPE), "cannot be unpacked"),
-        (claiming(1 << 40), "there is room for"),
+        (claiming(1 << 40), "are allowed"),
     ],
 )
 def test_an_archive_that_would_do_harm_is_refused(data: bytes, message: str, tmp_path: Path) -> None:
@@ -315,7 +315,7 @@ def test_a_zip_that_grows_beyond_bounds_is_refused(tmp_path: Path, monkeypatch: 
     (tmp_path / "bomb.zip").write_bytes(buffer.getvalue())
     usage = fetching.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(fetching.shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
-    with pytest.raises(InputError, match="would unpack to 4194304 bytes or more, and there is room for 1048576"):
+    with pytest.raises(InputError, match="would unpack to 4194304 bytes or more, but at most 1048576 are allowed"):
         unpack(tmp_path / "bomb.zip", tmp_path / "in")
     assert left(tmp_path / "in") == []
 
@@ -323,12 +323,12 @@ def test_a_zip_that_grows_beyond_bounds_is_refused(tmp_path: Path, monkeypatch: 
 def test_what_lies_in_the_way_is_not_touched(server: Server, tmp_path: Path) -> None:
     (tmp_path / "Own" / "test" / "input").mkdir(parents=True)
     (tmp_path / "Own" / "test" / "input" / "mine.png").write_bytes(png(0))
-    with pytest.raises(InputError, match=r"Own/test is there, but is not Own"):
+    with pytest.raises(InputError, match=r"Own/test exists, but is not Own"):
         get(own(server), tmp_path)
     (tmp_path / "Own" / "test" / "input" / "mine.png").rename(tmp_path / "Own" / "mine.png")
     (tmp_path / "Own" / "test" / "input").rmdir()
     (tmp_path / "Own" / "test" / "note").write_text("mine")
-    with pytest.raises(InputError, match=r"is there already, with other files"):
+    with pytest.raises(InputError, match=r"exists and contains other files"):
         get(own(server), tmp_path)
     assert (tmp_path / "Own" / "mine.png").exists()
 

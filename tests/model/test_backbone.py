@@ -110,7 +110,11 @@ def test_a_file_of_the_users_own_is_a_method_like_any_other(tmp_path) -> None:
         ("return self.scale * self.mix(x)", "return x.double()", "torch.float64"),
         ("return self.scale * self.mix(x)", "return x / 0", "not finite"),
         ("return self.scale * self.mix(x)", "return x @ x", "failed: RuntimeError"),
-        ("self.mix = scale,", "self.idle, self.mix = scale, nn.Linear(2, 2),", "reaches idle.weight, idle.bias; leave"),
+        (
+            "self.mix = scale,",
+            "self.idle, self.mix = scale, nn.Linear(2, 2),",
+            "reaches idle.weight, idle.bias; remove",
+        ),
         ("super().__init__()", "super().__init__(); raise ValueError('scale must be even')", "scale must be even"),
     ],
 )

@@ -18,7 +18,7 @@ from tests.stored import store
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         find([tmp_path / "missing"])
     with pytest.raises(InputError, match="No run in"):
         find([tmp_path])
