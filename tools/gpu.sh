@@ -112,6 +112,8 @@ $python -c \"$seen\""
 step tests 540 "$python -m pytest -q -p no:cacheprovider -m gpu $required --junitxml=\$work/tests.xml"
 operators 32 4
 step loop 300 "$python benchmarks/loop.py --device $loop_device $loop --json \$work/loop.json"
+step loop-contiguous 300 "$python benchmarks/loop.py --device $loop_device $loop --methods conv,kit \
+--set recipe.channels_last=false --json \$work/loop.json"
 step scale 540 "$python -m kitbench scale --device $device --sizes $sizes --out \$work/scale"
 for seed in 0 1 2; do
     for method in kit global window local kit-random conv; do
