@@ -56,8 +56,8 @@ def exponents(rows: list[Row]) -> list[Row]:
 
 
 def failures(stored: dict[str, Any]) -> list[str]:
-    """What failed of kit and the windows, a line each."""
-    rows = [r for r in stored["rows"] if r["status"] == "failed" and r["operator"].startswith(("kit", "window"))]
+    """What failed, a line each."""
+    rows = [row for row in stored["rows"] if row["status"] == "failed"]
     return [line(row) for row in rows] + ([f"device lost at {stored['lost']}"] if stored.get("lost") else [])
 
 

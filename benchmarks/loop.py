@@ -74,7 +74,9 @@ def since(start: Spent, device: torch.device) -> Spent:
 
 def network(chosen: Suite, name: str) -> UNet:
     loaded = methods.load_method(chosen.methods[name].attention, name)
-    return UNet(3, chosen.backbone, loaded, loaded.resolve(chosen.methods[name].settings), 0)
+    model = UNet(3, chosen.backbone, loaded, loaded.resolve(chosen.methods[name].settings), 0)
+    model.lay_out(torch.channels_last if chosen.recipe.channels_last else torch.contiguous_format)
+    return model
 
 
 def bare(
@@ -190,9 +192,10 @@ def main() -> None:
     steps = stretch * options.stretches
     try:
         device = choose_device(options.device)
+        overrides = [f"recipe.steps={steps}", "recipe.warmup=0", *options.set]
+        chosen = loading.load_suite("denoise", options.preset, overrides)
     except InputError as error:
         parser.error(str(error))
-    chosen = loading.load_suite("denoise", options.preset, [f"recipe.steps={steps}", "recipe.warmup=0"])
     recipe = chosen.recipe
     make_repeatable(recipe)
     batches = Batches(read_set(card("skimage-train"), None, "colour"), chosen.task, recipe, 0)

@@ -55,29 +55,7 @@ OPERATORS = {
     "kitbench/cost/formulas.py _convolution_backward": "torch's own operator",
 }
 """Functions whose parameters are those of an operator, without a decorator that says so."""
-TO_BE_MENDED = {
-    "baselines": set[str](),
-    "benchmarks": {
-        "benchmarks/attention.py: file",
-    },
-    "tests": {"tests/fake_cuda/device.py: file"},
-    "attention": {
-        "kitbench/attention/triton_kernels.py _dkv_kernel: function",
-    },
-    "scoring": {"kitbench/scoring/evaluate.py scores: parameters"},
-    "runs": {
-        "kitbench/runs/checkpoint.py save: parameters",
-        "kitbench/runs/given_weights.py run: function",
-        "kitbench/runs/given_weights.py run: parameters",
-        "kitbench/runs/one_cell.py run_cell: parameters",
-        "kitbench/runs/one_cell.py score: parameters",
-        "kitbench/runs/one_cell.py _trained: parameters",
-        "kitbench/runs/queue.py work_off: function",
-        "kitbench/runs/queue.py work_off: parameters",
-        "kitbench/runs/train.py train: function",
-        "kitbench/runs/train.py train: parameters",
-    },
-}
+TO_BE_MENDED = dict[str, set[str]]()
 """What is larger than it should be today, by room. Take out what you mend."""
 
 

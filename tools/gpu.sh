@@ -109,9 +109,14 @@ $cases --json \$work/attention.json"
 seen="import torch; print(torch.__version__, torch.cuda.is_available() and torch.cuda.get_device_name()); assert $gpu, 'no GPU'"
 step machine 60 "{ nvidia-smi || true; $python -m torch.utils.collect_env; git log -1 --format=%H || true; } > \$work/machine.txt 2>&1; \
 $python -c \"$seen\""
-step tests 540 "$python -m pytest -q -p no:cacheprovider -m gpu $required --junitxml=\$work/tests.xml"
+# Tests compile every kernel and start the command line dozens of times: one after another they would not end in time.
+tests="-m pytest -q -n 4 -p no:cacheprovider -m gpu $required --durations=20 --junitxml=\$work/tests.xml"
+step tests-kernels 540 "$python $tests tests/attention"
+step tests-commands 540 "$python $tests tests --ignore=tests/attention"
 operators 32 4
 step loop 300 "$python benchmarks/loop.py --device $loop_device $loop --json \$work/loop.json"
+step loop-contiguous 300 "$python benchmarks/loop.py --device $loop_device $loop --methods conv,kit \
+--set recipe.channels_last=false --json \$work/loop.json"
 step scale 540 "$python -m kitbench scale --device $device --sizes $sizes --out \$work/scale"
 for seed in 0 1 2; do
     for method in kit global window local kit-random conv; do

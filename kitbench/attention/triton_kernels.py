@@ -167,6 +167,34 @@ def _dq_kernel(
 
 
 @triton.jit
+def _segment(program, patches, first_ptr, row_slot_ptr, slot_row_ptr, order_ptr, SEGMENT: tl.constexpr,
+             ORDERED: tl.constexpr):  # fmt: skip
+    """Key patch, slot, and begin and end of the queries that a program of _dkv_kernel takes.
+
+    Programs 0 to `patches` take the first segment of the list of a key patch, the others a slot each: a further one.
+    A list that is not split is one segment, whatever its length. Slot -1: the segment is the whole list, and goes to
+    the results; -2: the segment is empty, and nothing is written.
+    """
+    if program < patches:
+        row = _patch(order_ptr, program.to(tl.int64), ORDERED)
+        slot = tl.load(row_slot_ptr + row).to(tl.int32)
+        begin = tl.load(first_ptr + row).to(tl.int32)
+        end = tl.load(first_ptr + row + 1).to(tl.int32)
+        end = tl.where(slot >= 0, tl.minimum(end, begin + SEGMENT), end)
+    else:
+        slot = program - patches
+        row = tl.load(slot_row_ptr + slot).to(tl.int64)  # `patches` where the slot is not in use
+        used = row < patches
+        row = tl.where(used, row, 0)
+        nth = slot - tl.load(row_slot_ptr + row).to(tl.int32)
+        begin = tl.load(first_ptr + row).to(tl.int32) + nth * SEGMENT
+        end = tl.minimum(tl.load(first_ptr + row + 1).to(tl.int32), begin + SEGMENT)
+        end = tl.where(used & (nth > 0), end, begin)  # the first segment is done by another program
+        slot = tl.where(used & (nth > 0), slot, -2)
+    return row, slot, begin, end
+
+
+@triton.jit
 def _dkv_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, first_ptr, query_ptr, row_slot_ptr, slot_row_ptr, order_ptr,
     bias_ptr, query_label_ptr, key_label_ptr, dk_ptr, dv_ptr, partial_ptr,
@@ -176,10 +204,7 @@ def _dkv_kernel(
     WHOLE_T: tl.constexpr, WHOLE_S: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
     BD: tl.constexpr,
 ):  # fmt: skip
-    """Programs 0 to `patches` take the first segment of the list of a key patch, the others a slot each: a further one.
-
-    A list that is not split (row_slot -1) is one segment, whatever its length.
-    """
+    """One program a segment of the list of a key patch, head and tile of keys; see _segment."""
     program, head = tl.program_id(0), tl.program_id(1)
     s = tl.program_id(2) * BS + tl.arange(0, BS)
     s_in = s < S
@@ -187,22 +212,9 @@ def _dkv_kernel(
         row = program.to(tl.int64)
         slot, begin, end = -1, 0, 1
     else:
-        if program < patches:
-            row = _patch(order_ptr, program.to(tl.int64), ORDERED)
-            slot = tl.load(row_slot_ptr + row).to(tl.int32)
-            begin = tl.load(first_ptr + row).to(tl.int32)
-            end = tl.load(first_ptr + row + 1).to(tl.int32)
-            end = tl.where(slot >= 0, tl.minimum(end, begin + SEGMENT), end)
-        else:
-            slot = program - patches
-            row = tl.load(slot_row_ptr + slot).to(tl.int64)  # `patches` where the slot is not in use
-            used = row < patches
-            row = tl.where(used, row, 0)
-            nth = slot - tl.load(row_slot_ptr + row).to(tl.int32)
-            begin = tl.load(first_ptr + row).to(tl.int32) + nth * SEGMENT
-            end = tl.minimum(tl.load(first_ptr + row + 1).to(tl.int32), begin + SEGMENT)
-            end = tl.where(used & (nth > 0), end, begin)  # the first segment is done by another program
-            slot = tl.where(used & (nth > 0), slot, -2)  # -2: nothing to write
+        row, slot, begin, end = _segment(
+            program, patches, first_ptr, row_slot_ptr, slot_row_ptr, order_ptr, SEGMENT, ORDERED
+        )
     k = _load(k_ptr, row, s, s_in, head, k_row, k_position, k_head, D, BD, WHOLE_S)
     v = _load(v_ptr, row, s, s_in, head, v_row, v_position, v_head, D, BD, WHOLE_S)
     if LABELS:

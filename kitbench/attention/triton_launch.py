@@ -69,7 +69,8 @@ class Problem:
         _, queries, keys, _, width = self.shape
         block = max(16, triton.next_power_of_2(width))
         kind = precision(self.q.dtype) if self.q.dtype == torch.float32 else "half"
-        chosen = schedule(stage, kind, block, self.labels is not None and self.neighbours is not None)
+        crowded = self.neighbours is not None and (self.labels is not None or keys > Schedule.keys)
+        chosen = schedule(stage, kind, block, crowded)
         tile_t = min(chosen.queries, max(16, triton.next_power_of_2(queries)))
         tile_s = min(chosen.keys, max(16, triton.next_power_of_2(keys)))
         flat = block == width
@@ -100,16 +101,16 @@ class Schedule:
     """With 3 the indices of the neighbours are fetched ahead of their tiles, and these ahead of the products."""
 
 
-def schedule(stage: str, kind: str, block: int, masked: bool) -> Schedule:
+def schedule(stage: str, kind: str, block: int, crowded: bool) -> Schedule:
     """What a kernel's registers and shared memory hold: `kind` is 'half' (16 bits), 'tf32' or 'ieee' (float32).
 
-    masked: neighbours with labels. Read off the compiled code of sm_80 and sm_90 (benchmarks/kernels.py), with room to
-    spare: the order in which Triton carries variables through a loop differs from process to process, and with it the
-    registers.
+    crowded: neighbours with labels, or with keys of more than one tile. Read off the compiled code of sm_80 and sm_90
+    (benchmarks/kernels.py), with room to spare: the order in which Triton carries variables through a loop differs from
+    process to process, and with it the registers.
     """
     if kind == "half":
         if stage == "dq":  # holds bias and its gradient besides the logits
-            return Schedule(queries=32, keys=32 if masked else 64, warps=8 if block == 128 else 4, stages=2)
+            return Schedule(queries=32, keys=32 if crowded else 64, warps=8 if block == 128 else 4, stages=2)
         if stage == "dkv":
             return Schedule(queries=64 if block <= 32 else 32, warps=4 if block <= 32 else 8, stages=2)
         if block == 128:

@@ -1,4 +1,4 @@
-"""`kitbench tune`: the same search for a learning rate for every method, on images that are neither trained on nor tested.
+"""`kitbench tune`: the same search for a learning rate for every method, on images neither trained on nor tested.
 
 Every method is trained at every rate of one grid, at the recipe's full length, with a seed that no comparison uses, and
 scored on the validation sets. Where one method's best rate is the lowest or the highest, the grid is widened for all.
@@ -88,7 +88,7 @@ def beyond(rates: Sequence[float], best: Sequence[float]) -> tuple[float, ...]:
 
 
 def best_rates(trials: Sequence[Trial]) -> dict[str, float]:
-    """By method, the rate with the highest PSNR; the lower one of two equal ones. Raises RunError where there is none."""
+    """By method, the rate with the highest PSNR, the lower of two equal ones. Raises RunError where there is none."""
     best = {}
     for method in dict.fromkeys(trial.method for trial in trials):
         scored = [trial for trial in trials if trial.method == method and trial.psnr_db is not None]

@@ -17,10 +17,11 @@ def tuning_table(record: Tuning, form: str = "simple") -> str:
     head = ["learning rate", *(f"{rate:g}" for rate in record.rates)]
     grown = "; the grid was widened, since a best rate lay at its edge" if record.widened else ""
     caption = (
-        f"{record.suite}, {record.mode}, preset {record.preset}: PSNR in dB on {record.validation} after {record.steps} "
-        f"steps, seed {record.seed}; * the method's best{grown}"
+        f"{record.suite}, {record.mode}, preset {record.preset}: PSNR in dB on {record.validation} after "
+        f"{record.steps} steps, seed {record.seed}; * the method's best{grown}"
     )
-    return f"{caption}\n\n{tabulate(lines, head, form, disable_numparse=True, colalign=['left'] + ['right'] * len(record.rates))}\n"
+    align = ["left"] + ["right"] * len(record.rates)
+    return f"{caption}\n\n{tabulate(lines, head, form, disable_numparse=True, colalign=align)}\n"
 
 
 def _cell(psnr: float | None, best: bool) -> str:

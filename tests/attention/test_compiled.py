@@ -31,7 +31,7 @@ def run_kernels(folder: Path, *arguments: str) -> dict[str, Any]:
     """benchmarks/kernels.py in a process of its own: this one may hold Triton's interpreter."""
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "kernels.py", *arguments, "--json", folder / "found.json"],
-        cwd=ROOT, capture_output=True, text=True, timeout=280,
+        cwd=ROOT, capture_output=True, text=True, timeout=850,
         env=os.environ | {"TRITON_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -47,6 +47,8 @@ def too_much(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # of two minutes of one core each, where others use it too
 @pytest.mark.parametrize("sm", [80, 90])
 def test_the_kernels_of_the_recipe_for_gpus_fit_and_spill_nothing(sm: int, tmp_path: Path) -> None:
     rows = run_kernels(tmp_path, "--sm", str(sm), "--kinds", "bfloat16", "--processes", "1")["rows"]

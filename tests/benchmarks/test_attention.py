@@ -22,11 +22,23 @@ MODULES = {"kit", "window", "window sdpa", "window no bias"}
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The benchmark as a module, beside which the one with its tables lies."""
+    """The benchmark as a module."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import attention
 
     return attention
+
+
+@pytest.fixture
+def operators(benchmark: ModuleType) -> ModuleType:
+    """What the benchmark measures."""
+    return sys.modules["attention_operators"]
+
+
+@pytest.fixture
+def rows(benchmark: ModuleType) -> ModuleType:
+    """How it measures."""
+    return sys.modules["attention_rows"]
 
 
 def call(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -99,12 +111,12 @@ def test_the_smallest_case_is_measured_stored_and_printed(tmp_path: Path) -> Non
     ]  # fmt: skip
 
 
-def test_the_registered_and_the_fused_windows_are_one_function(benchmark: ModuleType) -> None:
+def test_the_registered_and_the_fused_windows_are_one_function(operators: ModuleType) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(3, 512, 2, 16, dtype=torch.float64, requires_grad=True) for _ in range(3))
     bias = torch.randn(2, 256, 256, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn_like(q)
-    forms = (benchmark.fused_windows, benchmark.registered_windows, benchmark.indexed_windows)
+    forms = (operators.fused_windows, operators.registered_windows, operators.indexed_windows)
     outs = [form(q, k, v, bias) for form in forms]
     gradients = [torch.autograd.grad(out, (q, k, v, bias), upstream) for out in outs]
     for out, gradient in zip(outs[1:], gradients[1:], strict=True):
@@ -113,13 +125,14 @@ def test_the_registered_and_the_fused_windows_are_one_function(benchmark: Module
 
 
 def test_an_operator_that_fails_leaves_a_row_that_says_why_and_the_others_go_on(
-    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    benchmark: ModuleType, operators: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     def refuse(*tables: object) -> None:
         raise RuntimeError("out of resource: shared memory, Required: 263168\nand more lines")
 
     calls = 0
-    real = benchmark.kit.Attention.forward
+    real = operators.kit.Attention.forward
 
     def late(self: object, x: torch.Tensor) -> torch.Tensor:
         nonlocal calls
@@ -128,8 +141,8 @@ def test_an_operator_that_fails_leaves_a_row_that_says_why_and_the_others_go_on(
             raise ArithmeticError("lost on the way")
         return real(self, x)
 
-    monkeypatch.setattr(benchmark, "registered_windows", refuse)
-    monkeypatch.setattr(benchmark.kit.Attention, "forward", late)
+    monkeypatch.setattr(operators, "registered_windows", refuse)
+    monkeypatch.setattr(operators.kit.Attention, "forward", late)
     path = tmp_path / "found.json"
     assert call(benchmark, monkeypatch, *SMALL, "--dtypes", "bfloat16", "--json", str(path)) == 3
     rows = json.loads(path.read_text())["rows"]
@@ -149,19 +162,19 @@ def test_an_operator_that_fails_leaves_a_row_that_says_why_and_the_others_go_on(
 
 
 def test_after_an_error_that_the_device_does_not_survive_nothing_more_is_measured(
-    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    benchmark: ModuleType, rows: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def gone(device: torch.device) -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
     monkeypatch.setattr(torch.cuda, "synchronize", gone)
-    with pytest.raises(benchmark.Lost, match="kit: RuntimeError: illegal"):
-        benchmark.why("kit", RuntimeError("illegal"), torch.device("cuda"))
+    with pytest.raises(rows.Lost, match="kit: RuntimeError: illegal"):
+        rows.why("kit", RuntimeError("illegal"), torch.device("cuda"))
     done = []
 
     def lost(case: object, *others: object) -> None:
         done.append(case)
-        raise benchmark.Lost("kit: illegal")
+        raise rows.Lost("kit: illegal")
 
     monkeypatch.setattr(benchmark, "measure_case", lost)
     path = tmp_path / "found.json"

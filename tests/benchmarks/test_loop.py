@@ -20,13 +20,15 @@ def loop(folder: Path, *arguments: str, code: int = 0) -> str:
 
 
 def test_the_smallest_loop_is_measured_and_its_waiting_told(tmp_path: Path) -> None:
-    printed = loop(tmp_path, "--preset", "smoke", "--stretches", "3", "--methods", "conv", "--json", "found.json")
+    printed = loop(tmp_path, "--preset", "smoke", "--stretches", "3", "--methods", "conv", "--json", "found.json",
+                   "--set", "recipe.channels_last=false")  # fmt: skip
     stored = json.loads((tmp_path / "found.json").read_text())
     found = stored["methods"]["conv"]
     assert 0 < found["waiting"] < 1
     assert found["share"] > 0
     assert found["gpu_state"] is None
     assert f"{found['waiting']:.1%}" in printed
+    assert "preset smoke, recipe.channels_last=false." in printed
     assert "Aimed at" not in printed, "the aims are of a GPU"
 
 
@@ -44,6 +46,10 @@ def test_the_aims_of_a_gpu_are_judged_by_the_stored_figures(tmp_path: Path) -> N
     assert "- kit: 96.0%, reached; 20.0 steps a second, reached" in lines
     assert "- window: 94.0%, not reached; 9.1 steps a second, not reached" in lines
     assert "- conv: 99.0%, but in processor time, which says nothing of a GPU's; 20.0 steps a second, reached" in lines
+
+
+def test_a_setting_that_there_is_not_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    assert "recipe.channel_last" in loop(tmp_path, "--set", "recipe.channel_last=false", code=2)
 
 
 def test_a_device_that_is_not_there_is_refused_in_a_sentence(tmp_path: Path) -> None:

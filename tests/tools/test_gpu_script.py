@@ -24,7 +24,15 @@ def test_the_steps_are_every_method_with_three_seeds_and_what_is_measured_on_a_g
     lines = gpu(tmp_path / "out", "--dry-run").splitlines()
     methods = ("kit", "global", "window", "local", "kit-random", "conv")
     kinds = ("bfloat16", "float32", "tf32")
-    expected = ["machine", "tests", *(f"attention-{kind}-c32-k4" for kind in kinds), "loop", "scale"]
+    expected = [
+        "machine",
+        "tests-kernels",
+        "tests-commands",
+        *(f"attention-{kind}-c32-k4" for kind in kinds),
+        "loop",
+        "loop-contiguous",
+        "scale",
+    ]
     expected += [f"train-{method}-{seed}" for seed in range(3) for method in methods]
     expected += [f"attention-{kind}-{shape}" for shape in ("c64-k4", "c32-k8", "c64-k8") for kind in kinds]
     assert [line.partition(":")[0] for line in lines] == expected
@@ -69,12 +77,13 @@ def test_without_a_gpu_the_first_step_fails_and_nothing_is_begun_behind_it(tmp_p
     told = gpu(tmp_path / "out", code=3, CUDA_VISIBLE_DEVICES="")
     assert "machine: failed" in told
     assert "no GPU" in told
-    assert "tests" not in told.replace("tests/", "")
+    assert "tests-kernels" not in told
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["done.txt", "machine.failed.log"]
 
 
 def test_a_skipped_gpu_test_fails_where_a_gpu_is_required(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/cost/test_timing.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "1", "-p", "no:cacheprovider", "-m", "gpu"]
+    command.append("tests/cost/test_timing.py")
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*command, "--require-gpu"], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 1, done.stdout
