@@ -139,7 +139,7 @@ def test_the_command_restores_beside_the_input_and_refuses_to_overwrite(tiny_run
     assert "wrote a-restored.png" in run_kitbench(tmp_path, "restore", "a.png", "--run", run).stdout
     for arguments, sentence in (
         (["a.png", "--run", run], "a-restored.png exists"),
-        (["text.png", "--run", run], "is no picture"),
+        (["text.png", "--run", run], "is not a readable picture"),
         (["missing.png", "--run", run], "cannot be read"),
         (["a.png", "--run", str(tiny_runs)], "give one"),
         (["a.png", "--overwrite", "--run", str(next(tiny_runs.glob("*input*")))], "training-free"),
@@ -160,7 +160,7 @@ def test_weights_that_are_not_those_of_the_run_are_refused(tiny_runs, tmp_path) 
     with pytest.raises(InputError, match="cannot be read"):
         trained.load_trained(RunFolder(copy), None, CPU)
     (copy / "weights.safetensors").unlink()
-    with pytest.raises(InputError, match="holds no weights"):
+    with pytest.raises(InputError, match="contains no weights"):
         trained.load_trained(RunFolder(copy), None, CPU)
 
 
@@ -187,9 +187,9 @@ def test_explain_draws_and_prints_what_was_chosen(tiny_runs, tmp_path) -> None:
     with Image.open(tmp_path / "explain.png") as drawn:
         assert drawn.size[0] > 300
     for arguments, sentence in (
-        (["--run", conv, "--at", "1,1"], "chooses no patches"),
+        (["--run", conv, "--at", "1,1"], "does not select patches"),
         (["--run", kit, "--at", "80,1"], "outside the picture of 80 x 60"),
         (["--run", kit, "--at", "x"], "--at takes X,Y"),
-        (["--run", kit, "--at", "1,1", "--out", "a.gif"], "no picture format"),
+        (["--run", kit, "--at", "1,1", "--out", "a.gif"], "is not a format to draw in"),
     ):
         assert sentence in refused(tmp_path, "explain", "a.png", *arguments)

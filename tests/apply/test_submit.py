@@ -86,7 +86,7 @@ def test_dnd_gets_every_region_of_every_photograph(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_submitted_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="Rain100L is scored here.*sets to submit: SIDD-benchmark, DND"):
+    with pytest.raises(InputError, match="Rain100L has no server.*sets with one: SIDD-benchmark, DND"):
         send(card("Rain100L"), tmp_path, tmp_path / "out.csv")
     with pytest.raises(InputError, match=r"takes a \.csv file; give --out FILE\.csv"):
         send(card("SIDD-benchmark"), tmp_path, tmp_path / "out.mat")

@@ -107,7 +107,7 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
         read_state(tmp_path / "none.pth")
     with pytest.raises(InputError, match="contains a list"):
         read_state(save(tmp_path / "list.pth", [torch.zeros(1)]))
-    with pytest.raises(InputError, match="it holds none"):
+    with pytest.raises(InputError, match="it contains none"):
         read_state(save(tmp_path / "numbers.pth", {"epoch": 3}))
 
 
