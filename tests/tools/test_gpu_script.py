@@ -24,7 +24,15 @@ def test_the_steps_are_every_method_with_three_seeds_and_what_is_measured_on_a_g
     lines = gpu(tmp_path / "out", "--dry-run").splitlines()
     methods = ("kit", "global", "window", "local", "kit-random", "conv")
     kinds = ("bfloat16", "float32", "tf32")
-    expected = ["machine", "tests-kernels", "tests-commands", *(f"attention-{kind}-c32-k4" for kind in kinds), "loop", "loop-contiguous", "scale"]
+    expected = [
+        "machine",
+        "tests-kernels",
+        "tests-commands",
+        *(f"attention-{kind}-c32-k4" for kind in kinds),
+        "loop",
+        "loop-contiguous",
+        "scale",
+    ]
     expected += [f"train-{method}-{seed}" for seed in range(3) for method in methods]
     expected += [f"attention-{kind}-{shape}" for shape in ("c64-k4", "c32-k8", "c64-k8") for kind in kinds]
     assert [line.partition(":")[0] for line in lines] == expected
