@@ -197,6 +197,14 @@ def reports(model: UNet, image: np.ndarray, device: torch.device, tile: int) -> 
     return found
 
 
+def changed_settings(job: Job, cell: Cell) -> tuple[str, ...]:
+    """The settings that `--set` gave another value than the suite has."""
+    if not cell.trained:
+        return ()
+    own = job.methods[cell.method].resolve(job.suite.methods[cell.method].own)
+    return tuple(sorted(key for key, value in cell.settings.items() if value != own[key]))
+
+
 def record_of(job: Job, cell: Cell) -> Run:
     trained = cell.trained
     loaded = job.methods[cell.method] if trained else job.references[cell.method]
@@ -211,6 +219,7 @@ def record_of(job: Job, cell: Cell) -> Run:
         attention=cell.attention,
         card=loaded.card,
         settings=cell.settings,
+        changed=changed_settings(job, cell),
         seed=cell.seed,
         device=cell.device,
         task=job.suite.task,

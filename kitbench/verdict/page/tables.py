@@ -9,9 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from kitbench.verdict.claims import Block, compare_methods
 from kitbench.verdict.compare import Column, Compared, adjusted, heading
-from kitbench.verdict.render import named, notes_of, number, ranked, slowed
+from kitbench.verdict.contrasts import Block, compare_methods
+from kitbench.verdict.render import named, notes_of, number, ranked, slowed, unranked
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,9 @@ def _score(block: pd.DataFrame, match: pd.DataFrame, column: Column, metric: str
     best, second = ranked(block, column, metric, digits, higher)
     spread = row.get(metric.removesuffix("_db") + "_pm_seeds")
     behind = "" if spread is None or pd.isna(spread) else f" ± {spread:.{digits}f}"
-    star = "*" if metric == "psnr_db" and row["within_noise"] == 1 else ""
-    return Cell(
-        text + behind + star, _amount(row[metric], digits).key, 1 if text == best else 2 if text == second else 0
-    )
+    star = "" if metric != "psnr_db" else "*" if row["within_noise"] == 1 else "§" if unranked(row) else ""
+    rank = 0 if not row["ranked"] else 1 if text == best else 2 if text == second else 0
+    return Cell(text + behind + star, _amount(row[metric], digits).key, rank)
 
 
 def differences_of(compared: Sequence[Compared]) -> Grid | None:
@@ -96,7 +95,7 @@ def differences_of(compared: Sequence[Compared]) -> Grid | None:
         "95 % interval",
         "on these images alone",
         "p (Holm)",
-        "Shows, dB",
+        "Detects, dB",
         "Seeds",
         "Images",
         "Runs",
@@ -112,14 +111,14 @@ def differences_of(compared: Sequence[Compared]) -> Grid | None:
             [
                 cell(f"{c.a} - {c.b}"), Cell(f"{f.mean:+.3f}", f.mean), *intervals,
                 Cell("n/a" if c.p_holm is None else f"{c.p_holm:.3g}", math.inf if c.p_holm is None else c.p_holm),
-                Cell("n/a" if f.detectable is None else f"{f.detectable:.3f}", f.detectable or math.inf),
+                Cell("n/a" if c.detectable is None else f"{c.detectable:.3f}", c.detectable or math.inf),
                 cell(str(f.seeds), f.seeds), cell(str(f.images), f.images), cell(" ".join(c.runs)),
             ]
         )  # fmt: skip
     notes = [
-        "Paired by seed and image; an image's mean over its conditions. Interval: hierarchical bootstrap over seeds "
-        "and images, expanded to Student's t. p: the larger of a permutation test and the test over seeds and images.",
-        "Shows: the true difference that so many seeds and images find in 4 cases of 5.",
+        "Paired by seed and image; an image's mean over its conditions. Interval and p hold for other seeds and other "
+        "images; p is corrected for all pairs of methods, one interval is not.",
+        "Detects: the smallest true difference that these seeds and images find with 80 % power after the correction.",
         *dict.fromkeys(c.found.note + "." for c in compared if c.found.note),
     ]
     return Grid("Differences to the best", header, lines, notes)
