@@ -21,7 +21,7 @@ from kitbench.spec.shipped import suite_names
 from kitbench.store.records import Run, Tuning
 from kitbench.verdict.compare import Column, Compared, compare, with_correction
 from kitbench.verdict.entries import Entry, bare_label, labels
-from kitbench.verdict.statistics import ALPHA, holm
+from kitbench.verdict.statistics import ALPHA, corrected
 
 Verdict = Literal["supported", "not supported", "depends on the learning rate", "not decided"]
 OPEN: Verdict = "not decided"
@@ -265,13 +265,16 @@ class Judged:
 def judge(contrasts: Mapping[K, tuple[str, str, Mapping[Setup, Compared]]]) -> dict[K, Judged]:
     """Contrasts (a, b, differences by setup) of one page, corrected together."""
     known = {key: setups for key, (_, _, setups) in contrasts.items() if setups}
-    joint = np.array([np.max([_p(compared) for compared in setups.values()]) for setups in known.values()])
-    corrected = dict(zip(known, holm(joint) / joint, strict=True))
+    p = np.zeros((len(known), max((len(setups) for setups in known.values()), default=1)))
+    for place, setups in enumerate(known.values()):
+        values = [compared.found.p for compared in setups.values()]
+        p[place, : len(values)] = [math.nan if value is None else value for value in values]
+    adjusted = dict(zip(known, corrected(p), strict=True))
     judged = {}
     for key, (a, b, setups) in contrasts.items():
         found = {
-            setup: with_correction(compared, float(np.minimum(1.0, _p(compared) * corrected[key])), len(known))
-            for setup, compared in setups.items()
+            setup: with_correction(compared, float(adjusted[key][place]), len(known))
+            for place, (setup, compared) in enumerate(setups.items())
         }
         if found:
             verdict, reason = decide({setup: _sign(compared) for setup, compared in found.items()})
@@ -279,10 +282,6 @@ def judge(contrasts: Mapping[K, tuple[str, str, Mapping[Setup, Compared]]]) -> d
             verdict, reason = OPEN, f"no stored runs of both {a} and {b} under one recipe"
         judged[key] = Judged(a, b, found, verdict, reason)
     return judged
-
-
-def _p(compared: Compared) -> float:
-    return math.nan if compared.found.p is None else compared.found.p
 
 
 def _sign(compared: Compared) -> int:

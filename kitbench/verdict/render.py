@@ -149,18 +149,17 @@ def notes_of(block: pd.DataFrame) -> list[str]:
     if block["psnr_pm_seeds"].notna().any():
         notes.append("± half the 95 % interval over seeds (Student), for exactly these images.")
     if compared["p_holm"].notna().any():
-        notes.append(
+        star = (
             "* not distinguishable from the best of its column at 5 % (paired over seeds and images, Holm's correction "
-            f"over all pairs of the table). {detects(compared['detectable_db'].max())}"
+            "over all pairs of the table)."
         )
+        notes.append(f"{star} {detects(compared['detectable_db'].max())}")
     others = block[[unranked(row) for _, row in block.iterrows()]]
     if len(others):
         seeds = "; ".join(dict.fromkeys(block[block["ranked"]]["seeds"]))
         notes.append(f"§ not ranked and not compared: other seeds than the ranked rows ({seeds}).")
     reasons = dict.fromkeys(compared["statistics_note"].dropna())
-    return notes + [
-        f"{reason[0].upper()}{reason[1:]}; differences in this table are not decided." for reason in reasons
-    ]
+    return notes + [f"{reason[0].upper()}{reason[1:]}; such differences are not decided." for reason in reasons]
 
 
 def detects(db: float) -> str:

@@ -36,6 +36,9 @@ def rows(runs: Sequence[RunFolder], protocol: str | None = None) -> pd.DataFrame
     table = pd.DataFrame(
         [_row(key, group, to_best.get(key)) | {"ranked": key in ranked} for key, group in groups.items()]
     )
+    # Where a table decides anything, a row that cannot be compared (too few images in its column) is marked as well.
+    decides = table.groupby(["mode", "comparison"])["p_holm"].transform(lambda p: p.notna().any())
+    table.loc[decides & table["best"].notna() & table["p_holm"].isna(), "within_noise"] = True
     order = table["comparison"].map(_comparison_order(found))
     trained = table["seeds"] != "-"
     # References stand first, the weakest (the input) on top; trained methods by name.

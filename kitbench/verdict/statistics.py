@@ -106,7 +106,7 @@ def p_values(found: Spread) -> Array:
     # Bisection on log p. Below: the larger of Student's two p values. Above: Student's with the lesser freedom.
     below = np.maximum(*(_student(mean / v, f) for v, f in zip((a, b), freedom, strict=True)))
     low, high = np.log(below), np.log(_student(mean / (a + b), min(freedom)))
-    for _ in range(34):
+    for _ in range(24):
         middle = (low + high) / 2
         squares = [np.square(special.stdtrit(f, np.exp(middle) / 2)) for f in freedom]
         outside = mean > squares[0] * a + squares[1] * b  # zero lies outside: p is smaller
@@ -128,6 +128,17 @@ def holm(p: Array) -> Array:
     adjusted = np.empty_like(running)
     np.put_along_axis(adjusted, order, running, -1)
     return adjusted
+
+
+def corrected(p: Array) -> Array:
+    """p values [..., contrasts, setups] of contrasts that every setup must decide, adjusted over the contrasts.
+
+    The p value of a contrast is the largest of its setups'. Each setup's is multiplied by what Holm's method multiplies
+    that one by, so that a contrast is decided where all of its setups are. A contrast with a NaN has no p value; 0
+    stands for a setup that a contrast does not have.
+    """
+    joint = np.maximum(p.max(-1), np.finfo(np.float64).tiny)
+    return np.minimum(p * (holm(joint) / joint)[..., None], 1.0)
 
 
 def to_best(columns: Sequence[Array]) -> list[tuple[NDArray[np.intp], Array]]:
