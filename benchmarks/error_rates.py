@@ -93,14 +93,21 @@ def worlds() -> Iterator[World]:
             yield World("other seed spread", seeds, of_seed=of_seed)
     for images in (2, 6, 12, 24, 100):
         yield World("other images", 5, images, of_seed=0.05)
+    for seeds, images, of_seed in ((3, 2, 0.2), (10, 2, 0.2), (3, 100, 0.2), (10, 100, 0.2)):
+        yield World("other images", seeds, images, of_seed)
     yield World("other images", 3, 12, of_seed=0.05)
     yield World("other images", 10, 12, of_seed=0.05)
-    for seeds, images in ((3, 68), (5, 68), (10, 68), (5, 12)):
+    for seeds, images in ((3, 68), (5, 68), (10, 68), (5, 12), (10, 12)):
         yield World("unequal methods", seeds, images, seed_spreads=UNEQUAL, image_spreads=UNEQUAL[::-1])
     tails: tuple[Literal["heavy", "skewed"], ...] = ("heavy", "skewed")
     for kind in tails:
         for seeds, images in ((3, 12), (5, 12), (10, 12), (5, 68)):
             yield World(f"{kind} images", seeds, images, of_seed=0.05, tails=kind)
+    for seeds, images in ((10, 12), (5, 24)):
+        yield World(
+            "unequal methods, heavy images", seeds, images, 0.05, seed_spreads=UNEQUAL, image_spreads=UNEQUAL[::-1],
+            tails="heavy",
+        )  # fmt: skip
     for images in (12, 24, 68):
         yield World(
             "unequal methods, skewed images", 10, images, 0.05, seed_spreads=UNEQUAL, image_spreads=UNEQUAL[::-1],
@@ -157,7 +164,7 @@ def judge(world: World, repeats: int) -> dict[str, Any]:
         first, second = (list(side) for side in zip(*combinations(range(len(METHODS)), 2), strict=True))
         scores = world.scores(random, tables, equal)
         found = spread(scores[:, first] - scores[:, second])
-        return np.less_equal(np.abs(found.mean), half_width(found), dtype=bool)
+        return np.asarray(np.abs(found.mean) <= half_width(found), np.bool_)
 
     def found_in_table(gain: float) -> Callable[[int], Decisions]:
         def of(tables: int) -> Decisions:

@@ -14,13 +14,12 @@ from kitbench.verdict.compare import Column, heading
 
 HEADING = "Published, not run here"
 CAUTION = (
-    "Other training data, recipes and protocols: read beside the rows above, these figures rank nothing; each is as "
-    "printed where it was read."
+    "Other training data, recipes and protocols: these figures rank nothing. Each is as printed where it was read."
 )
 
 
 class Figure(Frozen):
-    """One printed score. PSNR in dB; `metric` tells of which channels."""
+    """One printed score. PSNR in dB; `metric` says of which channels."""
 
     data_set: str
     sigma: float | None = None

@@ -32,6 +32,7 @@ def test_an_override_changes_one_setting_and_nothing_else() -> None:
     )
     assert changed.recipe.steps == 2000
     assert changed.methods["kit"].settings == {"patch": 4, "k": 8}
+    assert changed.methods["kit"].own == {"patch": 4}
     restored = changed.model_copy(
         update={"recipe": changed.recipe.model_copy(update={"steps": plain.recipe.steps}), "methods": plain.methods}
     )
@@ -155,3 +156,10 @@ def test_a_changed_protocol_never_carries_the_stamp_of_the_shipped_one() -> None
     assert shipped.stamp == "awgn8.v1"
     assert changed.stamp.startswith("awgn8.v1+")
     assert changed.stamp != loading.load("denoise", overrides=["protocol=awgn8", "protocol.border=4"]).protocol.stamp
+
+
+def test_a_file_with_the_name_of_a_method_of_the_suite_is_refused() -> None:
+    for file in ("kit.py", "elsewhere/kit_random.py", "global_.py"):
+        with pytest.raises(InputError, match="bears the name of the method"):
+            loading.load("denoise", methods=[file])
+    assert list(loading.load("denoise", methods=["mine.py", "kit"]).methods) == ["mine", "kit"]

@@ -183,6 +183,13 @@ def test_published_figures_stand_apart_with_their_source(three: Path, tmp_path: 
     assert "Published" not in render(find([tmp_path / "other"]), "markdown")
 
 
+def test_a_table_of_cbsd68_shows_what_cbm3d_and_networks_reach_in_print(tmp_path: Path) -> None:
+    text = render([store(tmp_path, "kit", 30.0, data_set="CBSD68")], "markdown")
+    block = text[text.index("Published, not run here") :]
+    figures = {line.split("|")[1].strip(): line.split("|")[5].strip() for line in block.splitlines() if "σ25" in line}
+    assert figures == {"CBM3D": "30.71", "CDnCNN": "31.23", "FFDNet": "31.21"}
+
+
 def test_every_published_figure_has_a_source_and_a_plausible_value() -> None:
     assert {model.task for model in published.published()} == {"denoise", "deblur", "derain"}
     for model in published.published():

@@ -12,6 +12,7 @@ from kitbench.store.folder import RunFolder, find
 from kitbench.store.records import Tuning
 from kitbench.verdict.contrasts import ONE, OPEN, OWN, Setup, combined, decide, judge, select
 from kitbench.verdict.entries import entries
+from tests.conftest import Kitbench
 from tests.stored import store
 
 QUICK = loading.load("denoise", "quick")
@@ -139,6 +140,14 @@ def test_variants_are_left_out_and_named(tmp_path: Path) -> None:
     assert chosen.left_out == ("kit (k 8)",)
     [compared] = chosen.compare("kit", "local").values()
     assert compared.found.mean == pytest.approx(0.2, abs=0.03)
+
+
+def test_the_record_says_which_settings_the_command_changed(kitbench: Kitbench, tmp_path: Path) -> None:
+    setting = "methods.kit.patch"
+    for value in ("4", "2"):  # the suite's own and another one
+        kitbench("run", "--suite", "tiny.toml", "--method", "kit", "--set", f"{setting}={value}", "--out", "out")
+    changed = {folder.run.settings["patch"]: folder.run.changed for folder in find([tmp_path / "out"]) if folder.trained}
+    assert changed == {4: (), 2: ("patch",)}
 
 
 def test_a_variant_alone_does_not_stand_for_its_method(tmp_path: Path) -> None:
