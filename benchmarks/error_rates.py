@@ -152,19 +152,19 @@ def judge(world: World, repeats: int) -> dict[str, Any]:
     def false_marks(truth: Array) -> Callable[[int], Decisions]:
         def of(tables: int) -> Decisions:
             best, marked = marks(world.scores(random, tables, truth))
-            return (marked & (truth[best][:, None] <= truth)).any(-1)
+            return np.asarray((marked & (truth[best][:, None] <= truth)).any(-1))
 
         return of
 
     def false_claims(truth: Array) -> Callable[[int], Decisions]:
         nothing = np.array([truth[a] == truth[b] for a, b in PAIRS + BEST * (len(TASKS) - 1)])
-        return lambda tables: (claims(world, random, tables, truth) & nothing).any(-1)
+        return lambda tables: np.asarray((claims(world, random, tables, truth) & nothing).any(-1))
 
     def covered(tables: int) -> Decisions:
         first, second = (list(side) for side in zip(*combinations(range(len(METHODS)), 2), strict=True))
         scores = world.scores(random, tables, equal)
         found = spread(scores[:, first] - scores[:, second])
-        return np.asarray(np.abs(found.mean) <= half_width(found), np.bool_)
+        return np.asarray(np.abs(found.mean) <= half_width(found))
 
     def found_in_table(gain: float) -> Callable[[int], Decisions]:
         def of(tables: int) -> Decisions:
