@@ -6,7 +6,7 @@
 A world gives every method, seed and image a score: the method's true mean, plus effects of the method's seed, of the
 image on the method, and of all three. (What a seed or an image does to all methods alike cancels in differences.) The
 first world has the spreads of the stored runs on CBSD68. Others have other spreads between seeds, seeds and images in
-other numbers, methods of unequal spread, and image effects with heavy or skewed tails. The functions that judge the
+other numbers, methods of unequal spread, and image effects with heavy or skewed tails. The functions that rates_of the
 scores are those that tables and claims call. Printed for each world:
 
 - false marks: share of tables with at least one row marked as different from the best although it is not, the larger of
@@ -144,7 +144,7 @@ def share(of: Callable[[int], Decisions], repeats: int) -> float:
     return float(np.concatenate([of(size) for size in sizes]).mean())
 
 
-def judge(world: World, repeats: int) -> dict[str, Any]:
+def rates_of(world: World, repeats: int) -> dict[str, Any]:
     """Rates of a world, from so many tables for false decisions and half as many for power."""
     random = np.random.default_rng(16)
     equal, halves = np.zeros(len(METHODS)), np.repeat([0.0, -1.0], len(METHODS) // 2)
@@ -233,7 +233,7 @@ def main() -> None:
         return
     stored: dict[str, Any] = {"repeats": options.repeats, "worlds": []}
     for world in worlds():
-        stored["worlds"].append({"world": asdict(world), "rates": judge(world, options.repeats)})
+        stored["worlds"].append({"world": asdict(world), "rates": rates_of(world, options.repeats)})
         print(f"{world.name}, {world.seeds} seeds, {world.images} images: {stored['worlds'][-1]['rates']}", flush=True)
     options.json.write_text(json.dumps(stored, indent=1) + "\n")
     print(f"\n{markdown(stored)}")

@@ -29,7 +29,9 @@ def store(
     """Write a run, or another evaluation of it. psnr: the mean of two images, or the value of every image, dB."""
     recipe = of.recipe.model_copy(update={"lr": lr} | ({} if steps is None else {"steps": steps}))
     chosen = of.model_copy(update={"recipe": recipe})
-    cell = Cell(chosen, "colour", method, attention or method, None, settings or {}, seed, "cpu", None if seed is None else "00")
+    cell = Cell(
+        chosen, "colour", method, attention or method, None, settings or {}, seed, "cpu", None if seed is None else "00"
+    )
     folder = RunFolder(out / cell.folder)
     trained = seed is not None
     record = Run(

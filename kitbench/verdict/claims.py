@@ -22,7 +22,19 @@ from kitbench.store.folder import RunFolder, find
 from kitbench.store.records import Tuning, read_record
 from kitbench.store.sweeps import Sweep
 from kitbench.verdict.compare import Compared
-from kitbench.verdict.contrasts import ONE, OPEN, OWN, SMOKE, Block, Judged, Runs, Verdict, combined, judge, select
+from kitbench.verdict.contrasts import (
+    ONE,
+    OWN,
+    SMOKE,
+    UNDECIDED,
+    Block,
+    Contrast,
+    Runs,
+    Verdict,
+    combined,
+    decide_contrasts,
+    select,
+)
 from kitbench.verdict.entries import entries, under
 from kitbench.verdict.growth import Part, costly, linear_measured, linear_operations, quadratic
 from kitbench.verdict.statistics import mean_interval
@@ -138,21 +150,21 @@ def _quality(main: Runs, by_task: Mapping[str, Runs]) -> dict[str, Part]:
     # The contrasts of the task that the questions are put to are asked once.
     names = {kind: "" if of_task[kind] is main else kind for kind in TASKS}
     asked |= {(names[kind], "kit", other): of_task[kind] for kind in TASKS for other in OTHERS}
-    judged = judge({key: (key[1], key[2], runs.compare(key[1], key[2])) for key, runs in asked.items()})
-    parts = {name: _part(question, judged["", a, b], main) for name, (a, b, question) in QUESTIONS.items()}
+    decided = decide_contrasts({key: (key[1], key[2], runs.compare(key[1], key[2])) for key, runs in asked.items()})
+    parts = {name: _part(question, decided["", a, b], main) for name, (a, b, question) in QUESTIONS.items()}
     for kind in TASKS:
-        contrasts = [judged[names[kind], "kit", other] for other in OTHERS]
+        contrasts = [decided[names[kind], "kit", other] for other in OTHERS]
         parts[kind] = _best_of_all(kind, contrasts, of_task[kind])
     return parts
 
 
-def _part(question: str, judged: Judged, runs: Runs) -> Part:
-    keys = dict.fromkeys(key for compared in judged.setups.values() for key in compared.runs)
-    evidence = "; ".join(f"{setup}: {in_words(compared)}" for setup, compared in judged.setups.items())
-    absent = "only smoke runs are stored, which settle no claim" if runs.smoke and not runs.blocks else judged.reason
+def _part(question: str, contrast: Contrast, runs: Runs) -> Part:
+    keys = dict.fromkeys(key for compared in contrast.setups.values() for key in compared.runs)
+    evidence = "; ".join(f"{setup}: {in_words(compared)}" for setup, compared in contrast.setups.items())
+    absent = "only smoke runs are stored, which settle no claim" if runs.smoke and not runs.blocks else contrast.reason
     return Part(
-        question, judged.verdict, f"{evidence}{_left_out(runs)}".removeprefix("; "), tuple(keys),
-        _command(judged, runs) if judged.verdict == OPEN else "", absent,
+        question, contrast.verdict, f"{evidence}{_left_out(runs)}".removeprefix("; "), tuple(keys),
+        _command(contrast, runs) if contrast.verdict == UNDECIDED else "", absent,
     )  # fmt: skip
 
 
@@ -177,27 +189,27 @@ def in_words(compared: Compared) -> str:
     return text + (f" ({found.note})" if found.note else "")
 
 
-def _best_of_all(kind: Kind, contrasts: Sequence[Judged], runs: Runs) -> Part:
+def _best_of_all(kind: Kind, contrasts: Sequence[Contrast], runs: Runs) -> Part:
     """Whether KiT is better than every other attention, of recipes that are long enough to ask."""
     question = f"On {TASKS[kind]}, does KiT restore better than global, window and local attention?"
-    verdict = combined(judged.verdict for judged in contrasts)
-    reason = next((judged.reason for judged in contrasts if judged.verdict == OPEN), "") if verdict == OPEN else ""
-    steps = max((setup.steps for judged in contrasts for setup in judged.setups), default=0)
+    verdict = combined(contrast.verdict for contrast in contrasts)
+    undecided = [contrast for contrast in contrasts if contrast.verdict == UNDECIDED]
+    reason = undecided[0].reason if verdict == UNDECIDED else ""
+    steps = max((setup.steps for contrast in contrasts for setup in contrast.setups), default=0)
     if runs.smoke and not runs.blocks:
         reason = "only smoke runs are stored, which settle no claim"
     elif steps and steps < FULL_STEPS:
-        verdict, reason = OPEN, f"{steps:,} steps of training say nothing of the state of the art"
+        verdict, reason = UNDECIDED, f"{steps:,} steps of training say nothing of the state of the art"
     evidence = "; ".join(
         f"{setup}: {compared.a} - {compared.b} {compared.found.mean:+.3f} dB"
         + (f", adjusted p {compared.p_holm:.3g}" if compared.p_holm is not None else "")
-        for judged in contrasts
-        for setup, compared in judged.setups.items()
+        for contrast in contrasts
+        for setup, compared in contrast.setups.items()
     )
-    keys = dict.fromkeys(k for judged in contrasts for compared in judged.setups.values() for k in compared.runs)
+    keys = dict.fromkeys(k for contrast in contrasts for compared in contrast.setups.values() for k in compared.runs)
     command = ""
-    if verdict == OPEN:
-        open_ones = [judged for judged in contrasts if judged.verdict == OPEN]
-        command = _command(open_ones[0], runs) if steps >= FULL_STEPS else run_command(None, [], 5, kind)
+    if verdict == UNDECIDED:
+        command = _command(undecided[0], runs) if steps >= FULL_STEPS else run_command(None, [], 5, kind)
     return Part(question, verdict, evidence + (_left_out(runs) if evidence else ""), tuple(keys), command, reason)
 
 
@@ -209,7 +221,7 @@ def _recall(runs: Runs) -> Part:
     entries_of_kit = [e for group in (block.methods["kit"] if block else {}).values() for e in group]
     noted = {e.run.key[:10]: list(e.training.notes.values()) for e in entries_of_kit if e.training and e.training.notes}
     if not noted:
-        return Part(question, OPEN, "", command=command, reason="no stored run of kit noted its recall")
+        return Part(question, UNDECIDED, "", command=command, reason="no stored run of kit noted its recall")
     recalls, chances = (
         np.array([np.mean([place[key] for place in places]) for places in noted.values()])
         for key in ("recall", "chance")
@@ -217,20 +229,22 @@ def _recall(runs: Runs) -> Part:
     interval = mean_interval(recalls - chances)
     words = f"recall {recalls.mean():.3f}, of chance {chances.mean():.3f}, over {len(recalls)} seeds"
     if interval is None:
-        return Part(question, OPEN, words, tuple(noted), command, "no interval over seeds")
+        return Part(question, UNDECIDED, words, tuple(noted), command, "no interval over seeds")
     words += f"; 95 % interval of the gain [{interval.low:+.3f}, {interval.high:+.3f}]"
-    verdict: Verdict = "supported" if interval.low > 0 else "not supported" if interval.high < 0 else OPEN
-    return Part(question, verdict, words, tuple(noted), command if verdict == OPEN else "")
+    verdict: Verdict = "supported" if interval.low > 0 else "not supported" if interval.high < 0 else UNDECIDED
+    return Part(question, verdict, words, tuple(noted), command if verdict == UNDECIDED else "")
 
 
-def _command(judged: Judged, runs: Runs) -> str:
+def _command(contrast: Contrast, runs: Runs) -> str:
     """What would decide a contrast: first the search of rates, then another length of training, then more seeds."""
-    methods = [judged.a, judged.b]
+    methods = [contrast.a, contrast.b]
     block = next(iter(runs.with_methods(*methods)), next(iter(runs.blocks), None))
-    if block is None or not judged.setups:
+    if block is None or not contrast.setups:
         return run_command(block, methods, 5)
-    seeds = max(compared.found.seeds for compared in judged.setups.values())
-    lengths = {comparison: {s.steps for s in judged.setups if s.comparison == comparison} for comparison in (ONE, OWN)}
+    seeds = max(compared.found.seeds for compared in contrast.setups.values())
+    lengths = {
+        comparison: {s.steps for s in contrast.setups if s.comparison == comparison} for comparison in (ONE, OWN)
+    }
     if lengths[OWN] != lengths[ONE]:
         return f"python -m kitbench tune --suite {_suite(block)} --preset {block.first.run.preset} --data DIR --out OUT"
     if len(lengths[ONE]) < 2:

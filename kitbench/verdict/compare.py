@@ -20,13 +20,13 @@ K = TypeVar("K", bound=Hashable)
 
 
 def heading(column: Column) -> str:
-    """What stands over a column: `CBSD68 σ25`, or `Rain100L`."""
+    """The title of a column: `CBSD68 σ25`, or `Rain100L`."""
     return " ".join(part for part in column if part)
 
 
 @dataclass(frozen=True)
 class Compared:
-    """Method a minus method b, in dB, and the runs behind it."""
+    """Method a minus method b, in dB, and the runs that were compared."""
 
     a: str
     b: str

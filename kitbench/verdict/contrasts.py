@@ -24,7 +24,7 @@ from kitbench.verdict.entries import Entry, bare_label, labels
 from kitbench.verdict.statistics import ALPHA, corrected
 
 Verdict = Literal["supported", "not supported", "depends on the learning rate", "not decided"]
-OPEN: Verdict = "not decided"
+UNDECIDED: Verdict = "not decided"
 Comparison = Literal["one recipe", "each at its own best rate"]
 ONE: Comparison = "one recipe"
 OWN: Comparison = "each at its own best rate"
@@ -59,20 +59,20 @@ def decide(signs: Mapping[Setup, int]) -> tuple[Verdict, str]:
     if len(steps) < 2:
         missing.append("only one length of training was run")
     if missing:
-        return OPEN, " and ".join(missing)
+        return UNDECIDED, " and ".join(missing)
     if undecided := [str(setup) for setup in sorted(signs) if signs[setup] == 0]:
-        return OPEN, f"no difference is shown by {' and '.join(undecided)}"
+        return UNDECIDED, f"no difference is shown by {' and '.join(undecided)}"
     if len(set(signs.values())) == 1:
         return ("supported" if min(signs.values()) > 0 else "not supported"), ""
     if all(len({signs[Setup(comparison, n)] for n in steps}) == 1 for comparison in (ONE, OWN)):
         return "depends on the learning rate", ""
-    return OPEN, "the order changes with the length of training"
+    return UNDECIDED, "the order changes with the length of training"
 
 
 def combined(verdicts: Iterable[Verdict]) -> Verdict:
     """Of a statement whose parts must all hold."""
     found = set(verdicts)
-    order: tuple[Verdict, ...] = ("not supported", "depends on the learning rate", OPEN)
+    order: tuple[Verdict, ...] = ("not supported", "depends on the learning rate", UNDECIDED)
     return next((verdict for verdict in order if verdict in found), "supported")
 
 
@@ -109,7 +109,7 @@ class Block:
         )  # fmt: skip
 
     def identity(self, *left_out: str) -> str:
-        """Digest of what all runs of the block share, without some of it; `lr` stands for the recipe's."""
+        """Digest of what all runs of the block share, without some of it; "lr" means the recipe's."""
         identity = dict(self.first.run.identity)
         if "lr" in left_out:
             identity["recipe"] = {key: value for key, value in identity["recipe"].items() if key != "lr"}
@@ -251,7 +251,7 @@ def _default_variants(found: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
 
 
 @dataclass(frozen=True)
-class Judged:
+class Contrast:
     """A contrast a - b, measured and decided."""
 
     a: str
@@ -262,7 +262,7 @@ class Judged:
     """Why it is not decided."""
 
 
-def judge(contrasts: Mapping[K, tuple[str, str, Mapping[Setup, Compared]]]) -> dict[K, Judged]:
+def decide_contrasts(contrasts: Mapping[K, tuple[str, str, Mapping[Setup, Compared]]]) -> dict[K, Contrast]:
     """Contrasts (a, b, differences by setup) of one page, corrected together."""
     known = {key: setups for key, (_, _, setups) in contrasts.items() if setups}
     p = np.zeros((len(known), max((len(setups) for setups in known.values()), default=1)))
@@ -270,7 +270,7 @@ def judge(contrasts: Mapping[K, tuple[str, str, Mapping[Setup, Compared]]]) -> d
         values = [compared.found.p for compared in setups.values()]
         p[place, : len(values)] = [math.nan if value is None else value for value in values]
     adjusted = dict(zip(known, corrected(p), strict=True))
-    judged = {}
+    decided = {}
     for key, (a, b, setups) in contrasts.items():
         found = {
             setup: with_correction(compared, float(adjusted[key][place]), len(known))
@@ -279,9 +279,9 @@ def judge(contrasts: Mapping[K, tuple[str, str, Mapping[Setup, Compared]]]) -> d
         if found:
             verdict, reason = decide({setup: _sign(compared) for setup, compared in found.items()})
         else:
-            verdict, reason = OPEN, f"no stored runs of both {a} and {b} under one recipe"
-        judged[key] = Judged(a, b, found, verdict, reason)
-    return judged
+            verdict, reason = UNDECIDED, f"no stored runs of both {a} and {b} under one recipe"
+        decided[key] = Contrast(a, b, found, verdict, reason)
+    return decided
 
 
 def _sign(compared: Compared) -> int:

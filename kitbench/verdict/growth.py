@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kitbench.store.sweeps import Point, Sweep
-from kitbench.verdict.contrasts import OPEN, Verdict, combined
+from kitbench.verdict.contrasts import UNDECIDED, Verdict, combined
 from kitbench.verdict.scaling.fit import Exponent, exponent
 
 LINEAR, QUADRATIC = 1.1, 1.5
@@ -33,7 +33,7 @@ class Part:
     @property
     def words(self) -> str:
         """The verdict with its reason."""
-        if self.verdict == OPEN:
+        if self.verdict == UNDECIDED:
             return f"{self.verdict}: {self.reason}" if self.reason else self.verdict
         return f"{self.verdict} (by construction)" if self.by_construction else self.verdict
 
@@ -46,7 +46,7 @@ def quadratic(sweeps: Sequence[Sweep]) -> Part:
     question = f"Do the multiply-adds of global attention grow with an exponent in pixels of {QUADRATIC} or more?"
     return _exponents(
         sweeps, "global", ("multiply-adds",), question,
-        lambda low, high: "supported" if low >= QUADRATIC else "not supported" if high < QUADRATIC else OPEN,
+        lambda low, high: "supported" if low >= QUADRATIC else "not supported" if high < QUADRATIC else UNDECIDED,
     )  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def linear_measured(sweeps: Sequence[Sweep]) -> Part:
 
 
 def _linear(low: float, high: float) -> Verdict:
-    return "supported" if high <= LINEAR else "not supported" if low > LINEAR else OPEN
+    return "supported" if high <= LINEAR else "not supported" if low > LINEAR else UNDECIDED
 
 
 QUANTITIES: dict[str, Callable[[Point], float | None]] = {
@@ -89,15 +89,15 @@ def _exponents(
     if found is None or len(fits) < len(quantities):
         absent = " and ".join(name for name in quantities if name not in fits)
         reason = f"no sweep with the {absent} of {method} at three sizes is stored"
-        return Part(question, OPEN, "", command=SWEEP, reason=reason)
+        return Part(question, UNDECIDED, "", command=SWEEP, reason=reason)
     sweep, points = found
     words = ", ".join(f"{name} {f.value:.2f} ± {f.half_width or 0:.2f} ({f.points} sizes)" for name, f in fits.items())
     verdicts = {verdict(f.value - (f.half_width or 0), f.value + (f.half_width or 0)) for f in fits.values()}
     worst = combined(verdicts)
     return Part(
         question, worst, f"exponents in pixels of {method} from {points[0].size} to {points[-1].size} px: {words}",
-        (f"sweep {sweep.key[:10]}",), SWEEP if worst == OPEN else "",
-        "an interval holds the bound" if worst == OPEN else "", by_construction=quantities == ("multiply-adds",),
+        (f"sweep {sweep.key[:10]}",), SWEEP if worst == UNDECIDED else "",
+        "an interval holds the bound" if worst == UNDECIDED else "", by_construction=quantities == ("multiply-adds",),
     )  # fmt: skip
 
 
@@ -120,17 +120,17 @@ def costly(sweeps: Sequence[Sweep]) -> Part:
     both = [(s, {p.size: p for p in a[1]}, {p.size: p for p in b[1]}) for s, a, b in pair if a and b]
     if not both:
         reason = "no sweep of both global and window attention is stored"
-        return Part(question, OPEN, "", command=SWEEP, reason=reason)
+        return Part(question, UNDECIDED, "", command=SWEEP, reason=reason)
     sweep, ours, theirs = max(both, key=lambda found: len(found[1].keys() & found[2].keys()))
     ratio = {size: ours[size].macs / theirs[size].macs for size in sorted(ours.keys() & theirs.keys())}
     words = "global / window: " + ", ".join(f"{r:.3g} at {size} px" for size, r in ratio.items())
     small, large = min(ratio), max(ratio)
-    verdict, reason = OPEN, ""
+    verdict, reason = UNDECIDED, ""
     if ratio[large] < COSTLY_RATIO:
-        verdict, reason = ("not supported", "") if large >= 256 else (OPEN, "the sweep holds small maps only")
+        verdict, reason = ("not supported", "") if large >= 256 else (UNDECIDED, "the sweep holds small maps only")
     elif ratio[small] < COSTLY_RATIO:
         verdict = "supported"
     else:
         reason = "the sweep holds no map small enough"
-    command = SWEEP.replace("64:4096", "16:1024") if verdict == OPEN else ""
+    command = SWEEP.replace("64:4096", "16:1024") if verdict == UNDECIDED else ""
     return Part(question, verdict, words, (f"sweep {sweep.key[:10]}",), command, reason, by_construction=True)

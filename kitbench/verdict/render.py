@@ -1,9 +1,9 @@
 """Tables as papers print them: the same runs give the same bytes.
 
 The wide form prints methods down, data sets and sigmas across, a block per comparison: only runs that share everything
-but the attention stand in one block. Bold (best), underline (second) and star (not distinguishable from the best, by
+but the attention are in one block. Bold (best), underline (second) and star (not distinguishable from the best, by
 compare.py and statistics.py) speak of the same rows: the trained ones that have the same seeds. Rows of two protocols
-are refused. Published figures stand in a block apart.
+are refused. Published figures are in a block of their own.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def ranked(block: pd.DataFrame, column: Column, metric: str, digits: int, higher
 
 
 def named(method: str, form: object) -> str:
-    """What stands before a row, with the form of its computation, which decides the memory that it takes."""
+    """The name of a row: the method and the form of its computation, which decides the memory that it takes."""
     return method if not isinstance(form, str) or f"form {form}" in method else f"{method} ({form})"
 
 

@@ -41,7 +41,7 @@ def rows(runs: Sequence[RunFolder], protocol: str | None = None) -> pd.DataFrame
     table.loc[decides & table["best"].notna() & table["p_holm"].isna(), "within_noise"] = True
     order = table["comparison"].map(_comparison_order(found))
     trained = table["seeds"] != "-"
-    # References stand first, the weakest (the input) on top; trained methods by name.
+    # References come first, the weakest (the input) on top; then trained methods by name.
     weakest = table.groupby("method")["psnr_db"].transform("mean").where(~trained, 0)
     return (
         table.assign(_order=order, _trained=trained, _weakest=weakest)
@@ -130,7 +130,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _comparison_order(found: Sequence[Entry]) -> dict[str, str]:
-    """Blocks stand in the order of suite, recipe and key, whatever the order of the folders."""
+    """Sorts blocks by suite, recipe and key, whatever the order of the folders."""
     return {
         entry.run.comparison[
             :10

@@ -67,7 +67,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean paired difference in dB, and what may be said of it."""
+    """Mean paired difference in dB, its intervals and its p value."""
 
     mean: float
     seeds: int
@@ -178,7 +178,10 @@ def _has_spread(found: Spread) -> NDArray[np.bool_]:
 
 
 def difference(d: Array) -> Difference:
-    """Judge paired differences d [seeds, images], float64, finite. Raises ValueError for an empty or other array."""
+    """Mean, intervals and p value of paired differences d [seeds, images], float64.
+
+    Raises ValueError for an array that is empty, not finite or of another shape.
+    """
     if d.ndim != 2 or not d.size or not np.isfinite(d).all():
         raise ValueError(f"differences must be finite, [seeds, images] and not empty, but are {d.shape}")
     seeds, images = d.shape

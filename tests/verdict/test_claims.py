@@ -17,7 +17,7 @@ from kitbench.store.folder import RunFolder
 from kitbench.store.records import Trial, Tuning
 from kitbench.store.sweeps import Point, Sweep
 from kitbench.verdict.claims import FULL_STEPS, Claim, claims, load
-from kitbench.verdict.contrasts import OPEN
+from kitbench.verdict.contrasts import UNDECIDED
 from tests.conftest import Kitbench
 from tests.stored import ENVIRONMENT, store
 
@@ -74,7 +74,7 @@ def sweep(out: Path, exponents: dict[str, float], sizes=(64, 128, 256, 512), sta
     return out
 
 
-def judge(*paths: Path) -> dict[int, Claim]:
+def page(*paths: Path) -> dict[int, Claim]:
     return {claim.number: claim for claim in claims(*load(paths))}
 
 
@@ -85,9 +85,9 @@ RECALL = {"encoder.0": {"recall": 0.7, "chance": 0.1}, "bottom": {"recall": 0.9,
 def test_claims_that_the_numbers_support_are_supported_with_figure_interval_and_runs(tmp_path: Path) -> None:
     everything(tmp_path / "runs", GOOD, notes=RECALL)
     sweep(tmp_path / "scale", {"kit": 1.0, "window": 1.0, "global": 2.0})
-    found = judge(tmp_path / "runs", tmp_path / "scale")
+    found = page(tmp_path / "runs", tmp_path / "scale")
     assert {n: c.verdict for n, c in found.items()} == {
-        1: "supported", 2: "supported", 3: OPEN, 4: "supported", 5: OPEN, 6: "supported"
+        1: "supported", 2: "supported", 3: UNDECIDED, 4: "supported", 5: UNDECIDED, 6: "supported"
     }  # fmt: skip
     [reach] = found[2].parts
     for setup in ("one recipe, 700 steps", "one recipe, 3,000 steps", "each at its own best rate, 3,000 steps"):
@@ -111,17 +111,17 @@ def test_claims_that_the_numbers_support_are_supported_with_figure_interval_and_
 def test_claims_that_the_numbers_contradict_are_not_supported(tmp_path: Path) -> None:
     everything(tmp_path / "runs", {"kit": 0.0, "window": 0.3, "local": 0.2, "global": 0.4, "kit-random": 0.1})
     sweep(tmp_path / "scale", {"kit": 1.4, "window": 1.0, "global": 1.0})
-    found = judge(tmp_path / "runs", tmp_path / "scale")
+    found = page(tmp_path / "runs", tmp_path / "scale")
     assert {n for n, c in found.items() if c.verdict == "not supported"} == {1, 2, 3, 4, 6}
-    assert found[5].verdict == OPEN
+    assert found[5].verdict == UNDECIDED
 
 
 def test_one_recipe_of_one_length_decides_nothing_about_quality(tmp_path: Path) -> None:
-    for claim in judge(runs(tmp_path / "runs", GOOD)).values():
+    for claim in page(runs(tmp_path / "runs", GOOD)).values():
         for part in claim.parts:
-            assert part.verdict == OPEN
+            assert part.verdict == UNDECIDED
     assert part.command
-    [reach] = judge(tmp_path / "runs")[2].parts
+    [reach] = page(tmp_path / "runs")[2].parts
     assert reach.words == (
         "not decided: only one recipe was compared (run `kitbench tune`) and only one length of training was run"
     )
@@ -132,29 +132,29 @@ def test_one_recipe_of_one_length_decides_nothing_about_quality(tmp_path: Path) 
 def test_each_task_of_the_paper_needs_runs_of_its_own_protocol(tmp_path: Path) -> None:
     deblur = {"of": loading.load("deblur", "quick"), "protocol": "blur-rgb8-ssim3d", "sigma": None}
     long = (FULL_STEPS, 3 * FULL_STEPS)
-    found = judge(
+    found = page(
         everything(tmp_path / "denoise", GOOD, long),
         everything(tmp_path / "deblur", GOOD | {"kit": -0.5}, long, **deblur),
     )
     tasks = ("denoising", "deblurring", "deraining")
     parts = {task: part for task in tasks for part in found[5].parts if task in part.question}
-    assert [parts[task].verdict for task in tasks] == ["supported", "not supported", OPEN]
+    assert [parts[task].verdict for task in tasks] == ["supported", "not supported", UNDECIDED]
     assert "--suite derain --preset full" in parts["deraining"].command
     assert found[5].verdict == "not supported"
     assert found[2].verdict == "supported"  # by the denoising runs
     runs(tmp_path / "deblur", GOOD, steps=FULL_STEPS, **(deblur | {"protocol": "blur-rgb8-ssim3d-tile"}))
     with pytest.raises(InputError, match="Rows of different protocols"):
-        judge(tmp_path / "deblur")
+        page(tmp_path / "deblur")
     assert len(claims(*load([tmp_path / "denoise", tmp_path / "deblur"]), "blur-rgb8-ssim3d")) == 6
 
 
 def test_only_a_long_recipe_speaks_of_the_state_of_the_art(tmp_path: Path) -> None:
-    short = judge(everything(tmp_path / "short", GOOD))[5].parts[0]
+    short = page(everything(tmp_path / "short", GOOD))[5].parts[0]
     assert short.words == "not decided: 3,000 steps of training say nothing of the state of the art"
     long = everything(tmp_path / "long", GOOD | {"window": 0.5}, (100_000, 300_000))
-    assert judge(long)[5].parts[0].verdict == OPEN  # not better than every other attention
+    assert page(long)[5].parts[0].verdict == UNDECIDED  # not better than every other attention
     everything(tmp_path / "better", GOOD, (100_000, 300_000))
-    assert judge(tmp_path / "better")[5].parts[0].verdict == "supported"
+    assert page(tmp_path / "better")[5].parts[0].verdict == "supported"
 
 
 @pytest.mark.parametrize("what", ["one seed", "no difference", "one length", "smoke", "nothing"])
@@ -169,8 +169,8 @@ def test_what_is_not_decided_names_a_command_that_would_decide_it(tmp_path: Path
         if what == "one seed":
             for folder in (tmp_path / "runs").glob("*-s[1-9]-*"):
                 shutil.rmtree(folder)
-    found = judge(tmp_path / "runs")
-    assert {claim.verdict for claim in found.values()} == {OPEN}
+    found = page(tmp_path / "runs")
+    assert {claim.verdict for claim in found.values()} == {UNDECIDED}
     for claim in found.values():
         for part in claim.parts:
             assert part.reason
@@ -191,7 +191,7 @@ def test_what_is_not_decided_names_a_command_that_would_decide_it(tmp_path: Path
 def test_variants_are_named_and_do_not_hide_the_default(tmp_path: Path) -> None:
     everything(tmp_path / "runs", GOOD)
     runs(tmp_path / "runs", {"kit": -1.0}, steps=700, settings={"k": 8}, changed=["k"])
-    [reach] = judge(tmp_path / "runs")[2].parts
+    [reach] = page(tmp_path / "runs")[2].parts
     assert reach.verdict == "supported"
     assert reach.evidence.endswith("; left out, not the default settings: kit (k 8)")
 
@@ -210,11 +210,11 @@ def test_the_whole_interval_of_an_exponent_lies_below_its_bound(tmp_path: Path) 
             for p in record.points
         ]
         (folder / "scale.json").write_text(record.model_copy(update={"points": tuple(points)}).model_dump_json())
-        assert judge(folder)[4].parts[3].words == words
+        assert page(folder)[4].parts[3].words == words
 
 
 def test_predicted_points_decide_no_time(tmp_path: Path) -> None:
-    measured = judge(sweep(tmp_path / "scale", {"kit": 1.0, "global": 2.0}, status="predicted"))[4].parts[3]
+    measured = page(sweep(tmp_path / "scale", {"kit": 1.0, "global": 2.0}, status="predicted"))[4].parts[3]
     assert measured.words == "not decided: no sweep with the memory and time of kit at three sizes is stored"
 
 

@@ -1,4 +1,4 @@
-"""What decides a contrast: setups that agree, variants and trials left out, the pages's correction."""
+"""What decides a contrast: setups that agree, variants and trials left out, the correction of a page."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from kitbench.spec import loading
 from kitbench.store.folder import RunFolder, find
 from kitbench.store.records import Tuning
-from kitbench.verdict.contrasts import ONE, OPEN, OWN, Setup, combined, decide, judge, select
+from kitbench.verdict.contrasts import ONE, OWN, UNDECIDED, Setup, combined, decide, decide_contrasts, select
 from kitbench.verdict.entries import entries
 from tests.conftest import Kitbench
 from tests.stored import store
@@ -27,29 +27,37 @@ ONE_SHORT, ONE_LONG, OWN_SHORT, OWN_LONG = (Setup(c, n) for c in (ONE, OWN) for 
         ({ONE_SHORT: 1, ONE_LONG: 1, OWN_SHORT: 1, OWN_LONG: 1}, "supported", ""),
         ({ONE_SHORT: -1, ONE_LONG: -1, OWN_SHORT: -1, OWN_LONG: -1}, "not supported", ""),
         ({ONE_SHORT: 1, ONE_LONG: 1, OWN_SHORT: -1, OWN_LONG: -1}, "depends on the learning rate", ""),
-        ({ONE_SHORT: 1, ONE_LONG: -1, OWN_SHORT: 1, OWN_LONG: -1}, OPEN, "the order changes with the length"),
-        ({ONE_SHORT: 1, ONE_LONG: 1, OWN_SHORT: 1, OWN_LONG: -1}, OPEN, "the order changes with the length"),
-        ({ONE_SHORT: 1, ONE_LONG: 1, OWN_SHORT: 1, OWN_LONG: 0}, OPEN, "no difference is shown by each at its own"),
-        ({ONE_SHORT: 1, ONE_LONG: 1, OWN_SHORT: -1, OWN_LONG: 0}, OPEN, "no difference is shown by each at its own"),
-        ({ONE_SHORT: 1, ONE_LONG: 1}, OPEN, "only one recipe was compared (run `kitbench tune`)"),
-        ({ONE_LONG: 1, OWN_LONG: 1}, OPEN, "only one length of training was run"),
-        ({ONE_LONG: 1}, OPEN, "only one recipe was compared (run `kitbench tune`) and only one length"),
-        ({ONE_SHORT: 1, ONE_LONG: 1, OWN_SHORT: 1}, OPEN, "no runs of each at its own best rate, 3,000 steps"),
-        ({ONE_SHORT: 0, ONE_LONG: 0}, OPEN, "only one recipe was compared"),
+        ({ONE_SHORT: 1, ONE_LONG: -1, OWN_SHORT: 1, OWN_LONG: -1}, UNDECIDED, "the order changes with the length"),
+        ({ONE_SHORT: 1, ONE_LONG: 1, OWN_SHORT: 1, OWN_LONG: -1}, UNDECIDED, "the order changes with the length"),
+        (
+            {ONE_SHORT: 1, ONE_LONG: 1, OWN_SHORT: 1, OWN_LONG: 0},
+            UNDECIDED,
+            "no difference is shown by each at its own",
+        ),
+        (
+            {ONE_SHORT: 1, ONE_LONG: 1, OWN_SHORT: -1, OWN_LONG: 0},
+            UNDECIDED,
+            "no difference is shown by each at its own",
+        ),
+        ({ONE_SHORT: 1, ONE_LONG: 1}, UNDECIDED, "only one recipe was compared (run `kitbench tune`)"),
+        ({ONE_LONG: 1, OWN_LONG: 1}, UNDECIDED, "only one length of training was run"),
+        ({ONE_LONG: 1}, UNDECIDED, "only one recipe was compared (run `kitbench tune`) and only one length"),
+        ({ONE_SHORT: 1, ONE_LONG: 1, OWN_SHORT: 1}, UNDECIDED, "no runs of each at its own best rate, 3,000 steps"),
+        ({ONE_SHORT: 0, ONE_LONG: 0}, UNDECIDED, "only one recipe was compared"),
     ],
 )
 def test_a_verdict_needs_every_setup_and_one_sign(signs, verdict, reason) -> None:
     found, why = decide(signs)
     assert found == verdict
     assert why.startswith(reason)
-    assert bool(why) == (verdict == OPEN)
+    assert bool(why) == (verdict == UNDECIDED)
 
 
 def test_a_statement_is_as_good_as_its_worst_part() -> None:
     assert combined(["supported", "supported"]) == "supported"
-    assert combined(["supported", OPEN]) == OPEN
-    assert combined(["supported", OPEN, "depends on the learning rate"]) == "depends on the learning rate"
-    assert combined([OPEN, "depends on the learning rate", "not supported"]) == "not supported"
+    assert combined(["supported", UNDECIDED]) == UNDECIDED
+    assert combined(["supported", UNDECIDED, "depends on the learning rate"]) == "depends on the learning rate"
+    assert combined([UNDECIDED, "depends on the learning rate", "not supported"]) == "not supported"
 
 
 def runs(out: Path, gains: dict[str, float], seeds=range(5), steps: int = 700, lr: float = LR, **stored) -> Path:
@@ -88,8 +96,8 @@ def tunings(out: Path) -> list[Tuning]:
 
 def verdict(out: Path, a: str = "kit", b: str = "local") -> tuple[str, str]:
     chosen = select(entries(find([out]), None), tunings(out))
-    judged = judge({"it": (a, b, chosen.compare(a, b))})["it"]
-    return judged.verdict, judged.reason
+    found = decide_contrasts({"it": (a, b, chosen.compare(a, b))})["it"]
+    return found.verdict, found.reason
 
 
 BETTER, WORSE = {"kit": 0.2, "local": 0.0}, {"kit": -0.2, "local": 0.0}
@@ -98,18 +106,18 @@ BETTER, WORSE = {"kit": 0.2, "local": 0.0}, {"kit": -0.2, "local": 0.0}
 def test_two_recipes_and_two_lengths_that_agree_decide(tmp_path: Path) -> None:
     runs(tmp_path, BETTER)
     assert verdict(tmp_path) == (
-        OPEN,
+        UNDECIDED,
         "only one recipe was compared (run `kitbench tune`) and only one length of training was run",
     )
     tuned(tmp_path, BETTER)
-    assert verdict(tmp_path) == (OPEN, "only one length of training was run")
+    assert verdict(tmp_path) == (UNDECIDED, "only one length of training was run")
     runs(tmp_path, BETTER, steps=3000)
     assert verdict(tmp_path)[1] == "no runs of each at its own best rate, 3,000 steps (run `kitbench tune`)"
     tuned(tmp_path, BETTER, steps=3000)
     assert verdict(tmp_path) == ("supported", "")
     assert verdict(tmp_path, "local", "kit") == ("not supported", "")
     tuned(runs(tmp_path, {"kit": 0.0, "local": 0.0}, steps=9000), BETTER, steps=9000)
-    assert verdict(tmp_path) == (OPEN, "no difference is shown by one recipe, 9,000 steps")  # the longest count
+    assert verdict(tmp_path) == (UNDECIDED, "no difference is shown by one recipe, 9,000 steps")  # the longest count
 
 
 def test_another_sign_at_the_best_rates_depends_on_the_learning_rate(tmp_path: Path) -> None:
@@ -146,7 +154,9 @@ def test_the_record_says_which_settings_the_command_changed(kitbench: Kitbench, 
     setting = "methods.kit.patch"
     for value in ("4", "2"):  # the suite's own and another one
         kitbench("run", "--suite", "tiny.toml", "--method", "kit", "--set", f"{setting}={value}", "--out", "out")
-    changed = {folder.run.settings["patch"]: folder.run.changed for folder in find([tmp_path / "out"]) if folder.trained}
+    changed = {
+        folder.run.settings["patch"]: folder.run.changed for folder in find([tmp_path / "out"]) if folder.trained
+    }
     assert changed == {4: (), 2: ("patch",)}
 
 
@@ -177,12 +187,12 @@ def test_a_contrast_is_corrected_for_the_others_of_the_page(tmp_path: Path) -> N
     runs(tmp_path, {"kit": 0.2, "local": 0.0, "window": 0.2, "global": 0.2, "conv": 0.2})
     chosen = select(entries(find([tmp_path]), None), [])
     asked = {b: ("kit", b, chosen.compare("kit", b)) for b in ("local", "window", "global", "conv")}
-    judged = judge(asked | {"nothing": ("kit", "missing", {})})
-    [local] = judged["local"].setups.values()
+    found = decide_contrasts(asked | {"nothing": ("kit", "missing", {})})
+    [local] = found["local"].setups.values()
     assert local.p_holm == pytest.approx(4 * local.found.p)
-    alone = judge({"local": asked["local"]})["local"].setups
+    alone = decide_contrasts({"local": asked["local"]})["local"].setups
     assert next(iter(alone.values())).detectable < local.detectable
-    assert judged["nothing"].reason == "no stored runs of both kit and missing under one recipe"
+    assert found["nothing"].reason == "no stored runs of both kit and missing under one recipe"
 
 
 @pytest.mark.parametrize(
