@@ -27,17 +27,19 @@ def store(
     sha256: str = "aa", note: str | None = None, settings: Settings = None, lr: float = 1e-3, ssim: float = 0.5,
     sigma: float | None = 25, data_set: str = "Set_A", macs: int = 2_500_000_000, peak: int = 3 * 2**20,
     seconds_per_step: float = 0.25, calibration: float | None = 0.1, steps: int | None = None, notes: Settings = None,
-    of: suite.Suite = SUITE,
+    of: suite.Suite = SUITE, changed: Sequence[str] = (), attention: str | None = None,
 ) -> RunFolder:  # fmt: skip
     """Write a run, or another evaluation of it. psnr: the mean of two images, or the value of every image, dB."""
     recipe = of.recipe.model_copy(update={"lr": lr} | ({} if steps is None else {"steps": steps}))
     chosen = of.model_copy(update={"recipe": recipe})
-    cell = Cell(chosen, "colour", method, method, None, settings or {}, seed, "cpu", None if seed is None else "00")
+    cell = Cell(
+        chosen, "colour", method, attention or method, None, settings or {}, seed, "cpu", None if seed is None else "00"
+    )
     folder = RunFolder(out / cell.folder)
     trained = seed is not None
     record = Run(
-        key=cell.key, comparison=cell.comparison, identity=cell.identity(), suite=of.name, preset="smoke", mode="colour",
-        method=method, attention=method, card="", settings=settings or {}, seed=seed, device="cpu", task=chosen.task,
+        key=cell.key, comparison=cell.comparison, identity=cell.identity(), suite=of.name, preset=of.preset, mode="colour",
+        method=method, attention=attention or method, card="", settings=settings or {}, changed=tuple(changed), seed=seed, device="cpu", task=chosen.task,
         backbone=chosen.backbone if trained else None, recipe=chosen.recipe if trained else None, train_sets={},
         environment=ENVIRONMENT,
     )  # fmt: skip

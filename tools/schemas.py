@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kitbench.spec.fields import Frozen
-from kitbench.store.records import Evaluation, Failure, Run, Training
+from kitbench.store.records import Evaluation, Failure, Run, Training, Tuning
 from kitbench.store.sweeps import Sweep
 from kitbench.verdict.reference import Reference
 
@@ -21,10 +21,11 @@ RECORDS: dict[str, tuple[type[Frozen], str]] = {
     "training": (Training, "training.json of a run's folder: what the training cost"),
     "evaluation": (Evaluation, "eval/*.json of a run's folder: scores of one test set"),
     "failed": (Failure, "failed.json of a run's folder: why it is not complete"),
+    "tuning": (Tuning, "tuning.json of a folder of runs: learning rates tried for every method, and the best of each"),
     "sweep": (Sweep, "scale.json: cost against resolution"),
     "reference": (Reference, "what `kitbench check` compares with"),
 }
-IN_RUN_FOLDERS = ("run", "training", "evaluation", "failed")
+WITH_CHECKSUM = ("run", "training", "evaluation", "failed", "tuning")
 
 
 def schema(name: str) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def schema(name: str) -> dict[str, Any]:
     model, description = RECORDS[name]
     made = model.model_json_schema()
     made["description"] = description
-    if name in IN_RUN_FOLDERS:
+    if name in WITH_CHECKSUM:
         made["properties"]["sha256"] = {
             "description": "SHA-256 of the record without this key, as JSON with sorted keys, no spaces, ASCII only",
             "pattern": "^[0-9a-f]{64}$",

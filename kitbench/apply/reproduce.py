@@ -191,7 +191,8 @@ def _suite(record: Run, evaluations: Sequence[Evaluation], method_file: Path | N
         if methods.load_method(str(method_file)).source_sha256 != attention:
             raise InputError(f"{method_file} is not the version that the run was made with; give that one.")
         attention = str(method_file)
-    method = Method(attention=attention, settings=record.settings)
+    own = {key: value for key, value in record.settings.items() if key not in record.changed}
+    method = Method(attention=attention, settings=record.settings, own=own)
     return blank.model_copy(
         update=changes
         | {

@@ -108,11 +108,11 @@ def report(paths: tuple[Path, ...], protocol: str | None, out: Path) -> None:
 @PROTOCOL
 @click.option("--out", type=click.Path(path_type=Path), help="Write Markdown to this file instead of the terminal.")
 def claims(paths: tuple[Path, ...], protocol: str | None, out: Path | None) -> None:
-    """Test the paper's six statements: supported, not supported, or not decided by these runs."""
-    from kitbench.verdict import claims as verdicts
+    """Put the paper's six statements to the test: supported, not supported, dependent on the learning rate, or open."""
+    from kitbench.verdict import claims as statements
 
-    runs, sweeps = verdicts.load(paths)
-    give(verdicts.markdown(verdicts.claims(runs, sweeps, protocol)), out)
+    found = statements.claims(*statements.load(paths), protocol)
+    give(statements.markdown(found), out)
 
 
 @click.command()

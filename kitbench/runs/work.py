@@ -52,6 +52,14 @@ def begin(folder: RunFolder, record: Run) -> None:
         raise RunError(f"{folder.path} holds another run (key {folder.run.key[:12]}); choose another --out")
 
 
+def changed_settings(prepared: PreparedSuite, cell: Cell) -> tuple[str, ...]:
+    """The settings that `--set` gave another value than the suite has."""
+    if not cell.trained:
+        return ()
+    own = prepared.methods[cell.method].resolve(prepared.suite.methods[cell.method].own)
+    return tuple(sorted(key for key, value in cell.settings.items() if value != own[key]))
+
+
 def record_of(prepared: PreparedSuite, cell: Cell) -> Run:
     """The record that a cell's run begins with."""
     suite, sets, trained = prepared.suite, prepared.sets[cell.mode], cell.trained
@@ -67,6 +75,7 @@ def record_of(prepared: PreparedSuite, cell: Cell) -> Run:
         attention=cell.attention,
         card=loaded.card,
         settings=cell.settings,
+        changed=changed_settings(prepared, cell),
         seed=cell.seed,
         device=cell.device,
         task=suite.task,

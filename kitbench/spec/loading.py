@@ -85,11 +85,12 @@ def load_suite(
     }
     if methods:
         raw["methods"] = dict(_chosen(method, raw["methods"], label) for method in methods)
+    # In TOML a method's settings stand beside its `attention`; here they are a table of their own.
+    own = {key: _settings(value) for key, value in raw["methods"].items()}
     for override in overrides:
         _set(raw, override, base)
-    # In TOML a method's settings are keys of the table that names its `attention`; here they are a table of their own.
     raw["methods"] = {
-        key: {"attention": value["attention"], "settings": {k: v for k, v in value.items() if k != "attention"}}
+        key: {"attention": value["attention"], "settings": _settings(value), "own": own[key]}
         for key, value in raw["methods"].items()
     }
     if seeds:
@@ -134,14 +135,24 @@ def _tables(value: object, label: str) -> dict[str, dict[str, Any]]:
     return value
 
 
+def _settings(method: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in method.items() if key != "attention"}
+
+
 def _relative_to(attention: object, base: Path) -> object:
-    """The path of a method file named in a suite file is relative to the folder of the suite file."""
+    """A method file named in a suite file is looked for beside that file."""
     return str(base / attention) if isinstance(attention, str) and attention.endswith(".py") else attention
 
 
 def _chosen(method: str, known: Mapping[str, dict[str, Any]], label: str) -> tuple[str, dict[str, Any]]:
     if method.endswith(".py"):
-        return Path(method).stem.rstrip("_").replace("_", "-"), {"attention": method}
+        name = Path(method).stem.rstrip("_").replace("_", "-")
+        if name in known:
+            raise InputError(
+                f"Method file {method} bears the name of the method {name!r} of suite {label!r}; rename the file, so "
+                f"that tables can show both."
+            )
+        return name, {"attention": method}
     if method not in known:
         raise InputError(
             f"Suite {label!r} has no method {method!r}; {nearest(method, known)} Or give a path to a .py file."

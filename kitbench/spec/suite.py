@@ -187,6 +187,8 @@ class Method(Frozen):
     attention: str
     """A shipped name, or a path to a Python file with a class `Attention`."""
     settings: Mapping[str, Setting] = Field(default_factory=dict)
+    own: Mapping[str, Setting] = Field(default_factory=dict)
+    """The settings before `--set`."""
 
 
 class Suite(Frozen):

@@ -11,9 +11,9 @@ import platform
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from kitbench.errors import InputError
 from kitbench.spec.fields import Frozen, Mode, Setting, digest
@@ -100,6 +100,8 @@ class Run(Frozen):
     attention: str
     card: str
     settings: dict[str, Setting]
+    changed: tuple[str, ...] = ()
+    """Settings that `--set` gave another value than the suite has; claims are put to runs without any."""
     seed: int | None
     device: str
     task: Task
@@ -187,6 +189,55 @@ class Evaluation(Frozen):
     def mean_ssim(self) -> float:
         """Mean over images."""
         return math.fsum(score.ssim for score in self.scores) / len(self.scores)
+
+
+class Trial(Frozen):
+    """One method trained at one learning rate."""
+
+    method: str
+    lr: Annotated[float, Field(gt=0)]
+    psnr_db: float | None
+    """Mean over the validation images; None where the training diverged."""
+    key: str
+    """Of the stored run."""
+
+
+class Tuning(Frozen):
+    """tuning.json: learning rates that were tried alike for every method of a suite, and the best one of each."""
+
+    schema_version: Literal[1] = 1
+    suite: str
+    preset: str
+    mode: Mode
+    steps: int
+    seed: int
+    """Of all trials; no run that is compared has it."""
+    lr: float
+    """The recipe's own rate."""
+    rates: tuple[float, ...]
+    """Those tried, ascending; the same for every method."""
+    widened: bool
+    """Whether rates were added for all methods because one method's best was the lowest or the highest."""
+    validation: str
+    """The set that trials were scored on, which is in neither the training nor the test sets."""
+    trials: tuple[Trial, ...]
+    best: dict[str, float]
+    """By method: the rate of its trial with the highest PSNR."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if list(self.rates) != sorted(set(self.rates)):
+            raise ValueError(f"rates must ascend, found {list(self.rates)}")
+        for method in {trial.method for trial in self.trials} | self.best.keys():
+            own = [trial for trial in self.trials if trial.method == method]
+            if sorted(trial.lr for trial in own) != list(self.rates):
+                raise ValueError(f"method {method} must have one trial at each of the rates {list(self.rates)}")
+            scored = {trial.lr: trial.psnr_db for trial in own if trial.psnr_db is not None}
+            if not scored or self.best.get(method) not in scored:
+                raise ValueError(f"the best rate of method {method} must be that of a trial with a score")
+            if scored[self.best[method]] < max(scored.values()):
+                raise ValueError(f"the best rate of method {method} is not that of its trial with the highest PSNR")
+        return self
 
 
 class Failure(Frozen):

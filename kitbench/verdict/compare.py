@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
 from kitbench.verdict.entries import Entry
-from kitbench.verdict.statistics import ALPHA, Array, Difference, difference, holm
+from kitbench.verdict.statistics import ALPHA, Array, Difference, detectable, difference, holm, to_best
 
 Column = tuple[str, str]
 """Data set and condition (`σ25`, or nothing)."""
+Columns = Mapping[Column, Sequence[Entry]]
+"""The entries of one method, an entry per seed in each column."""
+K = TypeVar("K", bound=Hashable)
 
 
 def heading(column: Column) -> str:
-    """What stands over a column: `CBSD68 σ25`, or `Rain100L`."""
+    """The title of a column: `CBSD68 σ25`, or `Rain100L`."""
     return " ".join(part for part in column if part)
 
 
 @dataclass(frozen=True)
 class Compared:
-    """Method a minus method b, in dB, and the runs behind it."""
+    """Method a minus method b, in dB, and the runs that were compared."""
 
     a: str
     b: str
     found: Difference
     runs: tuple[str, ...]
     p_holm: float | None = None
-    """Adjusted over all comparisons that are told together."""
+    """Adjusted over all comparisons of the same family (a table, a page of claims)."""
+    detectable: float | None = None
+    """The smallest true difference in dB that would be found with 80 % power after that correction."""
 
     @property
     def decided(self) -> bool:
@@ -37,7 +43,39 @@ class Compared:
         return self.p_holm is not None and self.p_holm < ALPHA
 
 
-def scores(entries: Iterable[Entry]) -> dict[int, dict[str, float]]:
+@dataclass(frozen=True)
+class Scores:
+    """PSNR in dB [methods, seeds, images] over the seeds and images that all methods have."""
+
+    values: Array
+    seeds: tuple[int, ...]
+    images: tuple[tuple[str, str], ...]
+    """Data set and image."""
+
+
+def paired_scores(methods: Sequence[Columns]) -> Scores | None:
+    """Scores of methods over the columns, seeds and images that all have; None where there are none.
+
+    The conditions (noise levels) of an image are averaged, because they are no independent images. An image that any
+    method restored exactly has no finite PSNR and is left out.
+    """
+    columns = sorted(set.intersection(*(set(columns) for columns in methods)))
+    tables = [{column: _by_seed(of[column]) for column in columns} for of in methods]
+    seeds = sorted(set.intersection(*(set(t) for of in tables for t in of.values()))) if columns else []
+    if not seeds:
+        return None
+    averaged: dict[tuple[str, str], list[Array]] = {}
+    for column in columns:
+        for image in tables[0][column][seeds[0]]:
+            if all(image in of[column][seed] for of in tables for seed in seeds):
+                values = np.array([[of[column][seed][image] for seed in seeds] for of in tables])
+                averaged.setdefault((column[0], image), []).append(values)
+    means = {image: np.mean(values, 0) for image, values in averaged.items()}
+    finite = {image: mean for image, mean in means.items() if np.isfinite(mean).all()}
+    return Scores(np.stack(list(finite.values()), -1), tuple(seeds), tuple(finite)) if finite else None
+
+
+def _by_seed(entries: Iterable[Entry]) -> dict[int, dict[str, float]]:
     """PSNR by seed and image; infinite where an image was restored exactly."""
     return {
         entry.run.seed: {s.image: math.inf if s.psnr is None else s.psnr for s in entry.evaluation.scores}
@@ -46,56 +84,73 @@ def scores(entries: Iterable[Entry]) -> dict[int, dict[str, float]]:
     }
 
 
-def paired(a: Sequence[Entry], b: Sequence[Entry]) -> tuple[Array, list[int], list[str]] | None:
-    """Differences a - b [seeds, images] over the seeds and images that both have; None where there are none.
-
-    An image that either restored exactly has no finite difference and is left out.
-    """
-    left, right = scores(a), scores(b)
-    seeds = sorted(left.keys() & right.keys())
-    if not seeds:
+def compare(a: str, b: str, left: Columns, right: Columns) -> Compared | None:
+    """Method a against b over all images that both were scored on; None where they share no seed or image."""
+    scores = paired_scores([left, right])
+    if scores is None:
         return None
-    images = [image for image in left[seeds[0]] if all(image in t[s] for t in (left, right) for s in seeds)]
-    d = np.array(
-        [[left[s][i] - right[s][i] if math.isfinite(right[s][i]) else math.nan for i in images] for s in seeds]
-    )
-    finite = np.isfinite(d).all(0)
-    if not finite.any():
-        return None
-    return d[:, finite], seeds, [image for image, kept in zip(images, finite, strict=True) if kept]
+    return Compared(a, b, difference(scores.values[0] - scores.values[1]), _runs(scores, left, right))
 
 
-def pooled(a: Mapping[Column, Sequence[Entry]], b: Mapping[Column, Sequence[Entry]]) -> Array | None:
-    """Differences a - b [seeds, images] over all data sets, each image's mean over its conditions; None without pairs.
-
-    The conditions of one image are no independent images, so they are averaged first.
-    """
-    found: dict[tuple[str, str], dict[int, list[float]]] = {}
-    for column in sorted(a.keys() & b.keys()):
-        pairs = paired(a[column], b[column])
-        if pairs is None:
-            continue
-        d, seeds, images = pairs
-        for s, seed in enumerate(seeds):
-            for i, image in enumerate(images):
-                found.setdefault((column[0], image), {}).setdefault(seed, []).append(float(d[s, i]))
-    if not found:
-        return None
-    shared = sorted(set.intersection(*(set(by_seed) for by_seed in found.values())))
-    if not shared:
-        return None
-    return np.array([[np.mean(by_seed[seed]) for by_seed in found.values()] for seed in shared])
-
-
-def compare(a: str, b: str, left: Sequence[Entry], right: Sequence[Entry]) -> Compared | None:
-    """Method a against b in one column; None where they share no seed or image."""
-    pairs = paired(left, right)
-    if pairs is None:
-        return None
-    used = [e for e in (*left, *right) if e.run.seed in pairs[1]]
-    return Compared(a, b, difference(pairs[0]), tuple(entry.run.key[:10] for entry in used))
+def _runs(scores: Scores, *methods: Columns) -> tuple[str, ...]:
+    """The runs whose seeds were compared, each once."""
+    used = [e for of in methods for group in of.values() for e in group if e.run.seed in scores.seeds]
+    return tuple(dict.fromkeys(entry.run.key[:10] for entry in used))
 
 
 def adjusted(compared: Sequence[Compared]) -> list[Compared]:
-    """With Holm's correction over all of them."""
-    return [replace(c, p_holm=p) for c, p in zip(compared, holm([c.found.p for c in compared]), strict=True)]
+    """With Holm's correction over all of them: comparisons that were fixed before the scores were seen."""
+    p = holm(np.array([np.nan if c.found.p is None else c.found.p for c in compared]))
+    return [with_correction(c, float(value), len(compared)) for c, value in zip(compared, p, strict=True)]
+
+
+def with_correction(compared: Compared, p_holm: float, family: int) -> Compared:
+    """A comparison with its adjusted p value (NaN: none) among `family` comparisons."""
+    p = None if math.isnan(p_holm) else p_holm
+    return replace(compared, p_holm=p, detectable=detectable(compared.found.spread, family))
+
+
+def equal_seeds(methods: Mapping[str, Columns]) -> list[str]:
+    """The methods that can be ranked: trained ones with the same seeds in every column.
+
+    Where methods have several sets of seeds, the ranked ones are those of one set: a set of several seeds before a
+    single seed, then the set that most methods have, then the larger one.
+    """
+    by_seeds: dict[tuple[int, ...], list[str]] = {}
+    for method, columns in methods.items():
+        in_columns = {tuple(sorted(e.run.seed for e in group if e.run.seed is not None)) for group in columns.values()}
+        if len(in_columns) == 1 and (seeds := in_columns.pop()):
+            by_seeds.setdefault(seeds, []).append(method)
+    best = max(
+        by_seeds, default=None,
+        key=lambda seeds: (len(by_seeds[seeds]) > 1, len(seeds) > 1, len(by_seeds[seeds]), len(seeds), seeds),
+    )  # fmt: skip
+    return [] if best is None else by_seeds[best]
+
+
+def against_best(tables: Mapping[K, Mapping[str, Columns]]) -> dict[K, list[Compared]]:
+    """Every method against the one with the highest mean PSNR, in each part of a table.
+
+    tables: the methods of each part, which have equal seeds. The best is chosen from the same scores, so the
+    correction counts all pairs of methods in all parts.
+    """
+    scores = {key: paired_scores(list(methods.values())) for key, methods in tables.items() if len(methods) > 1}
+    known = {key: found for key, found in scores.items() if found is not None}
+    if not known:
+        return {}
+    family = sum(math.comb(len(tables[key]), 2) for key in known)
+    compared = {}
+    for (key, found), (best, p) in zip(known.items(), to_best([s.values for s in known.values()]), strict=True):
+        names, place = list(tables[key]), int(best)
+        compared[key] = [
+            with_correction(
+                Compared(
+                    name, names[place], difference(found.values[number] - found.values[place]),
+                    _runs(found, tables[key][name], tables[key][names[place]]),
+                ),
+                float(p[number]), family,
+            )
+            for number, name in enumerate(names)
+            if number != place
+        ]  # fmt: skip
+    return compared

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from kitbench.errors import InputError
+from kitbench.spec.shipped import builtin
 from kitbench.store.folder import RunFolder
 from kitbench.store.records import Evaluation, Run, Training
 
@@ -69,22 +72,40 @@ def mean_ssim(entry: Entry) -> float:
     return entry.evaluation.mean_ssim
 
 
+@cache
+def _shipped_methods() -> frozenset[str]:
+    """Names of the methods of the shipped suites."""
+    return frozenset(name for text in builtin("suites").values() for name in tomllib.loads(text)["methods"])
+
+
+def from_file(run: Run) -> bool:
+    """Whether the attention is a file of the user's own: then `attention` is the SHA-256 of its text."""
+    return len(run.attention) == 64 and not set(run.attention) - set("0123456789abcdef")
+
+
+def bare_label(run: Run) -> str:
+    """The method's name, with the source behind it where a user's file bears the name of a shipped method."""
+    own = from_file(run) and run.method in _shipped_methods()
+    return f"{run.method} (file {run.attention[:8]})" if own else run.method
+
+
 def labels(found: Sequence[Entry]) -> dict[tuple[str, str], str]:
-    """The name of each run in tables: its method, followed by settings where two runs differ only in these."""
+    """What each run, by key and method, is called: its method, with the settings behind it where two runs of a
+    comparison differ by these only."""
     by_name: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for entry in found:
         run = entry.run
-        variants = by_name.setdefault((run.comparison, run.method), {})
+        variants = by_name.setdefault((run.comparison, bare_label(run)), {})
         variants[json.dumps([run.attention, run.settings], sort_keys=True)] = {
             "attention": run.attention[:8],
             **run.settings,
         }
     named = {}
     for entry in found:
-        run = entry.run
-        variants = by_name[run.comparison, run.method]
+        run, label = entry.run, bare_label(entry.run)
+        variants = by_name[run.comparison, label]
         own = {"attention": run.attention[:8], **run.settings}
         differing = [key for key in own if len({str(variant.get(key)) for variant in variants.values()}) > 1]
         behind = ", ".join(f"{key} {own[key]}" for key in differing)
-        named[run.key, run.method] = f"{run.method} ({behind})" if behind else run.method
+        named[run.key, run.method] = f"{label} ({behind})" if behind else label
     return named

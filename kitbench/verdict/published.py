@@ -14,8 +14,7 @@ from kitbench.verdict.compare import Column, heading
 
 HEADING = "Published, not run here"
 CAUTION = (
-    "Other training data, recipes and protocols: read beside the rows above, these figures rank nothing; each is as "
-    "printed where it was read."
+    "Other training data, recipes and protocols: these figures rank nothing. Each is as printed where it was read."
 )
 
 

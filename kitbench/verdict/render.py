@@ -1,8 +1,9 @@
 """Tables as papers print them: the same runs give the same bytes.
 
 The wide form prints methods down, data sets and sigmas across, a block per comparison: only runs that share everything
-but the attention stand in one block, best in bold, second underlined, a star where the difference to the best is
-within noise (compare.py, statistics.py). Rows of two protocols are refused. Published figures stand in a block apart.
+but the attention are in one block. Bold (best), underline (second) and star (not distinguishable from the best, by
+compare.py and statistics.py) speak of the same rows: the trained ones that have the same seeds. Rows of two protocols
+are refused. Published figures are in a block of their own.
 """
 
 from __future__ import annotations
@@ -84,23 +85,9 @@ def _block(block: pd.DataFrame, run: Run, form: Format) -> str:
         cells = []
         for column in columns:
             match = own[(own["data_set"] == column[0]) & (own["condition"] == column[1])]
-            parts = []
-            for metric, digits, _ in metrics:
-                value = match[metric].iloc[0] if len(match) else None
-                text = number(value, digits)
-                best, second = ranks[column, metric]
-                part = styles.bold(text) if text == best else styles.underline(text) if text == second else text
-                spread = (
-                    match[metric.removesuffix("_db") + "_pm_seeds"].iloc[0]
-                    if len(match) and metric != "lpips"
-                    else None
-                )
-                if spread is not None and pd.notna(spread):
-                    part += f" {styles.plus_minus} {spread:.{digits}f}"
-                if metric == "psnr_db" and len(match) and match["within_noise"].iloc[0] == 1:
-                    part += styles.star
-                parts.append(part)
-            cells.append(" / ".join(parts))
+            cells.append(
+                _scores(match, [(metric, digits, ranks[column, metric]) for metric, digits, _ in metrics], styles)
+            )
         first = own.iloc[0]
         mark = ""
         if isinstance(first["gmacs_note"], str):
@@ -125,6 +112,29 @@ def _block(block: pd.DataFrame, run: Run, form: Format) -> str:
     return f"{styles.bold(caption)}\n\n{_grid(header, lines, form)}\n{below}"
 
 
+def _scores(match: pd.DataFrame, metrics: Sequence[tuple[str, int, tuple[str, str | None]]], styles: Styles) -> str:
+    """One method's scores in one column. metrics: name, digits, best and second as printed."""
+    if not len(match):
+        return " / ".join(NOT_MEASURED for _ in metrics)
+    row, parts = match.iloc[0], []
+    for metric, digits, (best, second) in metrics:
+        text = part = number(row[metric], digits)
+        if row["ranked"]:
+            part = styles.bold(text) if text == best else styles.underline(text) if text == second else text
+        spread = None if metric == "lpips" else row[metric.removesuffix("_db") + "_pm_seeds"]
+        if spread is not None and pd.notna(spread):
+            part += f" {styles.plus_minus} {spread:.{digits}f}"
+        if metric == "psnr_db":
+            part += styles.star if row["within_noise"] == 1 else styles.section if unranked(row) else ""
+        parts.append(part)
+    return " / ".join(parts)
+
+
+def unranked(row: pd.Series) -> bool:
+    """Whether a trained row is left out of the ranking because it has other seeds than the rows that are ranked."""
+    return bool(row["seeds"] != "-" and not row["ranked"])
+
+
 def notes_of(block: pd.DataFrame) -> list[str]:
     """What the signs in a block mean, and what its seeds and images could have shown."""
     noted = block.dropna(subset=["gmacs_note"]).drop_duplicates("method")
@@ -139,17 +149,22 @@ def notes_of(block: pd.DataFrame) -> list[str]:
     if block["psnr_pm_seeds"].notna().any():
         notes.append("± half the 95 % interval over seeds (Student), for exactly these images.")
     if compared["p_holm"].notna().any():
-        sentence = (
-            "* within noise: not told from the best of its column (paired over seeds and images; permutation test and "
-            "interval at 5 %, Holm over the table)."
+        star = (
+            "* not distinguishable from the best of its column at 5 % (paired over seeds and images, Holm's correction "
+            "over all pairs of the table)."
         )
-        smallest = compared.dropna(subset=["detectable_db"])
-        if len(smallest):
-            low, high = smallest["detectable_db"].min(), smallest["detectable_db"].max()
-            sentence += f" So many seeds and images show differences from {low:.2f} to {high:.2f} dB on (4 times of 5)."
-        notes.append(sentence)
+        notes.append(f"{star} {detects(compared['detectable_db'].max())}")
+    others = block[[unranked(row) for _, row in block.iterrows()]]
+    if len(others):
+        seeds = "; ".join(dict.fromkeys(block[block["ranked"]]["seeds"]))
+        notes.append(f"§ not ranked and not compared: other seeds than the ranked rows ({seeds}).")
     reasons = dict.fromkeys(compared["statistics_note"].dropna())
-    return notes + [f"{reason[0].upper()}{reason[1:]}; such differences stay undecided." for reason in reasons]
+    return notes + [f"{reason[0].upper()}{reason[1:]}; such differences are not decided." for reason in reasons]
+
+
+def detects(db: float) -> str:
+    """What the seeds and images of a table or a comparison can show. Empty for NaN."""
+    return "" if pd.isna(db) else f"These seeds and images detect differences of {db:.2f} dB or more with 80 % power."
 
 
 def slowed(row: pd.Series) -> bool:
@@ -168,14 +183,15 @@ def caption_of(run: Run) -> str:
 
 
 def ranked(block: pd.DataFrame, column: Column, metric: str, digits: int, higher: bool) -> tuple[str, str | None]:
-    """The best and the second value of a column, as printed: equal prints share a rank."""
-    match = block[(block["data_set"] == column[0]) & (block["condition"] == column[1])][metric].dropna()
+    """The best and the second value among the ranked rows of a column, as printed: equal prints share a rank."""
+    here = block["ranked"] & (block["data_set"] == column[0]) & (block["condition"] == column[1])
+    match = block[here][metric].dropna()
     values = sorted({round(float(value), digits) for value in match}, reverse=higher)
     return (number(values[0], digits) if values else "", number(values[1], digits) if len(values) > 1 else None)
 
 
 def named(method: str, form: object) -> str:
-    """What stands before a row. The form of its computation is always told: memory is the form's, not the method's."""
+    """The name of a row: the method and the form of its computation, which decides the memory that it takes."""
     return method if not isinstance(form, str) or f"form {form}" in method else f"{method} ({form})"
 
 
@@ -192,6 +208,7 @@ class Styles:
     escape: Callable[[str], str]
     plus_minus: str
     star: str
+    section: str
     dagger: str
     double_dagger: str
 
@@ -204,6 +221,7 @@ _TEX = {
     "±": r"$\pm$",
     "†": r"$\dagger$",
     "‡": r"$\ddagger$",
+    "§": r"\S{}",
 } | {letter: rf"\{letter}" for letter in "_%&#${}"}
 
 
@@ -216,11 +234,20 @@ def _markdown(text: str) -> str:
 
 
 _STYLES = {
-    "markdown": Styles(lambda t: f"**{t}**", lambda t: f"<u>{t}</u>", _markdown, "±", r"\*", "†", "‡"),
+    "markdown": Styles(lambda t: f"**{t}**", lambda t: f"<u>{t}</u>", _markdown, "±", r"\*", "§", "†", "‡"),
     "latex": Styles(
-        lambda t: f"\\textbf{{{t}}}", lambda t: f"\\underline{{{t}}}", _tex, r"$\pm$", "*", r"$\dagger$", r"$\ddagger$"
+        lambda t: f"\\textbf{{{t}}}",
+        lambda t: f"\\underline{{{t}}}",
+        _tex,
+        r"$\pm$",
+        "*",
+        r"\S{}",
+        r"$\dagger$",
+        r"$\ddagger$",
     ),
-    "terminal": Styles(lambda t: f"\033[1m{t}\033[0m", lambda t: f"\033[4m{t}\033[0m", lambda t: t, "±", "*", "†", "‡"),
+    "terminal": Styles(
+        lambda t: f"\033[1m{t}\033[0m", lambda t: f"\033[4m{t}\033[0m", lambda t: t, "±", "*", "§", "†", "‡"
+    ),
 }
 
 

@@ -1,6 +1,7 @@
 """Rows: the long form of a table, from stored runs alone.
 
-A row per method, data set, noise level and protocol: the mean over seeds of the mean over images.
+A row per method, data set, noise level and protocol: the mean over seeds of the mean over images. Trained rows of a
+comparison that have the same seeds are ranked; rows with other seeds, and references without training, are not.
 """
 
 from __future__ import annotations
@@ -12,27 +13,35 @@ from typing import Any
 import pandas as pd
 
 from kitbench.store.folder import RunFolder
-from kitbench.verdict.compare import Compared, adjusted, compare
+from kitbench.verdict.compare import Columns, Compared, against_best, equal_seeds
 from kitbench.verdict.entries import Entry, entries, labels, mean_psnr, mean_ssim
 from kitbench.verdict.statistics import mean_interval
+
+_Key = tuple[str, ...]
+"""Comparison, mode, method as it is called, data set, condition."""
 
 
 def rows(runs: Sequence[RunFolder], protocol: str | None = None) -> pd.DataFrame:
     """The long form, sorted. PSNR in dB, memory in bytes, times in seconds, GMACs at `resolution` px."""
     found = entries(runs, protocol)
     names = labels(found)
-    groups: dict[tuple[Any, ...], list[Entry]] = {}
+    groups: dict[_Key, list[Entry]] = {}
     for entry in found:
         key = (
             entry.run.comparison, entry.run.mode, names[entry.run.key, entry.run.method],
             entry.evaluation.data_set, entry.evaluation.condition,
         )  # fmt: skip
         groups.setdefault(key, []).append(entry)
-    to_best = {(c.a, *where): c for where, c in _to_best(groups)}
-    table = pd.DataFrame([_row(key, group, to_best.get((key[2], key[0], *key[3:]))) for key, group in groups.items()])
+    to_best, ranked = _to_best(groups)
+    table = pd.DataFrame(
+        [_row(key, group, to_best.get(key)) | {"ranked": key in ranked} for key, group in groups.items()]
+    )
+    # Where a table decides anything, a row that cannot be compared (too few images in its column) is marked as well.
+    decides = table.groupby(["mode", "comparison"])["p_holm"].transform(lambda p: p.notna().any())
+    table.loc[decides & table["best"].notna() & table["p_holm"].isna(), "within_noise"] = True
     order = table["comparison"].map(_comparison_order(found))
     trained = table["seeds"] != "-"
-    # References stand first, the weakest (the input) on top; trained methods by name.
+    # References come first, the weakest (the input) on top; then trained methods by name.
     weakest = table.groupby("method")["psnr_db"].transform("mean").where(~trained, 0)
     return (
         table.assign(_order=order, _trained=trained, _weakest=weakest)
@@ -42,23 +51,27 @@ def rows(runs: Sequence[RunFolder], protocol: str | None = None) -> pd.DataFrame
     )
 
 
-def _to_best(groups: dict[tuple[Any, ...], list[Entry]]) -> list[tuple[tuple[Any, ...], Compared]]:
-    """Every trained method against the best of its column, by (comparison, data set, condition), after Holm."""
-    columns: dict[tuple[Any, ...], dict[str, list[Entry]]] = {}
-    for (comparison, _, method, data_set, condition), group in groups.items():
+def _to_best(groups: dict[_Key, list[Entry]]) -> tuple[dict[_Key, Compared], set[_Key]]:
+    """Every ranked row against the best of its column, corrected over the comparison's table; and the ranked rows."""
+    tables: dict[str, dict[tuple[str, str, str], dict[str, Columns]]] = {}
+    for (comparison, mode, method, data_set, condition), group in groups.items():
         if comparison:
-            columns.setdefault((comparison, data_set, condition), {})[method] = group
-    found = []
-    for where, methods in sorted(columns.items()):
-        means = {method: math.fsum(map(mean_psnr, group)) / len(group) for method, group in sorted(methods.items())}
-        best = max(means, key=means.__getitem__)
-        for method in means:
-            if method != best and (pair := compare(method, best, methods[method], methods[best])) is not None:
-                found.append((where, pair))
-    return list(zip([where for where, _ in found], adjusted([pair for _, pair in found]), strict=True))
+            columns = tables.setdefault(comparison, {}).setdefault((mode, data_set, condition), {})
+            columns[method] = {(data_set, condition): group}
+    found: dict[_Key, Compared] = {}
+    ranked: set[_Key] = set()
+    for comparison, table in sorted(tables.items()):
+        chosen = {
+            where: {method: methods[method] for method in sorted(equal_seeds(methods))}
+            for where, methods in sorted(table.items())
+        }
+        ranked |= {(comparison, mode, method, *column) for (mode, *column), of in chosen.items() for method in of}
+        for (mode, *column), compared in against_best(chosen).items():
+            found |= {(comparison, mode, one.a, *column): one for one in compared}
+    return found, ranked
 
 
-def _row(key: tuple[Any, ...], group: list[Entry], to_best: Compared | None) -> dict[str, Any]:
+def _row(key: _Key, group: list[Entry], to_best: Compared | None) -> dict[str, Any]:
     comparison, mode, method, data_set, condition = key
     group = sorted(group, key=lambda entry: entry.run.seed or 0)
     first = group[0]
@@ -98,7 +111,7 @@ def _row(key: tuple[Any, ...], group: list[Entry], to_best: Compared | None) -> 
         "to_best_high": to_best.found.interval.high if to_best and to_best.found.interval else None,
         "p_holm": to_best.p_holm if to_best else None,
         "within_noise": not to_best.decided if to_best and to_best.p_holm is not None else None,
-        "detectable_db": to_best.found.detectable if to_best else None,
+        "detectable_db": to_best.detectable if to_best else None,
         "statistics_note": to_best.found.note if to_best else None,
         "runs": ",".join(entry.run.key[:10] for entry in group),
     }
@@ -117,7 +130,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _comparison_order(found: Sequence[Entry]) -> dict[str, str]:
-    """Blocks stand in the order of suite, recipe and key, whatever the order of the folders."""
+    """Sorts blocks by suite, recipe and key, whatever the order of the folders."""
     return {
         entry.run.comparison[
             :10

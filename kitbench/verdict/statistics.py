@@ -1,13 +1,24 @@
-"""What differences between two methods allow one to conclude, given the spread over seeds and over images.
+"""What paired differences between two methods allow one to conclude, given the spread over seeds and over images.
 
-A difference is an array d[s, i] in dB (or another score): seed s, image i, method a minus method b, trained on the same
-batches and scored on the same noise. Seeds and images are crossed: every seed is scored on the same images. The model
-behind the interval is d = mean + seed effect + image effect + rest, seeds and images both being samples, so the
-interval speaks of other seeds and other images of the kind. One seed, or one image, gives no such interval.
+A difference is an array d[s, i] in dB: seed s, image i, method a minus method b, trained on the same batches and scored
+on the same noise. Seeds and images are crossed (every seed is scored on the same images) and both are samples, so that
+a conclusion speaks of other seeds and other images of the kind: d = mean + seed effect + image effect + rest.
 
-Sources: two-way random effects (Searle, Casella and McCulloch, Variance Components, 1992) with Satterthwaite's degrees
-of freedom (1946); expanded percentile interval (Hesterberg, The American Statistician 69, 2015), which corrects the
-narrowness of the bootstrap with few seeds; sign-flip permutation test (Fisher 1935); Holm (1979).
+The variance of the mean of d is at most A + B, where A is the variance of the mean over seeds (images as they are) and
+B that of the mean over images (seeds as they are). The interval at level 1 - x is
+
+    mean +- sqrt(t(x, seeds - 1)^2 A + t(x, images - 1)^2 B)
+
+with Student's two-sided quantiles t and the usual unbiased estimates of A and B. It keeps its level for any A and B,
+however unequal: the distribution function F of a chi-squared variable with one degree of freedom is concave, so with
+w = A / (A + B) the cover is at least E F(w t^2 U + (1 - w) t'^2 U') >= w E F(t^2 U) + (1 - w) E F(t'^2 U') = 1 - x,
+where U and U' are the estimates over their expectations (Banerjee, Sankhya 22, 1960, for differences of two means). It
+is never narrower than Student's interval over seeds alone or over images alone. The p value is the x at which the
+interval touches zero, so it is never below either Student's p value.
+
+A family of comparisons is corrected by Holm's method (Scandinavian Journal of Statistics 6, 1979), which holds however
+the comparisons depend on one another. All functions take whole stacks of arrays: what benchmarks/statistics.py
+simulates is what the tables call.
 """
 
 from __future__ import annotations
@@ -16,20 +27,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
-
-from kitbench.seeds import generator
+from scipy import special, stats
 
 LEVEL = 0.95
 ALPHA = 1 - LEVEL
 POWER = 0.8
-REPLICATES = 2000
-EXACT_UP_TO = 12  # images: 2^12 sign flips are all done, beyond that FLIPS random ones
-FLIPS = 9999
+FEWEST_IMAGES = 6
+"""Fewer images decide nothing: with so few, a p value would rest on normally distributed image effects alone."""
+EXACT = 1e-9
+"""dB; a spread below it is rounding."""
 
 Array = NDArray[np.float64]
 
@@ -43,133 +53,193 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """Means of differences d [..., seeds, images], and the two parts of their variance; arrays [...], dB and dB^2."""
+
+    mean: Array
+    of_seeds: Array
+    """A: estimated variance of the mean, seeds drawn anew, for exactly these images."""
+    of_images: Array
+    """B: estimated variance of the mean, images drawn anew, for exactly these seeds."""
+    seeds: int
+    images: int
+
+
+@dataclass(frozen=True)
 class Difference:
-    """Mean paired difference, and what may be said of it."""
+    """Mean paired difference in dB, its intervals and its p value."""
 
     mean: float
     seeds: int
     images: int
     interval: Interval | None
-    """Over seeds and images; None where either cannot be told, for the reason in `note`."""
+    """Over seeds and images; None for the reason in `note`."""
     interval_seeds: Interval | None
     """Over seeds alone, for exactly these images."""
     p: float | None
-    """Two-sided, of "no difference": the larger of that of the permutation test and that over seeds and images."""
-    detectable: float | None
-    """The smallest true difference that so many seeds and images show at 5 % in four cases of five."""
+    """Two-sided, of "no difference on other seeds and images", for one comparison; None for the reason in `note`."""
     note: str | None
+    spread: Spread
 
 
-def difference(d: Array) -> Difference:
-    """Judge paired differences d [seeds, images], float64, finite. Raises ValueError for an empty or other array."""
-    if d.ndim != 2 or not d.size or not np.isfinite(d).all():
-        raise ValueError(f"differences must be finite, [seeds, images] and not empty, but are {d.shape}")
-    seeds, images = d.shape
-    mean = float(d.mean())
-    note = _no_interval(d)
-    if note is not None:
-        over_seeds = mean_interval(d.mean(1)) if seeds > 1 else None
-        return Difference(mean, seeds, images, None, over_seeds, None, None, note)
-    error, freedom = standard_error(d)
-    p = max(permutation_p(d.mean(0)), float(2 * stats.t.sf(abs(mean) / error, freedom)))
-    factor = stats.t.ppf(1 - ALPHA / 2, freedom) + stats.t.ppf(POWER, freedom)
-    least = least_p(images)
-    too_few = f"{images} images cannot show a difference at 5 %, at least {fewest_images()} are needed"
-    return Difference(
-        mean, seeds, images, _bootstrap(d, error, freedom), mean_interval(d.mean(1)), p,
-        float(factor * error) if least < ALPHA else None, too_few if least >= ALPHA else None,
+def spread(d: Array) -> Spread:
+    """Of differences d [..., seeds > 1, images > 1], float64."""
+    seeds, images = d.shape[-2:]
+    by_seed, by_image = d.mean(-1), d.mean(-2)
+    return Spread(
+        d.mean((-1, -2)), by_seed.var(-1, ddof=1) / seeds, by_image.var(-1, ddof=1) / images, seeds, images
     )  # fmt: skip
 
 
-def _no_interval(d: Array) -> str | None:
-    if d.shape[0] < 2:
-        return "one seed: no interval"
-    if d.shape[1] < 2:
-        return "one image: no interval over images"
-    return "no spread between seeds and images: no interval" if np.ptp(d) == 0 else None
+def half_width(found: Spread, level: float = ALPHA) -> Array:
+    """Half the width [...] of the interval that misses the true mean in at most a share `level` of cases."""
+    of_seeds, of_images = (stats.t.isf(level / 2, n - 1) for n in (found.seeds, found.images))
+    return np.sqrt(of_seeds**2 * found.of_seeds + of_images**2 * found.of_images)
 
 
-def standard_error(d: Array) -> tuple[float, float]:
-    """Standard error of the mean of d [seeds > 1, images > 1], with its degrees of freedom (Satterthwaite).
+def p_values(found: Spread) -> Array:
+    """The level [...] at which the interval touches zero; NaN with fewer than FEWEST_IMAGES images."""
+    mean, a, b = np.broadcast_arrays(np.square(found.mean), found.of_seeds, found.of_images)
+    if found.images < FEWEST_IMAGES:
+        return np.full(mean.shape, np.nan)
+    freedom = found.seeds - 1, found.images - 1
+    # Bisection on log p. Below: the larger of Student's two p values. Above: Student's with the lesser freedom.
+    below = np.maximum(*(_student(mean / v, f) for v, f in zip((a, b), freedom, strict=True)))
+    low, high = np.log(below), np.log(_student(mean / (a + b), min(freedom)))
+    for _ in range(24):
+        middle = (low + high) / 2
+        squares = [np.square(special.stdtrit(f, np.exp(middle) / 2)) for f in freedom]
+        outside = mean > squares[0] * a + squares[1] * b  # zero lies outside: p is smaller
+        low, high = np.where(outside, low, middle), np.where(outside, middle, high)
+    found: Array = np.exp(high)
+    return found
 
-    By mean squares of the crossed two-way layout: (MS_seeds + MS_images - MS_rest) / (seeds * images). It is never
-    taken below what seeds, images or the rest alone imply.
+
+def _student(square: Array, freedom: int) -> Array:
+    """Two-sided p values of squares of Student's t; at least the smallest normal number, so that logarithms exist."""
+    found: Array = np.maximum(2 * special.stdtr(freedom, -np.sqrt(square)), np.finfo(np.float64).tiny)
+    return found
+
+
+def holm(p: Array) -> Array:
+    """p values [..., comparisons] adjusted by Holm's method over the last axis; NaN stays NaN and does not count."""
+    order = np.argsort(p, axis=-1)  # NaN last
+    ordered = np.take_along_axis(p, order, -1)
+    left = np.isfinite(p).sum(-1, keepdims=True) - np.arange(p.shape[-1])
+    running = np.minimum(np.maximum.accumulate(ordered * left, axis=-1), 1.0)
+    adjusted = np.empty_like(running)
+    np.put_along_axis(adjusted, order, running, -1)
+    return adjusted
+
+
+def corrected(p: Array) -> Array:
+    """p values [..., contrasts, setups] of contrasts that every setup must decide, adjusted over the contrasts.
+
+    The p value of a contrast is the largest of its setups'. Each setup's is multiplied by what Holm's method multiplies
+    that one by, so that a contrast is decided where all of its setups are. A contrast with a NaN has no p value; 0
+    stands for a setup that a contrast does not have.
     """
+    joint = np.maximum(p.max(-1), np.finfo(np.float64).tiny)
+    return np.minimum(p * (holm(joint) / joint)[..., None], 1.0)
+
+
+def to_best(columns: Sequence[Array]) -> list[tuple[NDArray[np.intp], Array]]:
+    """Every method of a table against the best of its column, the best being chosen from the same scores.
+
+    columns: scores [..., methods, seeds, images] in dB of each column. Returns for each the index [...] of the method
+    with the highest mean, and the p values [..., methods] of the differences to it, adjusted over all pairs of methods
+    of all columns, because any of them could have been compared; NaN for the best itself and where p values do not
+    exist (one seed, fewer than FEWEST_IMAGES images, no spread).
+    """
+    pairs = [list(combinations(range(scores.shape[-3]), 2)) for scores in columns]
+    raw = [_pair_p(scores, places) for scores, places in zip(columns, pairs, strict=True)]
+    adjusted = np.split(holm(np.concatenate(raw, -1)), np.cumsum([len(places) for places in pairs])[:-1], axis=-1)
+    found = []
+    for scores, places, p in zip(columns, pairs, adjusted, strict=True):
+        methods = scores.shape[-3]
+        square = np.full((*scores.shape[:-3], methods, methods), np.nan)
+        for number, (a, b) in enumerate(places):
+            square[..., a, b] = square[..., b, a] = p[..., number]
+        best = scores.mean((-1, -2)).argmax(-1)
+        found.append((best, np.take_along_axis(square, best[..., None, None], -1)[..., 0]))
+    return found
+
+
+def _pair_p(scores: Array, pairs: Sequence[tuple[int, int]]) -> Array:
+    """p values [..., pairs] of the differences between methods, each for one comparison."""
+    if not pairs or scores.shape[-2] < 2 or scores.shape[-1] < 2:
+        return np.full((*scores.shape[:-3], len(pairs)), np.nan)
+    first, second = (list(side) for side in zip(*pairs, strict=True))
+    found = spread(scores[..., first, :, :] - scores[..., second, :, :])
+    with np.errstate(divide="ignore", invalid="ignore"):  # no spread
+        return np.where(_has_spread(found), p_values(found), np.nan)
+
+
+def _has_spread(found: Spread) -> NDArray[np.bool_]:
+    return np.minimum(found.of_seeds, found.of_images) > EXACT**2
+
+
+def difference(d: Array) -> Difference:
+    """Mean, intervals and p value of paired differences d [seeds, images], float64.
+
+    Raises ValueError for an array that is empty, not finite or of another shape.
+    """
+    if d.ndim != 2 or not d.size or not np.isfinite(d).all():
+        raise ValueError(f"differences must be finite, [seeds, images] and not empty, but are {d.shape}")
     seeds, images = d.shape
-    rows, columns, grand = d.mean(1), d.mean(0), d.mean()
-    rest = d - rows[:, None] - columns[None, :] + grand
-    of_seeds = images * float(np.square(rows - grand).sum()) / (seeds - 1)
-    of_images = seeds * float(np.square(columns - grand).sum()) / (images - 1)
-    of_rest = float(np.square(rest).sum()) / ((seeds - 1) * (images - 1))
-    total = max(of_seeds + of_images - of_rest, of_seeds, of_images, of_rest)
-    squares = of_seeds**2 / (seeds - 1) + of_images**2 / (images - 1) + of_rest**2 / ((seeds - 1) * (images - 1))
-    freedom = total**2 / squares
-    return math.sqrt(total / (seeds * images)), max(1.0, freedom)
-
-
-@cache
-def _weights(count: int, axis: str) -> Array:
-    """Shares [REPLICATES, count] of a resampling with replacement, the same on every call."""
-    random = generator("bootstrap", axis, count)
-    return random.multinomial(count, np.full(count, 1 / count), REPLICATES) / count
-
-
-def _bootstrap(d: Array, error: float, freedom: float) -> Interval:
-    """Hierarchical bootstrap: seeds are drawn first, then images, the same for all drawn seeds, as they are crossed.
-
-    Deviations are scaled to the unbiased standard error and by t / z: without it three seeds cover far too little.
-    """
-    drawn = np.einsum("bi,bi->b", _weights(d.shape[0], "seeds") @ d, _weights(d.shape[1], "images"))
-    mean, spread = float(d.mean()), float(drawn.std())
-    scale = error / spread * stats.t.ppf(1 - ALPHA / 2, freedom) / stats.norm.ppf(1 - ALPHA / 2)
-    low, high = np.quantile(drawn - drawn.mean(), [ALPHA / 2, 1 - ALPHA / 2])
-    return Interval(mean + float(low * scale), mean + float(high * scale))
+    if seeds > 1 and images > 1 and _has_spread(found := spread(d)):
+        mean, half = float(found.mean), float(half_width(found))
+        few = images < FEWEST_IMAGES
+        return Difference(
+            mean, seeds, images, Interval(mean - half, mean + half), mean_interval(d.mean(1)),
+            None if few else float(p_values(found)),
+            f"{images} images are too few to decide a difference, at least {FEWEST_IMAGES} are needed" if few else None,
+            found,
+        )  # fmt: skip
+    if seeds < 2:
+        note = "one seed: no interval"
+    elif images < 2:
+        note = "one image: no interval over images"
+    else:
+        note = "no spread between seeds or between images: no interval"
+    over_seeds = mean_interval(d.mean(1)) if images < 2 else None
+    nothing = np.array(np.nan)
+    found = Spread(d.mean((-1, -2)), nothing, nothing, seeds, images)
+    return Difference(float(d.mean()), seeds, images, None, over_seeds, None, note, found)
 
 
 def mean_interval(values: Sequence[float] | Array) -> Interval | None:
     """Student's 95 % interval of the mean of independent values; None for one value, or where all are equal."""
     known = np.asarray(values, np.float64)
-    if len(known) < 2 or not np.isfinite(known).all() or np.ptp(known) == 0:
+    if len(known) < 2 or not np.isfinite(known).all() or np.ptp(known) < EXACT:
         return None
-    half = float(stats.t.ppf(1 - ALPHA / 2, len(known) - 1) * known.std(ddof=1) / math.sqrt(len(known)))
+    half = float(stats.t.isf(ALPHA / 2, len(known) - 1) * known.std(ddof=1) / math.sqrt(len(known)))
     return Interval(float(known.mean()) - half, float(known.mean()) + half)
 
 
 @cache
-def _signs(count: int) -> NDArray[np.int8]:
-    """Rows of +1 and -1: all 2^count of them, or FLIPS random ones."""
-    if count <= EXACT_UP_TO:
-        return np.array(list(product((1, -1), repeat=count)), np.int8)
-    return (2 * generator("permutation", count).integers(0, 2, (FLIPS, count)) - 1).astype(np.int8)
+def _quantiles(freedom: int) -> Array:
+    """48 equally likely values of an estimated variance over the true one."""
+    return stats.chi2.ppf((np.arange(48) + 0.5) / 48, freedom) / freedom
 
 
-def permutation_p(values: Sequence[float] | Array) -> float:
-    """Two-sided p of "the two methods could be exchanged on every image": signs of paired differences [images] flipped.
+def detectable(found: Spread, comparisons: int) -> float | None:
+    """The smallest true difference in dB that the test finds with 80 % power among so many comparisons.
 
-    Exact up to EXACT_UP_TO images; beyond, the share among FLIPS random flips and the observed one.
+    found: of one array of differences, whose variances are taken for the true ones. The level is that of the first of
+    Holm's steps, ALPHA / comparisons. None where the test decides nothing.
     """
-    known = np.asarray(values, np.float64)
-    flipped = np.abs(_signs(len(known)) @ known)
-    reached = int((flipped >= abs(known.sum()) * (1 - 1e-12)).sum())
-    return reached / len(flipped) if len(known) <= EXACT_UP_TO else (reached + 1) / (len(flipped) + 1)
-
-
-def least_p(images: int) -> float:
-    """The smallest p that so many images can give."""
-    return 2.0 ** (1 - images) if images <= EXACT_UP_TO else 1 / (FLIPS + 1)
-
-
-def fewest_images() -> int:
-    """Images from which on a difference can be shown at 5 %, without a correction for further comparisons."""
-    return next(images for images in range(1, EXACT_UP_TO) if least_p(images) < ALPHA)
-
-
-def holm(p: Sequence[float | None]) -> list[float | None]:
-    """Holm's step-down adjustment over the comparisons that have a p; None stays None and does not count."""
-    order = sorted((value, place) for place, value in enumerate(p) if value is not None)
-    adjusted: list[float | None] = [None] * len(p)
-    running = 0.0
-    for rank, (value, place) in enumerate(order):
-        running = max(running, min(1.0, value * (len(order) - rank)))
-        adjusted[place] = running
-    return adjusted
+    a, b = float(found.of_seeds), float(found.of_images)
+    if not (math.isfinite(a) and math.isfinite(b)) or found.images < FEWEST_IMAGES:
+        return None
+    of_seeds, of_images = (stats.t.isf(ALPHA / comparisons / 2, n - 1) for n in (found.seeds, found.images))
+    half = np.sqrt(
+        of_seeds**2 * a * _quantiles(found.seeds - 1)[:, None] + of_images**2 * b * _quantiles(found.images - 1)
+    )
+    error = math.sqrt(a + b)
+    low, high = 0.0, float(half.max()) + 6 * error
+    for _ in range(50):
+        middle = (low + high) / 2
+        power = special.ndtr((middle - half) / error).mean() + special.ndtr((-middle - half) / error).mean()
+        low, high = (low, middle) if power > POWER else (middle, high)
+    return high

@@ -32,6 +32,7 @@ def test_an_override_changes_one_setting_and_nothing_else() -> None:
     )
     assert changed.recipe.steps == 2000
     assert changed.methods["kit"].settings == {"patch": 4, "k": 8}
+    assert changed.methods["kit"].own == {"patch": 4}
     restored = changed.model_copy(
         update={"recipe": changed.recipe.model_copy(update={"steps": plain.recipe.steps}), "methods": plain.methods}
     )
@@ -157,3 +158,10 @@ def test_a_changed_protocol_never_carries_the_stamp_of_the_shipped_one() -> None
     assert (
         changed.stamp != loading.load_suite("denoise", overrides=["protocol=awgn8", "protocol.border=4"]).protocol.stamp
     )
+
+
+def test_a_file_with_the_name_of_a_method_of_the_suite_is_refused() -> None:
+    for file in ("kit.py", "elsewhere/kit_random.py", "global_.py"):
+        with pytest.raises(InputError, match="bears the name of the method"):
+            loading.load_suite("denoise", methods=[file])
+    assert list(loading.load_suite("denoise", methods=["mine.py", "kit"]).methods) == ["mine", "kit"]

@@ -1,20 +1,25 @@
-"""Paired comparisons between stored runs, and how tables tell them; published figures; LaTeX that compiles."""
+"""Paired comparisons between stored runs, and how tables show them; published figures; LaTeX that compiles."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from kitbench.store.folder import find
 from kitbench.verdict import published
-from kitbench.verdict.compare import paired, pooled
+from kitbench.verdict.compare import equal_seeds, paired_scores
+from kitbench.verdict.contrasts import blocks
 from kitbench.verdict.entries import entries
 from kitbench.verdict.render import render
 from kitbench.verdict.rows import rows
+from tests.conftest import ROOT
 from tests.stored import store
 
 
@@ -38,33 +43,30 @@ def test_differences_are_paired_by_seed_and_image(tmp_path: Path) -> None:
     for method, gain in (("kit", 0.5), ("conv", 0.0)):
         for seed in (0, 1, 2) if method == "kit" else (1, 2, 3):
             store(tmp_path, method, [30.0 + seed + gain, 20.0 + gain], seed)
-    found = entries(find([tmp_path]), None)
-    a, b = ([e for e in found if e.run.method == m] for m in ("kit", "conv"))
-    d, seeds, images = paired(a, b)
-    np.testing.assert_allclose(d, np.full((2, 2), 0.5), atol=1e-12)
-    assert (seeds, images) == ([1, 2], ["0", "1"])
-    assert paired(a, []) is None
+    [block] = blocks(entries(find([tmp_path]), None))
+    found = paired_scores([block.methods["kit"], block.methods["conv"]])
+    np.testing.assert_allclose(found.values[0] - found.values[1], np.full((2, 2), 0.5), atol=1e-12)
+    assert found.seeds == (1, 2)
+    assert found.images == (("Set_A", "0"), ("Set_A", "1"))
+    assert paired_scores([block.methods["kit"], {}]) is None
 
 
 def test_the_sigmas_of_one_image_count_as_one_image(tmp_path: Path) -> None:
     for sigma, gain in ((15, 0.1), (25, 0.3)):
         store(tmp_path, "kit", [30.0 + gain, 28.0 + gain], sigma=sigma)
         store(tmp_path, "conv", [30.0, 28.0], sigma=sigma)
-    found = entries(find([tmp_path]), None)
-    columns = [
-        {("Set_A", s): [e for e in found if (e.run.method, e.evaluation.sigma) == (m, s)] for s in (15, 25)}
-        for m in ("kit", "conv")
-    ]
-    np.testing.assert_allclose(pooled(*columns), [[0.2, 0.2]], atol=1e-12)
+    [block] = blocks(entries(find([tmp_path]), None))
+    found = paired_scores([block.methods["kit"], block.methods["conv"]])
+    np.testing.assert_allclose(found.values[0] - found.values[1], [[0.2, 0.2]], atol=1e-12)
 
 
-def test_rows_tell_noise_from_a_difference(three: Path) -> None:
+def test_rows_separate_noise_from_a_difference(three: Path) -> None:
     table = rows(find([three])).set_index("method")
     assert table.loc["conv", "within_noise"] == False  # noqa: E712
     other = next(name for name in ("kit", "window") if table.loc[name, "best"])
     assert table.loc[other, "within_noise"] == True  # noqa: E712
     assert table.loc["conv", "to_best_low"] < -0.2 < table.loc["conv", "to_best_high"]
-    assert 0 < table.loc["conv", "detectable_db"] < 0.1
+    assert 0 < table.loc["conv", "detectable_db"] < 0.15
     half = 3.182 * np.std([photographs(s, 2, 0).mean() for s in range(4)], ddof=1) / 2  # t of 3 degrees of freedom
     assert table.loc["conv", "psnr_pm_seeds"] == pytest.approx(half, rel=1e-3)
 
@@ -76,7 +78,8 @@ def test_the_star_stands_where_the_difference_to_the_best_is_noise(three: Path) 
     assert r"\*" not in lines["conv"]
     assert "±" in lines["conv"]
     assert "±" not in lines["input"]
-    assert r"\* within noise" in text
+    assert r"\* not distinguishable from the best of its column at 5 %" in text
+    assert re.search(r"These seeds and images detect differences of 0\.\d\d dB or more with 80 % power\.", text)
 
 
 def test_one_seed_says_no_interval(tmp_path: Path) -> None:
@@ -86,6 +89,80 @@ def test_one_seed_says_no_interval(tmp_path: Path) -> None:
     assert "One seed: no interval" in text
     assert "±" not in text
     assert rows(find([tmp_path]))["within_noise"].isna().all()
+
+
+def student_with_all_pairs(methods: dict[str, np.ndarray]) -> dict[frozenset[str], float]:
+    """Holm-adjusted p values of all pairs of scores [seeds, images], by Student's test over seeds alone."""
+    pairs = [frozenset(pair) for pair in combinations(methods, 2)]
+    raw = []
+    for a, b in pairs:
+        raw.append(float(stats.ttest_rel(methods[a].mean(1), methods[b].mean(1)).pvalue))
+    adjusted, running = {}, 0.0
+    for rank, place in enumerate(np.argsort(raw)):
+        running = max(running, min(1.0, raw[place] * (len(pairs) - rank)))
+        adjusted[pairs[place]] = running
+    return adjusted
+
+
+@pytest.mark.parametrize("name", ["denoise-cbsd68-cpu", "denoise-real-cc15-cpu", "derain-rain100l-cpu"])
+def test_the_stored_runs_decide_nothing_that_students_test_over_seeds_does_not(name: str) -> None:
+    found = find([ROOT / "results" / "reference" / name])
+    [block] = blocks(entries(found, None))
+    scores = paired_scores(list(block.methods.values()))
+    expected = student_with_all_pairs(dict(zip(block.methods, scores.values, strict=True)))
+    table = rows(found)
+    compared = table[table["best"].notna()]
+    assert len(compared) == 5
+    for row in compared.to_dict("records"):
+        student = expected[frozenset((row["method"], row["best"]))]
+        assert row["p_holm"] >= student * (1 - 1e-6)
+        assert row["within_noise"] or student < 0.05
+
+
+def test_other_seeds_are_marked_and_do_not_strip_the_ranked_rows_of_their_statistics(three: Path) -> None:
+    expected = rows(find([three])).set_index("method")
+    store(three, "global", photographs(0, 5, 3.0), 0, data_set="CBSD68", sigma=50)
+    store(three, "nlm", photographs(0, 9, 5.0), None, data_set="CBSD68", sigma=50)
+    table = rows(find([three])).set_index("method")
+    assert dict(table["ranked"]) == {
+        "input": False, "nlm": False, "global": False, "kit": True, "window": True, "conv": True
+    }  # fmt: skip
+    for column in ("best", "p_holm", "detectable_db", "psnr_pm_seeds"):
+        assert table.loc[["kit", "window", "conv"], column].equals(expected.loc[["kit", "window", "conv"], column])
+    text = render(find([three]), "markdown")
+    lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
+    marks = {name: [mark for mark in ("**", "<u>", r"\*", "§") if mark in lines[name]] for name in lines}
+    assert marks["nlm"] == marks["input"] == []
+    assert marks["global"] == ["§"]
+    assert "**" in lines["kit"] + lines["window"]
+    assert "§ not ranked and not compared: other seeds than the ranked rows (0,1,2,3)." in text
+
+
+def test_ranked_are_those_of_several_seeds_then_most_methods_then_most_seeds(tmp_path: Path) -> None:
+    def ranked(**seeds: range) -> list[str]:
+        columns = {}
+        for method, own in seeds.items():
+            folder = tmp_path / f"{method}{own}"
+            group = [e for seed in own for e in entries([store(folder, method, 30.0, seed)], None)]
+            columns[method] = {("Set_A", "σ25"): group}
+        return equal_seeds(columns)
+
+    one, three, five = range(1), range(3), range(5)
+    assert ranked(kit=one, local=one, window=one, conv=three) == ["kit", "local", "window"]
+    assert ranked(kit=one, local=one, window=one, conv=three, pair=three) == ["conv", "pair"]
+    assert ranked(kit=three, local=three, window=three, conv=five, pair=five) == ["kit", "local", "window"]
+    assert ranked(kit=three, local=three, conv=five, pair=five) == ["conv", "pair"]
+    assert ranked() == []
+
+
+def test_a_column_that_cannot_decide_is_marked_in_a_table_that_can(three: Path) -> None:
+    for seed in range(4):
+        for number, method in enumerate(("kit", "window", "conv")):
+            store(three, method, photographs(seed, number, number)[:3], seed, data_set="Set_B", sigma=50)
+    table = rows(find([three])).set_index(["data_set", "method"])
+    assert table.loc[("CBSD68", "conv"), "within_noise"] == False  # noqa: E712
+    assert table.loc[("Set_B", "kit"), "within_noise"] == True  # noqa: E712
+    assert "3 images are too few to decide a difference, at least 6 are needed" in render(find([three]), "markdown")
 
 
 def test_every_table_names_the_runs_of_every_row(three: Path) -> None:
@@ -104,6 +181,13 @@ def test_published_figures_stand_apart_with_their_source(three: Path, tmp_path: 
     assert "Kodak24" not in block  # only what stands beside a column of the table
     store(tmp_path / "other", "kit", 30.0)
     assert "Published" not in render(find([tmp_path / "other"]), "markdown")
+
+
+def test_a_table_of_cbsd68_shows_what_cbm3d_and_networks_reach_in_print(tmp_path: Path) -> None:
+    text = render([store(tmp_path, "kit", 30.0, data_set="CBSD68")], "markdown")
+    block = text[text.index("Published, not run here") :]
+    figures = {line.split("|")[1].strip(): line.split("|")[5].strip() for line in block.splitlines() if "σ25" in line}
+    assert figures == {"CBM3D": "30.71", "CDnCNN": "31.23", "FFDNet": "31.21"}
 
 
 def test_every_published_figure_has_a_source_and_a_plausible_value() -> None:

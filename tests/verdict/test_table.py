@@ -26,7 +26,7 @@ def test_rows_are_means_over_images_and_seeds(tmp_path: Path) -> None:
     assert len(row["runs"].split(",")) == 3
 
 
-def test_the_form_of_a_computation_is_always_told(tmp_path: Path) -> None:
+def test_the_form_of_a_computation_is_always_stated(tmp_path: Path) -> None:
     """Memory is the form's, not the method's: a lone materialised `global` must not pass for the method."""
     store(tmp_path, "global", 30.0, settings={"form": "materialised"})
     store(tmp_path, "kit", 31.0)
@@ -127,7 +127,7 @@ def test_latex_is_escaped_and_balanced(tmp_path: Path) -> None:
     assert {line.count(" & ") for line in body} == {columns}
 
 
-def test_seconds_a_step_that_other_work_slowed_are_not_shown_but_told(tmp_path: Path) -> None:
+def test_seconds_a_step_that_other_work_slowed_are_not_shown_but_named(tmp_path: Path) -> None:
     folder = store(tmp_path, "kit", 30.0)
     path = folder.path / "training.json"
     record = json.loads(path.read_bytes())

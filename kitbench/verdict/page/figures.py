@@ -14,8 +14,8 @@ import pandas as pd
 
 from kitbench.store.folder import RunFolder
 from kitbench.store.sweeps import Sweep
-from kitbench.verdict.claims import Block
 from kitbench.verdict.compare import Compared, heading
+from kitbench.verdict.contrasts import Block
 from kitbench.verdict.entries import Entry, labels
 from kitbench.verdict.page import pictures
 

@@ -15,26 +15,29 @@ import jinja2
 import pandas as pd
 
 from kitbench.store.folder import RunFolder
-from kitbench.store.records import Run
+from kitbench.store.records import Run, Tuning
 from kitbench.store.sweeps import Sweep
 from kitbench.verdict import published
-from kitbench.verdict.claims import Block, blocks, claims, compare_methods
-from kitbench.verdict.compare import Compared, adjusted, pooled
+from kitbench.verdict.claims import claims
+from kitbench.verdict.compare import Compared, against_best, equal_seeds, paired_scores
+from kitbench.verdict.contrasts import Block, blocks
 from kitbench.verdict.entries import Entry, entries, labels
 from kitbench.verdict.page import pictures
 from kitbench.verdict.page.figures import galleries_of, pictures_of, scaling
 from kitbench.verdict.page.tables import Grid, ablation, differences_of, table_cell, table_of
-from kitbench.verdict.render import caption_of, split
+from kitbench.verdict.render import caption_of, detects, split
 from kitbench.verdict.rows import rows
 
 
-def report(runs: Sequence[RunFolder], sweeps: Sequence[Sweep], protocol: str | None = None) -> str:
+def report(
+    runs: Sequence[RunFolder], sweeps: Sequence[Sweep], tunings: Sequence[Tuning] = (), protocol: str | None = None
+) -> str:
     """The HTML text. Raises InputError where the runs cannot be in one table."""
     found = entries(runs, protocol)
     table = rows(runs, protocol)
     folders = {folder.run.key: folder for folder in runs}
     sections = [_section(block, run, table, found, folders) for block, run in split(table, found)]
-    judged = claims(runs, sweeps, protocol)
+    judged = claims(runs, sweeps, tunings, protocol)
     galleries, left_out = galleries_of(found, folders)
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("kitbench", "verdict/page"), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -77,19 +80,14 @@ def _section(
 
 
 def _against_best(block: Block) -> list[tuple[Compared, Any]]:
-    """Every method against the one with the best mean over all images, worst last, with its differences."""
-    trial = next(iter(block.methods))
-    to_trial = {m: pooled(columns, block.methods[trial]) for m, columns in block.methods.items()}
-    means = {m: float(d.mean()) for m, d in to_trial.items() if d is not None}
-    if not means:
+    """Every ranked method against the one with the best mean over all images, worst last, with its differences."""
+    methods = {name: block.methods[name] for name in equal_seeds(block.methods)}
+    compared = against_best({"all": methods}).get("all", [])
+    scores = paired_scores(list(methods.values())) if compared else None
+    if scores is None:
         return []
-    best = max(means, key=means.__getitem__)
-    pairs = [
-        (compare_methods(block, m, best), pooled(block.methods[m], block.methods[best])) for m in means if m != best
-    ]
-    known = [(c, d) for c, d in pairs if c is not None and d is not None]
-    fixed = adjusted([c for c, _ in known])
-    return sorted(zip(fixed, [d for _, d in known], strict=True), key=lambda pair: -pair[0].found.mean)
+    values = dict(zip(methods, scores.values, strict=True))
+    return sorted(((c, values[c.a] - values[c.b]) for c in compared), key=lambda pair: -pair[0].found.mean)
 
 
 def _verdict(block: pd.DataFrame, trained: Block | None, compared: Sequence[tuple[Compared, Any]]) -> list[str]:
@@ -113,11 +111,9 @@ def _verdict(block: pd.DataFrame, trained: Block | None, compared: Sequence[tupl
         sentences.append(f"It is not distinguishable from {', '.join(level)}: these runs do not rank them.")
     if undecided:
         sentences.append(f"Nothing is decided about {', '.join(c.a for c in undecided)}: {undecided[0].found.note}.")
-    smallest = [c.found.detectable for c, _ in compared if c.found.detectable is not None]
+    smallest = [c.detectable for c, _ in compared if c.detectable is not None]
     if smallest:
-        sentences.append(
-            f"These seeds and images detect differences of {max(smallest):.3f} dB or more with 80 % power."
-        )
+        sentences.append(detects(max(smallest)))
     notes = dict.fromkeys(c.found.note for c, _ in compared if c.found.note and c.p_holm is not None)
     return sentences + [f"{note[0].upper()}{note[1:]}." for note in notes if note]
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from kitbench.verdict.claims import Block, compare_methods
 from kitbench.verdict.compare import Column, Compared, adjusted, heading
-from kitbench.verdict.render import named, notes_of, number, ranked, slowed
+from kitbench.verdict.contrasts import Block, compare_methods
+from kitbench.verdict.render import named, notes_of, number, ranked, slowed, unranked
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,9 @@ def _score(
     best, second = ranked(block, column, metric, digits, higher)
     spread = row.get(metric.removesuffix("_db") + "_pm_seeds")
     behind = "" if spread is None or pd.isna(spread) else f" ± {spread:.{digits}f}"
-    star = "*" if metric == "psnr_db" and row["within_noise"] == 1 else ""
-    return TableCell(
-        text + behind + star, _amount(row[metric], digits).key, 1 if text == best else 2 if text == second else 0
-    )
+    star = "" if metric != "psnr_db" else "*" if row["within_noise"] == 1 else "§" if unranked(row) else ""
+    rank = 0 if not row["ranked"] else 1 if text == best else 2 if text == second else 0
+    return TableCell(text + behind + star, _amount(row[metric], digits).key, rank)
 
 
 def differences_of(compared: Sequence[Compared]) -> Grid | None:
@@ -98,7 +97,7 @@ def differences_of(compared: Sequence[Compared]) -> Grid | None:
         "95 % interval",
         "on these images alone",
         "p (Holm)",
-        "Detectable, dB",
+        "Detects, dB",
         "Seeds",
         "Images",
         "Runs",
@@ -114,14 +113,14 @@ def differences_of(compared: Sequence[Compared]) -> Grid | None:
             [
                 table_cell(f"{c.a} - {c.b}"), TableCell(f"{f.mean:+.3f}", f.mean), *intervals,
                 TableCell("n/a" if c.p_holm is None else f"{c.p_holm:.3g}", math.inf if c.p_holm is None else c.p_holm),
-                TableCell("n/a" if f.detectable is None else f"{f.detectable:.3f}", f.detectable or math.inf),
+                TableCell("n/a" if c.detectable is None else f"{c.detectable:.3f}", c.detectable or math.inf),
                 table_cell(str(f.seeds), f.seeds), table_cell(str(f.images), f.images), table_cell(" ".join(c.runs)),
             ]
         )  # fmt: skip
     notes = [
-        "Paired by seed and image; an image's mean over its conditions. Interval: hierarchical bootstrap over seeds "
-        "and images, expanded to Student's t. p: the larger of a permutation test and the test over seeds and images.",
-        "Detectable: the true difference that these seeds and images detect with 80 % power.",
+        "Paired by seed and image; an image's mean over its conditions. Interval and p hold for other seeds and other "
+        "images; p is corrected for all pairs of methods, one interval is not.",
+        "Detects: the smallest true difference that these seeds and images find with 80 % power after the correction.",
         *dict.fromkeys(c.found.note + "." for c in compared if c.found.note),
     ]
     return Grid("Differences from the best", header, lines, notes)

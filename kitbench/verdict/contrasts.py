@@ -1,0 +1,288 @@
+"""Contrasts: differences between two methods that were chosen before any score was seen, and what decides them.
+
+A contrast is measured under up to four setups: under one recipe for all methods and with each method at its own best
+learning rate (from `kitbench tune`), at the two longest trainings that were run. It is decided where every setup
+decides it: its p value is the largest of its setups', and those of all contrasts of a page are corrected together by
+Holm's method, so that a page holds a false decision in at most 5 % of cases, whatever is true in which setup.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import numpy as np
+
+from kitbench.spec.fields import digest
+from kitbench.spec.shipped import suite_names
+from kitbench.store.records import Run, Tuning
+from kitbench.verdict.compare import Column, Compared, compare, with_correction
+from kitbench.verdict.entries import Entry, bare_label, labels
+from kitbench.verdict.statistics import ALPHA, corrected
+
+Verdict = Literal["supported", "not supported", "depends on the learning rate", "not decided"]
+UNDECIDED: Verdict = "not decided"
+Comparison = Literal["one recipe", "each at its own best rate"]
+ONE: Comparison = "one recipe"
+OWN: Comparison = "each at its own best rate"
+SMOKE = "smoke"
+"""The preset that only proves that everything works: its runs settle no claim."""
+K = TypeVar("K")
+
+
+@dataclass(frozen=True, order=True)
+class Setup:
+    """How both methods of a contrast were trained."""
+
+    comparison: Comparison
+    steps: int
+
+    def __str__(self) -> str:
+        return f"{self.comparison}, {self.steps:,} steps"
+
+
+def decide(signs: Mapping[Setup, int]) -> tuple[Verdict, str]:
+    """The verdict on "a restores better than b", and why it is not decided.
+
+    signs: by setup, +1 where a is better by more than noise, -1 where b is, 0 where neither is shown.
+    """
+    steps = sorted({setup.steps for setup in signs})
+    missing = []
+    if not any(setup.comparison == OWN for setup in signs):
+        missing.append("only one recipe was compared (run `kitbench tune`)")
+    else:
+        absent = [Setup(OWN, n) for n in steps if Setup(OWN, n) not in signs]
+        missing += [f"no runs of {setup} (run `kitbench tune`)" for setup in absent]
+    if len(steps) < 2:
+        missing.append("only one length of training was run")
+    if missing:
+        return UNDECIDED, " and ".join(missing)
+    if undecided := [str(setup) for setup in sorted(signs) if signs[setup] == 0]:
+        return UNDECIDED, f"no difference is shown by {' and '.join(undecided)}"
+    if len(set(signs.values())) == 1:
+        return ("supported" if min(signs.values()) > 0 else "not supported"), ""
+    if all(len({signs[Setup(comparison, n)] for n in steps}) == 1 for comparison in (ONE, OWN)):
+        return "depends on the learning rate", ""
+    return UNDECIDED, "the order changes with the length of training"
+
+
+def combined(verdicts: Iterable[Verdict]) -> Verdict:
+    """Of a statement whose parts must all hold."""
+    found = set(verdicts)
+    order: tuple[Verdict, ...] = ("not supported", "depends on the learning rate", UNDECIDED)
+    return next((verdict for verdict in order if verdict in found), "supported")
+
+
+@dataclass(frozen=True)
+class Block:
+    """The runs of one comparison by method, then by data set and condition."""
+
+    methods: dict[str, dict[Column, list[Entry]]]
+
+    @property
+    def first(self) -> Entry:
+        return next(group[0] for columns in self.methods.values() for group in columns.values())
+
+    @property
+    def steps(self) -> int:
+        recipe = self.first.run.recipe
+        assert recipe is not None
+        return recipe.steps
+
+    @property
+    def lr(self) -> float:
+        recipe = self.first.run.recipe
+        assert recipe is not None
+        return recipe.lr
+
+    @property
+    def weight(self) -> tuple[int, bool, int, int]:
+        """Longest training first, then colour, then most methods, then most results."""
+        recipe = self.first.run.recipe
+        assert recipe is not None
+        results = sum(len(group) for columns in self.methods.values() for group in columns.values())
+        return (
+            recipe.steps * recipe.batch * recipe.crop**2, self.first.run.mode == "colour", len(self.methods), results
+        )  # fmt: skip
+
+    def identity(self, *left_out: str) -> str:
+        """Digest of what all runs of the block share, without some of it; "lr" means the recipe's."""
+        identity = dict(self.first.run.identity)
+        if "lr" in left_out:
+            identity["recipe"] = {key: value for key, value in identity["recipe"].items() if key != "lr"}
+        return digest({k: v for k, v in identity.items() if k not in ("attention", "settings", "seed", *left_out)})
+
+
+def blocks(found: Sequence[Entry]) -> list[Block]:
+    """The comparisons among these entries, the weightiest first; methods without training are in none."""
+    names = labels(found)
+    grouped: dict[str, dict[str, dict[Column, list[Entry]]]] = {}
+    for entry in sorted(found, key=lambda e: (names[e.run.key, e.run.method], e.run.seed or 0)):
+        if entry.run.comparison:
+            columns = grouped.setdefault(entry.run.comparison, {}).setdefault(
+                names[entry.run.key, entry.run.method], {}
+            )
+            columns.setdefault((entry.evaluation.data_set, entry.evaluation.condition), []).append(entry)
+    return sorted((Block(methods) for _, methods in sorted(grouped.items())), key=lambda b: b.weight, reverse=True)
+
+
+def compare_methods(block: Block, a: str, b: str) -> Compared | None:
+    """Method a against b over all images of a comparison; None where there is nothing to pair."""
+    if a not in block.methods or b not in block.methods:
+        return None
+    return compare(a, b, block.methods[a], block.methods[b])
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The comparisons of one task that differ in the recipe only, the weightiest first."""
+
+    blocks: tuple[Block, ...]
+    tunings: tuple[Tuning, ...] = ()
+    left_out: tuple[str, ...] = ()
+    """Variants with other than the default settings."""
+    smoke: bool = False
+    """Whether there were smoke runs, which are left out."""
+
+    def with_methods(self, *methods: str) -> list[Block]:
+        return [block for block in self.blocks if set(methods) <= block.methods.keys()]
+
+    def tuning(self, block: Block) -> Tuning | None:
+        run = block.first.run
+        wanted = run.suite, run.preset, run.mode, block.steps
+        return next((t for t in self.tunings if (t.suite, t.preset, t.mode, t.steps) == wanted), None)
+
+    def compare(self, a: str, b: str) -> dict[Setup, Compared]:
+        """The contrast a - b under every setup that was run, at the two longest trainings."""
+        candidates: dict[int, list[Block]] = {}
+        for block in self.with_methods(a, b):
+            candidates.setdefault(block.steps, []).append(block)
+        found: dict[Setup, Compared | None] = {}
+        for steps in sorted(candidates)[-2:]:
+            one = next((block for block in candidates[steps] if self._own_rate(block)), candidates[steps][0])
+            found[Setup(ONE, steps)] = compare_methods(one, a, b)
+            tuning = self.tuning(one)
+            if tuning is not None and (tuned := self._tuned(one, tuning, (a, b))) is not None:
+                found[Setup(OWN, steps)] = compare_methods(tuned, a, b)
+        return {setup: compared for setup, compared in found.items() if compared is not None}
+
+    def _own_rate(self, block: Block) -> bool:
+        """Whether a block was trained at the recipe's own rate, as far as a search of rates says which that is."""
+        tuning = self.tuning(block)
+        return tuning is not None and math.isclose(block.lr, tuning.lr)
+
+    def _tuned(self, one: Block, tuning: Tuning, methods: tuple[str, ...]) -> Block | None:
+        """The runs of each method at its best rate, everything else as in `one`; None where a method has none."""
+        found = {}
+        for method in methods:
+            found[method] = next(
+                (
+                    block.methods[method]
+                    for block in self.with_methods(method)
+                    if block.identity("lr") == one.identity("lr")
+                    and math.isclose(block.lr, tuning.best.get(method, math.nan))
+                ),
+                None,
+            )
+        known = {method: columns for method, columns in found.items() if columns is not None}
+        return Block(known) if len(known) == len(methods) else None
+
+
+def select(found: Sequence[Entry], tunings: Sequence[Tuning]) -> Runs:
+    """The runs among these entries, of one task, that claims are put to.
+
+    Left out: smoke runs; trials of a search of learning rates and scores on its validation set; variants of a method
+    that do not have the default settings. Of several groups that differ in more than the recipe (training images,
+    backbone, colour mode) the one with the weightiest comparison is taken.
+    """
+    trained = [entry for entry in found if entry.run.comparison]
+    trials = {trial.key for tuning in tunings for trial in tuning.trials}
+    validation = {(tuning.suite, tuning.validation) for tuning in tunings}
+    kept = [
+        entry
+        for entry in trained
+        if not _smoke(entry.run)
+        and entry.run.key not in trials
+        and (entry.run.suite, entry.evaluation.data_set) not in validation
+    ]
+    defaults, left_out = _default_variants(kept)
+    all_blocks = blocks(defaults)
+    chosen = all_blocks[0].identity("recipe", "device") if all_blocks else ""
+    return Runs(
+        tuple(block for block in all_blocks if block.identity("recipe", "device") == chosen), tuple(tunings),
+        tuple(left_out), any(_smoke(entry.run) for entry in trained),
+    )  # fmt: skip
+
+
+def _smoke(run: Run) -> bool:
+    return run.preset == SMOKE or (run.recipe is not None and run.recipe.name == SMOKE)
+
+
+def _default_variants(found: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
+    """Of each method in each comparison the entries of one variant, and the names of the others.
+
+    The variant is one whose settings `--set` did not change; where several suites of the user's own define such, that
+    of a shipped suite, then that with the most results.
+    """
+    variants: dict[tuple[str, str], dict[str, list[Entry]]] = {}
+    for entry in found:
+        variant = json.dumps([entry.run.attention, entry.run.settings], sort_keys=True)
+        variants.setdefault((entry.run.comparison, bare_label(entry.run)), {}).setdefault(variant, []).append(entry)
+
+    def order(group: Sequence[Entry]) -> tuple[bool, bool, int]:
+        unchanged = any(not entry.run.changed for entry in group)
+        return unchanged, any(entry.run.suite in suite_names() for entry in group), len(group)
+
+    names = labels(found)
+    kept, left_out = [], []
+    for (_, label), groups in variants.items():
+        default = max(groups, key=lambda variant: (*order(groups[variant]), variant))
+        for variant, group in groups.items():
+            if variant == default and order(group)[0]:
+                kept += group
+                continue
+            run = group[0].run
+            changed = ", ".join(f"{key} {run.settings[key]}" for key in run.changed)
+            left_out.append(f"{label} ({changed})" if changed else names[run.key, run.method])
+    return kept, list(dict.fromkeys(left_out))
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A contrast a - b, measured and decided."""
+
+    a: str
+    b: str
+    setups: dict[Setup, Compared]
+    verdict: Verdict
+    reason: str
+    """Why it is not decided."""
+
+
+def decide_contrasts(contrasts: Mapping[K, tuple[str, str, Mapping[Setup, Compared]]]) -> dict[K, Contrast]:
+    """Contrasts (a, b, differences by setup) of one page, corrected together."""
+    known = {key: setups for key, (_, _, setups) in contrasts.items() if setups}
+    p = np.zeros((len(known), max((len(setups) for setups in known.values()), default=1)))
+    for place, setups in enumerate(known.values()):
+        values = [compared.found.p for compared in setups.values()]
+        p[place, : len(values)] = [math.nan if value is None else value for value in values]
+    adjusted = dict(zip(known, corrected(p), strict=True))
+    decided = {}
+    for key, (a, b, setups) in contrasts.items():
+        found = {
+            setup: with_correction(compared, float(adjusted[key][place]), len(known))
+            for place, (setup, compared) in enumerate(setups.items())
+        }
+        if found:
+            verdict, reason = decide({setup: _sign(compared) for setup, compared in found.items()})
+        else:
+            verdict, reason = UNDECIDED, f"no stored runs of both {a} and {b} under one recipe"
+        decided[key] = Contrast(a, b, found, verdict, reason)
+    return decided
+
+
+def _sign(compared: Compared) -> int:
+    return 0 if compared.p_holm is None or compared.p_holm >= ALPHA else int(math.copysign(1, compared.found.mean))
