@@ -70,8 +70,9 @@ class World:
         by_image = self._image_effects(random, (tables, methods, 1, self.images))
         by_image *= np.array(self.image_spreads)[:, None, None]
         rest = random.standard_normal((tables, methods, self.seeds, self.images))
-        found: Array = self.of_rest * rest
-        return found + self.of_seed * by_seed + self.of_image * by_image + truth[:, None, None]
+        found: Array = self.of_rest * rest + self.of_seed * by_seed + self.of_image * by_image
+        found += truth[:, None, None]
+        return found
 
     def _image_effects(self, random: np.random.Generator, shape: tuple[int, ...]) -> Array:
         """Mean 0, variance 1."""
@@ -169,7 +170,8 @@ def rates_of(world: World, repeats: int) -> dict[str, Any]:
     def found_in_table(gain: float) -> Callable[[int], Decisions]:
         def of(tables: int) -> Decisions:
             best, marked = marks(world.scores(random, tables, np.array([gain, *[0.0] * (len(METHODS) - 1)])))
-            return (marked & (best == 0)[:, None])[:, 1:]
+            found: Decisions = (marked & (best == 0)[:, None])[:, 1:]
+            return found
 
         return of
 

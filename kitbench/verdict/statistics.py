@@ -111,8 +111,8 @@ def p_values(found: Spread) -> Array:
         squares = [np.square(special.stdtrit(f, np.exp(middle) / 2)) for f in freedom]
         outside = mean > squares[0] * a + squares[1] * b  # zero lies outside: p is smaller
         low, high = np.where(outside, low, middle), np.where(outside, middle, high)
-    found: Array = np.exp(high)
-    return found
+    p: Array = np.exp(high)
+    return p
 
 
 def _student(square: Array, freedom: int) -> Array:
@@ -140,7 +140,8 @@ def corrected(p: Array) -> Array:
     stands for a setup that a contrast does not have.
     """
     joint = np.maximum(p.max(-1), np.finfo(np.float64).tiny)
-    return np.minimum(p * (holm(joint) / joint)[..., None], 1.0)
+    adjusted: Array = np.minimum(p * (holm(joint) / joint)[..., None], 1.0)
+    return adjusted
 
 
 def to_best(columns: Sequence[Array]) -> list[tuple[NDArray[np.intp], Array]]:

@@ -64,11 +64,8 @@ def test_the_worlds_hold_those_that_were_asked_for() -> None:
     assert replace(aimed[0], tails="heavy") not in aimed  # equality sees the tails
 
 
-def test_the_command_prints_the_stored_table_and_other_scripts_find_the_standard_library(tmp_path: Path) -> None:
+def test_the_command_prints_the_stored_table() -> None:
     script = ROOT / "benchmarks" / "error_rates.py"
     done = subprocess.run([sys.executable, script, "--markdown"], capture_output=True, text=True, check=True)
     assert "| stored runs " in done.stdout
     assert "aimed at: at most 5 %" in done.stdout
-    code = f"import sys; sys.path.insert(0, {str(script.parent)!r}); import statistics; print(statistics.median([1, 2, 9]))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert done.stdout.strip() == "2"
