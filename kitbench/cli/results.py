@@ -23,13 +23,14 @@ from kitbench.errors import ExitCode, InputError
 )
 @click.option("--protocol", help="Only rows of this protocol (id, or id.vN).")
 @click.option("--out", type=click.Path(path_type=Path), help="Write to this file instead of the terminal.")
-def table(paths: tuple[Path, ...], form: Any, protocol: str | None, out: Path | None) -> None:
+@click.option("--wide", is_flag=True, help="Terminal: all columns, however wide.")
+def table(paths: tuple[Path, ...], form: Any, protocol: str | None, out: Path | None, wide: bool) -> None:
     """Print a table of stored runs, given by their folders or by folders that contain such folders."""
     from kitbench.store.folder import find
     from kitbench.verdict.render import render
 
     runs = find(paths)
-    give(render(runs, form, protocol), out)
+    give(render(runs, form, protocol, wide), out)
     for failure in filter(None, (run.failure for run in runs)):
         click.secho(f"failed, so missing or incomplete in the table: {failure}", fg="red", err=True)
 

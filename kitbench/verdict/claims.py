@@ -8,7 +8,7 @@ where one part is contradicted, dependent on the learning rate where a part is, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,8 +35,9 @@ from kitbench.verdict.contrasts import (
     decide_contrasts,
     select,
 )
-from kitbench.verdict.entries import entries, under
+from kitbench.verdict.entries import entries, labels, under
 from kitbench.verdict.growth import Part, costly, linear_measured, linear_operations, quadratic
+from kitbench.verdict.provenance import Deviation, deviation_text, deviations
 from kitbench.verdict.statistics import mean_interval
 
 FULL_STEPS = 100_000
@@ -161,11 +162,25 @@ def _quality(main: Runs, by_task: Mapping[str, Runs]) -> dict[str, Part]:
 def _part(question: str, contrast: Contrast, runs: Runs) -> Part:
     keys = dict.fromkeys(key for compared in contrast.setups.values() for key in compared.runs)
     evidence = "; ".join(f"{setup}: {in_words(compared)}" for setup, compared in contrast.setups.items())
+    evidence += _unlike(runs, keys)
     absent = "only smoke runs are stored, which settle no claim" if runs.smoke and not runs.blocks else contrast.reason
     return Part(
         question, contrast.verdict, f"{evidence}{_left_out(runs)}".removeprefix("; "), tuple(keys),
         _command(contrast, runs) if contrast.verdict == UNDECIDED else "", absent,
     )  # fmt: skip
+
+
+def _unlike(runs: Runs, keys: Collection[str]) -> str:
+    """Which of the runs with these keys other code or another environment made than most runs of their comparison."""
+    found = []
+    for block in runs.blocks:
+        own = [entry for columns in block.methods.values() for group in columns.values() for entry in group]
+        found += [one for one in deviations(own, labels(own)) if one.run[:10] in keys]
+    by_method: dict[str, list[Deviation]] = {}
+    for one in found:
+        by_method.setdefault(one.method, []).append(one)
+    texts = [f"{method} was made unlike most runs: {deviation_text(own)}" for method, own in by_method.items()]
+    return "".join(f"; {text}" for text in texts)
 
 
 def _left_out(runs: Runs) -> str:
@@ -210,6 +225,7 @@ def _best_of_all(kind: Kind, contrasts: Sequence[Contrast], runs: Runs) -> Part:
     command = ""
     if verdict == UNDECIDED:
         command = _command(undecided[0], runs) if steps >= FULL_STEPS else run_command(None, [], 5, kind)
+    evidence += _unlike(runs, keys)
     return Part(question, verdict, evidence + (_left_out(runs) if evidence else ""), tuple(keys), command, reason)
 
 
@@ -228,6 +244,7 @@ def _recall(runs: Runs) -> Part:
     )
     interval = mean_interval(recalls - chances)
     words = f"recall {recalls.mean():.3f}, of chance {chances.mean():.3f}, over {len(recalls)} seeds"
+    words += _unlike(runs, noted)
     if interval is None:
         return Part(question, UNDECIDED, words, tuple(noted), command, "no interval over seeds")
     words += f"; 95 % interval of the gain [{interval.low:+.3f}, {interval.high:+.3f}]"

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kitbench.store.records import Evaluation, Run
 from kitbench.verdict.entries import Entry
 
 FLAGS = ("deterministic", "cudnn_benchmark", "tf32", "float32_matmul_precision")
@@ -24,32 +23,39 @@ class Deviation:
     method: str
     run: str
     """Its key."""
+    trained: bool
     what: str
     """`torch`, `threads`, `commit`, `source of the training`, ..."""
     found: str
     usual: str
+    same_source: bool
+    """Whether the digests of all of the run's source are recorded, and those that most runs have."""
 
     def __str__(self) -> str:
         return f"{self.what} {self.found} instead of {self.usual}"
 
 
-def deviations(entries: Sequence[Entry], names: Mapping[str, str]) -> list[Deviation]:
-    """What differs among these entries from the value that most of the runs have; by run, in order.
+def deviations(entries: Sequence[Entry], names: Mapping[tuple[str, str], str]) -> list[Deviation]:
+    """What differs among these entries from the value that most of them have; by run, in order.
 
-    names: of the runs' rows, by the key of the run. The attention's own source is compared within a method alone.
+    names: of the runs' rows, by the key and the method of the run. An attention's own source is compared with that of
+    the same method alone.
     """
-    facts = [(entry.run, _facts(entry.run, entry.evaluation, names[entry.run.key])) for entry in entries]
+    facts = [(entry.run, _facts(entry, names[entry.run.key, entry.run.method])) for entry in entries]
     counted: dict[str, Counter[str]] = {}
     for _, own in facts:
         for what, value in own.items():
             counted.setdefault(what, Counter())[value] += 1
     usual = {what: min(values, key=lambda value: (-values[value], value)) for what, values in counted.items()}
-    found = {
-        (run.key, what): Deviation(names[run.key], run.key, what.partition("|")[0], value, usual[what])
-        for run, own in facts
-        for what, value in own.items()
-        if value != usual[what]
-    }
+    found = {}
+    for run, own in facts:
+        source = {what: value for what, value in own.items() if what.startswith(SOURCE)}
+        same_source = all(value == usual[what] != NOT_RECORDED for what, value in source.items())
+        for what, value in own.items():
+            if value != usual[what]:
+                name, said = names[run.key, run.method], what.partition("|")[0]
+                one = Deviation(name, run.key, run.seed is not None, said, value, usual[what], same_source)
+                found[run.key, what] = one
     return [found[key] for key in sorted(found)]
 
 
@@ -61,25 +67,31 @@ def deviation_text(found: Sequence[Deviation]) -> str | None:
     texts = list(dict.fromkeys(map(str, found)))
     if not texts:
         return None
-    only_commits = all(one.what == "commit" for one in found)
-    return "; ".join(texts) + (" (the source that decides numbers is the same)" if only_commits else "")
+    known = all(one.what == "commit" and one.same_source for one in found)
+    return "; ".join(texts) + (" (the source that decides numbers is the same)" if known else "")
 
 
-def _facts(run: Run, evaluation: Evaluation, name: str) -> dict[str, str]:
+def _facts(entry: Entry, name: str) -> dict[str, str]:
     """What decides the last bits of a run's scores, by name. A name behind `|` is one of a method's own."""
-    environment, scored = run.environment, evaluation.numerics
+    run = entry.run
+    environment, scored = run.environment, entry.evaluation.numerics
     flags = ", ".join(f"{flag} {environment.flags[flag]}" for flag in FLAGS if flag in environment.flags)
+    commit, _, dirty = (environment.commit or NOT_RECORDED).partition("+")
     facts = {
-        "commit": (environment.commit or NOT_RECORDED)[:10] + "+dirty" * (environment.commit or "").endswith("+dirty"),
+        "commit": _short(commit) + (f"+{dirty}" if dirty else ""),
         "torch": environment.versions.get("torch", NOT_RECORDED),
     }
     if run.seed is not None:
         facts |= {"threads": str(environment.threads), "flags": flags or NOT_RECORDED}
     source = run.source or {}
     parts = ("network", "data", "training") if run.seed is not None else ()
-    facts |= {f"{SOURCE}{part}": source.get(part, NOT_RECORDED)[:10] for part in parts}
-    facts[f"{SOURCE}attention|{name}"] = source.get("attention", NOT_RECORDED)[:10]
-    facts[f"{SOURCE}scoring"] = (scored.source.get("scoring", NOT_RECORDED) if scored else NOT_RECORDED)[:10]
+    facts |= {f"{SOURCE}{part}": _short(source.get(part, NOT_RECORDED)) for part in parts}
+    facts[f"{SOURCE}attention|{name}"] = _short(source.get("attention", NOT_RECORDED))
+    facts[f"{SOURCE}scoring"] = _short(scored.source.get("scoring", NOT_RECORDED) if scored else NOT_RECORDED)
     facts["torch that scored"] = scored.torch if scored else NOT_RECORDED
     facts["threads that scored"] = str(scored.threads) if scored else NOT_RECORDED
     return facts
+
+
+def _short(digest: str) -> str:
+    return digest if digest == NOT_RECORDED else digest[:10]

@@ -148,7 +148,11 @@ def _seed(entry: Entry) -> str:
 def _cost(comparison: str, method: str, group: list[Entry]) -> CostRow:
     trainings = [entry.training for entry in group if entry.training]
     first = trainings[0].cost
-    steps = [t.seconds_per_step / t.cost.calibration_seconds for t in trainings if t.cost.calibration_seconds]
+    steps = [
+        (t.cost.step_seconds or t.seconds_per_step) / t.cost.calibration_seconds
+        for t in trainings
+        if t.cost.calibration_seconds
+    ]
     peaks = [t.cost.train_peak_bytes for t in trainings if t.cost.train_peak_bytes is not None]
     return CostRow(
         comparison=comparison, method=method, parameters=first.parameters,

@@ -11,6 +11,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,12 +29,17 @@ from kitbench.verdict.rows import rows
 
 Format = Literal["markdown", "latex", "csv", "json", "terminal"]
 NOT_MEASURED = "n/a"
+NARROW = 100
+"""Characters of a table on the terminal."""
 SLOWED = 0.05
 """Share of the time that a training waited for a processor, from which on its seconds a step carry a sign."""
 
 
-def render(runs: Sequence[RunFolder], form: Format, protocol: str | None = None) -> str:
-    """The table of these runs in one of the formats, ending in a newline."""
+def render(runs: Sequence[RunFolder], form: Format, protocol: str | None = None, wide: bool = False) -> str:
+    """The table of these runs in one of the formats, ending in a newline.
+
+    On the terminal it is at most NARROW characters wide and shows PSNR and the main costs; `wide`: all columns.
+    """
     table = rows(runs, protocol)
     if form == "csv":
         text = io.StringIO()
@@ -41,7 +48,8 @@ def render(runs: Sequence[RunFolder], form: Format, protocol: str | None = None)
     if form == "json":
         records = json.loads(table.to_json(orient="records", double_precision=10))
         return json.dumps(records, indent=1) + "\n"
-    blocks = [_block(block, run, form) for block, run in split(table, entries(runs, protocol))]
+    narrow = form == "terminal" and not wide
+    blocks = [_block(block, run, form, narrow) for block, run in split(table, entries(runs, protocol))]
     figures = published.lines(set(zip(table["data_set"], table["condition"], strict=True)))
     if figures:
         blocks.append(_published(figures, form))
@@ -65,51 +73,78 @@ def _published(figures: list[list[str]], form: Format) -> str:
     return f"{styles.bold(published.HEADING)}\n\n{_grid(published.HEADER, lines, form)}\n\n{published.CAUTION}\n"
 
 
-def _block(block: pd.DataFrame, run: Run, form: Format) -> str:
+def _block(block: pd.DataFrame, run: Run, form: Format, narrow: bool) -> str:
     styles = _STYLES[form]
-    columns = list(dict.fromkeys(zip(block["data_set"], block["condition"], strict=True)))
-    shows_lpips = block["lpips"].notna().any()
-    metrics = [("psnr_db", 2, True), ("ssim", 4, True)] + ([("lpips", 4, False)] if shows_lpips else [])
-    ranks = {
-        (column, metric): ranked(block, column, metric, digits, higher)
-        for column in columns
-        for metric, digits, higher in metrics
-    }
-    names = ["PSNR dB", "SSIM", "LPIPS"][: len(metrics)]
+    columns: list[Column] = list(dict.fromkeys(zip(block["data_set"], block["condition"], strict=True)))
+    metrics = [("psnr_db", "PSNR dB", 2, True)]
+    metrics += [] if narrow else [("ssim", "SSIM", 4, True)]
+    metrics += [("lpips", "LPIPS", 4, False)] if block["lpips"].notna().any() and not narrow else []
+    rows_of = dict(iter(block.groupby("method", sort=False)))
+    layout = {"Method": [styles.escape(row_name(own.iloc[0])) for own in rows_of.values()]}
+    for column in columns:
+        ranks = [(m, digits, ranked(block, column, m, digits, higher)) for m, _, digits, higher in metrics]
+        layout[f"{heading(column)}: {' / '.join(name for _, name, _, _ in metrics)}"] = [
+            _scores(own[(own["data_set"] == column[0]) & (own["condition"] == column[1])], ranks, styles)
+            for own in rows_of.values()
+        ]
+    layout |= _costs(block, [own.iloc[0] for own in rows_of.values()], styles, narrow)
+    notes, caption = notes_of(block), caption_of(run)
+    runs = {method: dict.fromkeys(",".join(own["runs"]).split(",")) for method, own in rows_of.items()}
+    if not narrow:
+        notes.append("Runs: " + "; ".join(f"{method!s} {', '.join(keys)}" for method, keys in runs.items()) + ".")
+    if form == "latex":
+        lines = [list(line) for line in zip(*layout.values(), strict=True)]
+        return _latex(caption, list(layout), lines, notes, "l" + "r" * (len(layout) - 1))
+    below = "".join(f"\n{styles.escape(note)}\n" if form == "markdown" else f"{_wrapped(note)}\n" for note in notes)
+    grids = [_grid(list(part), [list(line) for line in zip(*part.values(), strict=True)], form)
+             for part in (_parts(layout) if narrow else [layout])]  # fmt: skip
+    head = styles.bold(_wrapped(caption) if form == "terminal" else caption)
+    return f"{head}\n\n{chr(10).join(f'{grid}{chr(10)}' for grid in grids)}{below}"
+
+
+def _costs(block: pd.DataFrame, firsts: Sequence[pd.Series], styles: Styles, narrow: bool) -> dict[str, list[str]]:
+    """The columns behind the scores. firsts: a row of each method."""
     resolution = block["resolution"].dropna()
     at = f" at {resolution.iloc[0]:.0f} px" if len(resolution) else ""
-    header = ["Method", *(f"{heading(column)}: {' / '.join(names)}" for column in columns)]
-    header += ["Parameters", f"GMACs{at}", "Peak memory of a step (MiB)", "s a step", "Seeds", "Protocol"]
-    lines, notes = [], notes_of(block)
-    for method, own in block.groupby("method", sort=False):
-        cells = []
-        for column in columns:
-            match = own[(own["data_set"] == column[0]) & (own["condition"] == column[1])]
-            cells.append(
-                _scores(match, [(metric, digits, ranks[column, metric]) for metric, digits, _ in metrics], styles)
-            )
-        first = own.iloc[0]
-        mark = ""
-        if isinstance(first["gmacs_note"], str):
-            mark = styles.dagger
-        cells += [
-            number(first["parameters"], 0),
-            number(first["gmacs"], 2) + mark,
-            number(None if pd.isna(first["train_peak_bytes"]) else first["train_peak_bytes"] / 2**20, 1),
-            NOT_MEASURED + styles.double_dagger if slowed(first) else number(first["seconds_per_step"], 3),
-            str(first["seeds"]),
-            str(first["protocol"]),
-        ]
-        lines.append([styles.escape(named(str(method), first["form"])), *cells])
-    runs = {
-        method: dict.fromkeys(",".join(own["runs"]).split(",")) for method, own in block.groupby("method", sort=False)
-    }
-    notes.append("Runs: " + "; ".join(f"{method!s} {', '.join(keys)}" for method, keys in runs.items()) + ".")
-    caption = caption_of(run)
-    if form == "latex":
-        return _latex(caption, header, lines, notes, "l" + "r" * (len(header) - 1))
-    below = "".join(f"\n{styles.escape(note)}\n" if form == "markdown" else f"{note}\n" for note in notes)
-    return f"{styles.bold(caption)}\n\n{_grid(header, lines, form)}\n{below}"
+    columns = {
+        "Parameters": [number(row["parameters"], 0) for row in firsts],
+        f"GMACs{at}": [
+            number(row["gmacs"], 2) + (styles.dagger if isinstance(row["gmacs_note"], str) else "") for row in firsts
+        ],
+        "Peak memory of a step (MiB)": [
+            number(None if pd.isna(row["train_peak_bytes"]) else row["train_peak_bytes"] / 2**20, 1) for row in firsts
+        ],
+        "s a step": [
+            NOT_MEASURED + styles.double_dagger if slowed(row) else number(row["seconds_per_step"], 3)
+            for row in firsts
+        ],
+        "Seeds": [str(row["seeds"]) for row in firsts],
+        "Protocol": [str(row["protocol"]) for row in firsts],
+    }  # fmt: skip
+    shown = ("Parameters", f"GMACs{at}", "s a step") if narrow else tuple(columns)
+    return {name: columns[name] for name in shown}
+
+
+def _parts(layout: dict[str, list[str]]) -> Iterator[dict[str, list[str]]]:
+    """A table cut into tables of at most NARROW characters, each with the column of the methods."""
+    first, *others = layout
+    part = {first: layout[first]}
+    for name in others:
+        longer = {**part, name: layout[name]}
+        if len(part) > 1 and sum(_width(title, cells) + 2 for title, cells in longer.items()) - 2 > NARROW:
+            yield part
+            longer = {first: layout[first], name: layout[name]}
+        part = longer
+    yield part
+
+
+def _width(title: str, cells: Sequence[str]) -> int:
+    plain = (re.sub(r"\033\[\d+m", "", cell) for cell in cells)
+    return max(*(len(line) for line in _broken(title).splitlines()), *map(len, plain))
+
+
+def _wrapped(text: str) -> str:
+    return "\n".join(textwrap.wrap(text, NARROW, break_long_words=False, break_on_hyphens=False))
 
 
 def _scores(match: pd.DataFrame, metrics: Sequence[tuple[str, int, tuple[str, str | None]]], styles: Styles) -> str:
@@ -158,6 +193,8 @@ def notes_of(block: pd.DataFrame) -> list[str]:
     if len(others):
         seeds = "; ".join(dict.fromkeys(block[block["ranked"]]["seeds"]))
         notes.append(f"§ not ranked and not compared: other seeds than the ranked rows ({seeds}).")
+    made = block.dropna(subset=["deviation"]).drop_duplicates("method")
+    notes += [f"¶ {row['method']} was made unlike most rows: {row['deviation']}." for row in made.to_dict("records")]
     reasons = dict.fromkeys(compared["statistics_note"].dropna())
     return notes + [f"{reason[0].upper()}{reason[1:]}; such differences are not decided." for reason in reasons]
 
@@ -165,6 +202,11 @@ def notes_of(block: pd.DataFrame) -> list[str]:
 def detects(db: float) -> str:
     """What the seeds and images of a table or a comparison can show. Empty for NaN."""
     return "" if pd.isna(db) else f"These seeds and images detect differences of {db:.2f} dB or more with 80 % power."
+
+
+def row_name(row: pd.Series) -> str:
+    """What a row is called: its method, with the form of its computation, and a sign where other code made it."""
+    return named(str(row["method"]), row["form"]) + ("¶" if isinstance(row["deviation"], str) else "")
 
 
 def slowed(row: pd.Series) -> bool:
@@ -176,9 +218,11 @@ def caption_of(run: Run) -> str:
     if run.recipe is None or run.backbone is None:
         return f"{run.suite}, {run.mode}: references, not trained here"
     recipe, backbone = run.recipe, run.backbone
+    threads = recipe.threads or run.environment.threads
+    where = f"{run.device}, {threads} thread{'s' * (threads > 1)}" if run.device == "cpu" else run.device
     return (
         f"{run.suite}, {run.mode}, recipe {recipe.name} ({recipe.steps} steps of {recipe.batch} x {recipe.crop} px), "
-        f"width {backbone.width}, attention at levels {', '.join(map(str, backbone.attention_levels))}, on {run.device}"
+        f"width {backbone.width}, attention at levels {', '.join(map(str, backbone.attention_levels))}, on {where}"
     )
 
 
@@ -222,6 +266,7 @@ _TEX = {
     "†": r"$\dagger$",
     "‡": r"$\ddagger$",
     "§": r"\S{}",
+    "¶": r"\P{}",
 } | {letter: rf"\{letter}" for letter in "_%&#${}"}
 
 
@@ -256,13 +301,15 @@ def _grid(header: list[str], lines: list[list[str]], form: Format) -> str:
         return tabulate(
             lines, header, tablefmt="pipe", disable_numparse=True, colalign=["left", *["right"] * (len(header) - 1)]
         )
-    narrow = [
-        name.replace(": ", ":\n").replace(" of a step (MiB)", "\na step (MiB)").replace(" at ", "\nat ")
-        for name in header
-    ]
     return tabulate(
-        lines, narrow, tablefmt="simple", disable_numparse=True, colalign=["left", *["right"] * (len(header) - 1)]
-    )
+        lines, list(map(_broken, header)), tablefmt="simple", disable_numparse=True,
+        colalign=["left", *["right"] * (len(header) - 1)],
+    )  # fmt: skip
+
+
+def _broken(title: str) -> str:
+    """A column's title in several lines."""
+    return title.replace(": ", ":\n").replace(" of a step (MiB)", "\na step (MiB)").replace(" at ", "\nat ")
 
 
 def _latex(caption: str, header: list[str], lines: list[list[str]], notes: list[str], aligned: str) -> str:

@@ -7,7 +7,7 @@ comparison that have the same seeds are ranked; rows with other seeds, and refer
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -15,6 +15,7 @@ import pandas as pd
 from kitbench.store.folder import RunFolder
 from kitbench.verdict.compare import Columns, Compared, against_best, equal_seeds
 from kitbench.verdict.entries import Entry, entries, labels, mean_psnr, mean_ssim
+from kitbench.verdict.provenance import Deviation, deviation_text, deviations
 from kitbench.verdict.statistics import mean_interval
 
 _Key = tuple[str, ...]
@@ -33,8 +34,13 @@ def rows(runs: Sequence[RunFolder], protocol: str | None = None) -> pd.DataFrame
         )  # fmt: skip
         groups.setdefault(key, []).append(entry)
     to_best, ranked = _to_best(groups)
+    unlike = _deviations(found, names)
     table = pd.DataFrame(
-        [_row(key, group, to_best.get(key)) | {"ranked": key in ranked} for key, group in groups.items()]
+        [
+            _row(key, group, to_best.get(key))
+            | {"ranked": key in ranked, "deviation": deviation_text(unlike.get((key[0], key[1], key[2]), []))}
+            for key, group in groups.items()
+        ]
     )
     # Where a table decides anything, a row that cannot be compared (too few images in its column) is marked as well.
     decides = table.groupby(["mode", "comparison"])["p_holm"].transform(lambda p: p.notna().any())
@@ -49,6 +55,22 @@ def rows(runs: Sequence[RunFolder], protocol: str | None = None) -> pd.DataFrame
         .drop(columns=["_order", "_trained", "_weakest"])
         .reset_index(drop=True)
     )
+
+
+def _deviations(
+    found: Sequence[Entry], names: Mapping[tuple[str, str], str]
+) -> dict[tuple[str, str, str], list[Deviation]]:
+    """What made a row unlike the rows that it is printed with, by comparison, mode and name of the row."""
+    blocks: dict[tuple[str, str], list[Entry]] = {}
+    for entry in found:
+        blocks.setdefault((entry.run.comparison, entry.run.mode), []).append(entry)
+    unlike: dict[tuple[str, str, str], list[Deviation]] = {}
+    for (comparison, mode), own in blocks.items():
+        references = blocks.get(("", mode), []) if comparison else []
+        for deviation in deviations([*own, *references], names):
+            where = comparison if deviation.trained else ""
+            unlike.setdefault((where, mode, deviation.method), []).append(deviation)
+    return unlike
 
 
 def _to_best(groups: dict[_Key, list[Entry]]) -> tuple[dict[_Key, Compared], set[_Key]]:
@@ -77,6 +99,8 @@ def _row(key: _Key, group: list[Entry], to_best: Compared | None) -> dict[str, A
     first = group[0]
     cost = first.training.cost if first.training else first.run.cost
     macs = None if cost is None else cost.macs if cost.macs is not None else cost.macs_counted
+    steps = [entry.training.cost.step_seconds for entry in group if entry.training]
+    alone = bool(steps) and None not in steps
     lpips = [_mean([score.lpips for score in entry.evaluation.scores]) for entry in group]
     peaks = [entry.training.cost.train_peak_bytes for entry in group if entry.training]
     return {
@@ -102,8 +126,12 @@ def _row(key: _Key, group: list[Entry], to_best: Compared | None) -> dict[str, A
         "gmacs_note": cost.macs_note if cost else None,
         "resolution": cost.resolution if cost else None,
         "train_peak_bytes": _mean(peaks),
-        "seconds_per_step": _mean([entry.training.seconds_per_step for entry in group if entry.training]),
-        "contended": max([entry.training.contended or 0 for entry in group if entry.training], default=None),
+        "seconds_per_step": _mean(
+            steps if alone else [entry.training.seconds_per_step for entry in group if entry.training]
+        ),
+        "contended": None
+        if alone
+        else max([entry.training.contended or 0 for entry in group if entry.training], default=None),
         "protocol": first.evaluation.stamp,
         "best": to_best.b if to_best else None,
         "to_best_db": to_best.found.mean if to_best else None,

@@ -227,7 +227,7 @@ def test_the_command_prints_and_writes_all_six(kitbench: Kitbench, tmp_path: Pat
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "scale.json").write_text("{}")
     assert "is no sweep" in kitbench("claims", "bad", code=2).stderr
-    assert "is no folder" in kitbench("claims", "nowhere", code=2).stderr
+    assert "is not a folder" in kitbench("claims", "nowhere", code=2).stderr
 
 
 def test_every_variant_of_the_ablation_changes_one_setting_of_kit() -> None:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from kitbench.verdict.compare import Column, Compared, adjusted, heading
 from kitbench.verdict.contrasts import Block, compare_methods
-from kitbench.verdict.render import named, notes_of, number, ranked, slowed, unranked
+from kitbench.verdict.render import notes_of, number, ranked, row_name, slowed, unranked
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ def table_of(block: pd.DataFrame, caption: str) -> Grid:
     header = ["Method", *(f"{heading(column)} {m[1]}" for column in columns for m in metrics)]
     header += ["Parameters", f"GMACs{at}", "Peak memory of a step, MiB", "s a step", "Seeds", "Runs"]
     lines = []
-    for method, own in block.groupby("method", sort=False):
-        line = [table_cell(named(str(method), own["form"].iloc[0]))]
+    for _, own in block.groupby("method", sort=False):
+        line = [table_cell(row_name(own.iloc[0]))]
         for column in columns:
             match = own[(own["data_set"] == column[0]) & (own["condition"] == column[1])]
             for metric, _, digits, higher in metrics:

@@ -1,0 +1,99 @@
+"""Rows made by other code, another release of torch, other threads or flags never share a table unmarked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kitbench.spec.fields import digest
+from kitbench.store.folder import RunFolder, find
+from kitbench.verdict.claims import claims
+from kitbench.verdict.page.report import report
+from kitbench.verdict.render import Format, render
+from tests.stored import store
+
+FORMATS: tuple[Format, ...] = ("terminal", "markdown", "latex", "csv", "json")
+
+
+def alter(folder: RunFolder, change: dict[str, object], record: str = "run.json") -> None:
+    """Change a stored record's environment, as somebody could who copies a run, with a checksum that fits."""
+    path = folder.path / record
+    raw = json.loads(path.read_text())
+    del raw["sha256"]
+    for key, value in change.items():
+        place = raw
+        *parents, last = key.split(".")
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    raw["sha256"] = digest(raw)
+    path.write_text(json.dumps(raw))
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> dict[str, RunFolder]:
+    folders = {}
+    for method, gain in (("conv", 0.0), ("kit", 1.0), ("window", 0.5), ("local", 0.5), ("kit-random", 0.2)):
+        for seed in range(3):
+            folders[f"{method}-{seed}"] = store(tmp_path, method, [30 + gain, 31 + gain] * 4, seed=seed)
+    return folders
+
+
+def shown(folders: dict[str, RunFolder]) -> str:
+    return "\n".join(render(list(folders.values()), form) for form in FORMATS)
+
+
+def test_runs_of_one_code_and_environment_carry_no_mark(stored: dict[str, RunFolder]) -> None:
+    assert "unlike" not in shown(stored)
+    assert "¶" not in shown(stored)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"environment.versions.torch": "2.1.0"}, "torch 2.1.0 instead of 2"),
+        ({"environment.threads": 64}, "threads 64 instead of 1"),
+        ({"environment.commit": "a" * 40 + "+dirty"}, "commit aaaaaaaaaa+dirty instead of not recorded"),
+        ({"source": {"training": "b" * 64}}, "source of the training bbbbbbbbbb instead of not recorded"),
+        ({"environment.flags": {"tf32": True}}, "flags tf32 True instead of not recorded"),
+    ],
+)
+def test_an_altered_run_is_marked_in_every_format_in_the_report_and_in_claims(
+    stored: dict[str, RunFolder], change: dict[str, object], expected: str
+) -> None:
+    alter(stored["kit-1"], change)
+    runs = list(stored.values())
+    for form in FORMATS:
+        text = " ".join(render(runs, form).split())
+        assert expected in text.replace("\\", ""), form
+        if form in ("terminal", "markdown", "latex"):
+            assert ("kit\\P{}" if form == "latex" else "kit¶") in text
+            assert "window¶" not in text
+    assert expected in report(runs, [])
+    assert "kit¶" in report(runs, [])
+    of_kit = [part.evidence for claim in claims(runs, []) for part in claim.parts if "kit - window" in part.evidence]
+    if of_kit:  # smoke runs are left out
+        assert expected in of_kit[0]
+
+
+def test_a_scoring_by_other_code_is_marked(stored: dict[str, RunFolder]) -> None:
+    [record] = stored["window-2"].path.glob("eval/*.json")
+    numerics = {"source": {"scoring": "c" * 64}, "torch": "2", "threads": 1, "flags": {}}
+    alter(stored["window-2"], {"numerics": numerics}, f"eval/{record.name}")
+    text = " ".join(render(find([stored["kit-0"].path.parent]), "terminal").split())
+    assert "window was made unlike most rows: source of the scoring cccccccccc instead of not recorded" in text
+
+
+def test_other_commits_of_equal_source_are_said_to_decide_nothing(stored: dict[str, RunFolder]) -> None:
+    alter(stored["local-0"], {"environment.commit": "d" * 40})
+    text = " ".join(render(list(stored.values()), "terminal").split())
+    assert "commit dddddddddd instead of not recorded (the source that decides numbers is the same)" not in text
+    for folder in stored.values():
+        alter(folder, {"source": dict.fromkeys(("attention", "network", "data", "training", "scoring"), "e" * 64)})
+        [record] = folder.path.glob("eval/*.json")
+        numerics = {"source": {"scoring": "e" * 64}, "torch": "2", "threads": 1, "flags": {}}
+        alter(folder, {"numerics": numerics}, f"eval/{record.name}")
+    text = " ".join(render(list(stored.values()), "terminal").split())
+    assert "commit dddddddddd instead of not recorded (the source that decides numbers is the same)" in text
