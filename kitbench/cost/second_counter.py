@@ -1,7 +1,7 @@
 """fvcore, a second counter of multiply-adds: unlike torch's it works on the traced graph, forward only.
 
-Handles are added for the operators that it misses. Our own operators (`torch.library.custom_op`) bring their formula with
-`torch.utils.flop_counter.register_flop_formula`: the one registration serves both counters.
+Handles are added for the operators that it misses. Our own operators (`torch.library.custom_op`) bring their formula
+with `torch.utils.flop_counter.register_flop_formula`: the one registration serves both counters.
 """
 
 from __future__ import annotations
