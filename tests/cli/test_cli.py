@@ -221,7 +221,7 @@ def bad_data(tmp_path: Path) -> None:
         (["run", "--suite", "tiny.toml", "--method", "windw"], "no method 'windw'"),
         (["run", "--suite", "tiny.toml", "--method", "none.py"], "does not exist"),
         (["run", "--suite", "tiny.toml", "--method", "broken.py"], "cannot be imported: SyntaxError"),
-        (["run", "--suite", "tiny.toml", "--method", "shape.py"], "expected the shape it got"),
+        (["run", "--suite", "tiny.toml", "--method", "shape.py"], "expected the shape of its input"),
         (["run", "--suite", "tiny.toml", "--set", "methods.kit.kk=2"], "no setting 'kk'; did you mean 'k'?"),
         (["run", "--suite", "tiny.toml", "--set", "methods.kit.k=0"], "'kit' cannot be built"),
         (["run", "--suite", "tiny.toml", "--set", "recipe.crop=512"], "smaller than the crop of 512"),

@@ -185,7 +185,7 @@ def test_weights_and_settings_are_part_of_the_key_and_tell_rows_apart(in_process
         (["--method", "input", "--weights", "zero.safetensors"], "training-free and takes no weights"),
         (["--method", "kit", "--weights", "zero.safetensors"], "trained and scored by `kitbench run`"),
         (["--method", "dncn", "--weights", "zero.safetensors"], "did you mean 'dncnn'"),
-        (["--method", "shape.py", "--weights", "one.safetensors"], "expected the shape it got"),
+        (["--method", "shape.py", "--weights", "one.safetensors"], "expected the shape of its input"),
         (["--method", "nan.py", "--weights", "one.safetensors"], "not finite"),
         (["--method", "raises.py", "--weights", "one.safetensors"], "raises.py' (input [1, 3, 61, 47]) failed: "),
         (
@@ -214,4 +214,4 @@ def test_eval_as_a_user_types_it(kitbench: Kitbench) -> None:
     done = kitbench("eval", "--method", "input", "--suite", "tiny.toml", "--out", "out")
     assert "wrote out/denoise-colour-input-" in done.stdout
     done = kitbench("anchors", "out", code=2)
-    assert "None of these runs has weights whose scores are published" in done.stderr
+    assert "None of these runs has weights with a figure" in done.stderr

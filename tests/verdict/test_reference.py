@@ -90,7 +90,7 @@ def test_the_shipped_reference_is_one_of_every_method_of_the_smoke_suite() -> No
     assert stored.protocol == smoke.protocol.stamp
     assert {row.method for row in stored.rows} == {*smoke.methods, *smoke.references}
     assert all(len(row.psnr) == 3 for row in stored.rows if row.comparison)
-    assert all(cost.step is not None for cost in reference.costs)
+    assert all(cost.step is not None for cost in stored.costs)
 
 
 def test_a_method_that_is_gone_fails(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_method_that_is_gone_fails(tmp_path: Path) -> None:
     ("other", "sentence"),
     [
         ({"protocol": "awgn8-seed0"}, r"No row was scored under protocol 'awgn8\.v1'"),
-        ({"sha256": "bb"}, "holds other images"),
+        ({"sha256": "bb"}, "of the reference has other images"),
         ({"lr": 1e-4}, "differs from these runs in recipe"),
     ],
 )

@@ -75,7 +75,7 @@ def test_one_seed_decides_nothing_in_words(tmp_path: Path) -> None:
     assert "better than" not in text[: text.index('id="claims"')]
     assert "trained too little" not in text
     store(tmp_path, "nlm", 35.0, seed=None)
-    assert "nlm, without any training, is above it" in report(find([tmp_path]), [])
+    assert "nlm, without any training, scores higher" in report(find([tmp_path]), [])
 
 
 def test_differences_beyond_noise_are_told_in_words(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_crop_is_cut_into_its_squares_and_a_damaged_one_is_refused(tiny_runs: 
     assert 0 <= top <= 100 - height
     bad = tmp_path / "bad.png"
     bad.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(InputError, match="is no stored crop"):
+    with pytest.raises(InputError, match="is not a stored crop"):
         pictures.crop(bad)
 
 
