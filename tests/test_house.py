@@ -55,8 +55,6 @@ OPERATORS = {
     "kitbench/cost/formulas.py _convolution_backward": "torch's own operator",
 }
 """Functions whose parameters are those of an operator, without a decorator that says so."""
-TO_BE_MENDED = dict[str, set[str]]()
-"""What is larger than it should be today, by room. Take out what you mend."""
 
 
 @cache
@@ -185,39 +183,8 @@ def too_large() -> Iterator[str]:
 
 
 def test_files_functions_and_parameter_lists_can_be_taken_in_at_a_glance() -> None:
-    found, listed = set(too_large()), set().union(*TO_BE_MENDED.values())
-    assert not found - listed, f"more than {LINES} lines, {FUNCTION} lines or {PARAMETERS} parameters"
-    assert not listed - found, "mended: take it out of TO_BE_MENDED"
-
-
-def public_names() -> dict[str, set[str]]:
-    """The public functions and classes at the top of modules, with the modules that define them.
-
-    Commands are left out: a command is named as the user types it, often like the function that it calls.
-    """
-    found: dict[str, set[str]] = {}
-    for module, path in modules().items():
-        for node in ast.parse(path.read_text("utf-8")).body:
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                is_command = any("click." in ast.unparse(decorator) for decorator in node.decorator_list)
-                if not node.name.startswith("_") and not is_command:
-                    found.setdefault(node.name, set()).add(module)
-    return found
-
-
-SHARED_NAMES = {
-    "Attention": "what every file of a trained method defines",
-    "restore": "what every file of a training-free method defines",
-    "patch_attention": "the operator, and in reference.py its definition, which takes the same arguments",
-}
-"""Names that several modules define on purpose."""
-NAMES_TO_BE_MENDED = {"Block", "render", "run", "score", "scores"}
-
-
-def test_no_two_public_things_share_a_name() -> None:
-    shared = {name: sorted(where) for name, where in public_names().items() if len(where) > 1}
-    assert not shared.keys() - SHARED_NAMES.keys() - NAMES_TO_BE_MENDED, shared
-    assert not (SHARED_NAMES.keys() | NAMES_TO_BE_MENDED) - shared.keys(), "take out what is no longer shared"
+    found = list(too_large())
+    assert not found, f"more than {LINES} lines, {FUNCTION} lines or {PARAMETERS} parameters"
 
 
 @pytest.mark.parametrize("name", sorted(name for name in OPERATORS))

@@ -23,7 +23,7 @@ from rich.console import Console
 from kitbench.errors import InputError, RunError
 from kitbench.model import methods
 from kitbench.runs.prepare import Options, PreparedSuite, prepare, set_sha256
-from kitbench.runs.queue import run
+from kitbench.runs.queue import run_suite
 from kitbench.spec.loading import load_suite
 from kitbench.spec.suite import Data, Method, SetNames, Source, Suite
 from kitbench.spec.tasks import Denoise
@@ -72,7 +72,7 @@ def reproduce(
         return Outcome("different", "the data differ, so nothing was run", parted, tuple(notes))
     with _threads(record, options.device) as thread_notes:
         for suite in suites:
-            complete, failed = run(suite, options, console)
+            complete, failed = run_suite(suite, options, console)
             if failed:
                 raise RunError("; ".join(failed))
     return compare_runs(stored, complete[0], siblings, [*notes, *thread_notes])

@@ -56,61 +56,62 @@ def run(
     method: tuple[str, ...],
     overrides: tuple[str, ...],
     seeds: str | None,
-    data: Path | None,
     out: Path,
-    device: str,
-    workers: int,
-    lpips_weights: str | None,
-    micro_batch: int | None,
-    track: tuple[str, ...],
-    jobs: int | None,
-    gpus: str | None,
     tuned: bool,
     dry_run: bool,
     launcher: str | None,
     only: str | None,
-    **cluster: Any,
+    cpus: int | None,
+    partition: str | None,
+    minutes: int | None,
+    **given: Any,
 ) -> None:
     """Train and compare the methods of a suite; what is stored already is not run again."""
     from kitbench.spec.loading import load_suite
 
-    if not launcher:
-        for option in context.command.params:
-            if cluster.get(str(option.name)) is not None:
-                raise InputError(f"{option.opts[0]} needs --launcher slurm.")
+    for name, value in (("--cpus", cpus), ("--partition", partition), ("--time", minutes)):
+        if value is not None and not launcher:
+            raise InputError(f"{name} needs --launcher slurm.")
     resolved = load_suite(suite, preset, overrides, method, _seeds(seeds))
     from kitbench.launch import commands, slurm
     from kitbench.runs import plan, queue
     from kitbench.runs.prepare import Options
     from kitbench.runs.tune import tuned_suites
-    from kitbench.system.environment import how_to_go_on
     from kitbench.system.processes import started_by_torchrun
 
     if launcher and started_by_torchrun():
         raise InputError("--launcher slurm starts processes of its own; give the same command without torchrun.")
-    options = Options(out, data, device, workers, lpips_weights, micro_batch, track, jobs, gpus)
-    console, again = make_console(), _again(context)
-    parts = tuned_suites(resolved, out) if tuned else [plan.restrict(resolved, only) if only else resolved]
+    options, console, again = Options(out, **given), make_console(), _again(context)
+    parts = tuned_suites(resolved, out) if tuned else [resolved]
+    if only:
+        parts = [plan.restrict(parts, only)]
     if launcher == "slurm":
-        spread = commands.Spread(jobs, gpus, **cluster)
+        cluster = commands.ClusterOptions(options.jobs, options.gpus, cpus, partition, minutes)
         for part in parts:
-            _submitted(slurm.slurm(part, options, spread, again, dry_run, console), out)
-        return
-    if dry_run:
+            _submitted(slurm.slurm(part, options, cluster, again, dry_run, console), out)
+    elif dry_run:
         labels = [cell.label for part in parts for cell in queue.planned_cells(part, options)]
         console.print(f"{len(labels)} cells are to be run", highlight=False)
         commands.show(labels, again, console)
-        return
+    else:
+        _run_here(parts, options, console, shown=not only)  # the table of a Slurm job would show one run
+
+
+def _run_here(parts: list[Any], options: Any, console: Any, shown: bool) -> None:
+    """Run the suites one after another, print their table, and raise RunError where a cell failed."""
+    from kitbench.runs import queue
+    from kitbench.system.environment import how_to_go_on
+
     complete, failed = [], []
     try:
         for part in parts:
-            done, sentences = queue.run(part, options, console)
+            done, sentences = queue.run_suite(part, options, console)
             complete += done
             failed += sentences
     except RunError as error:
         raise RunError(f"{error}. {how_to_go_on()}") from error
-    if complete and not only:  # the table of a Slurm job would show one run
-        show_tables(complete, resolved.stamps, out, console)
+    if complete and shown:
+        show_tables(complete, parts[0].stamps, options.out, console)
     if failed:
         raise RunError(f"{len(failed)} of the suite's runs failed: " + "; ".join(failed))
 
@@ -173,7 +174,7 @@ def tune(
     from kitbench.verdict.tuning import tuning_table
 
     resolved = load_suite(suite, preset, overrides, method)
-    search = job.Search(_rates(rates) or job.grid(resolved.recipe.lr, 5), seed)
+    search = job.Search(_rates(rates) or job.rate_grid(resolved.recipe.lr, 5), seed)
     options = Options(out, data, device, workers, None, jobs=jobs, gpus=gpus)
     try:
         found = job.tune(resolved, options, search, make_console())
@@ -201,9 +202,10 @@ def _again(context: click.Context) -> list[str]:
     words: list[str] = []
     for option in context.command.params:
         value = context.params.get(str(option.name))
-        if option.name not in spreading and value is not None:
-            for each in value if isinstance(value, tuple) else (value,):
-                words += [option.opts[0], str(each)]
+        if option.name in spreading or value is None or value is False:
+            continue
+        for each in value if isinstance(value, tuple) else (value,):
+            words += [option.opts[0]] if each is True else [option.opts[0], str(each)]
     return words
 
 
@@ -220,13 +222,13 @@ def status(paths: tuple[Path, ...]) -> None:
     """Show which runs are queued, running, done and failed, with the time that is left, from their folders alone."""
     from rich.table import Table
 
-    from kitbench.launch.status import render, summary, survey
+    from kitbench.launch.status import status_rows, summary, survey
 
     lines = survey(paths)
     grid = Table(box=None, pad_edge=False)
     for column in ("state", "run", "done", "left", ""):
         grid.add_column(column, overflow="fold")
-    for line in render(lines):
+    for line in status_rows(lines):
         grid.add_row(*line)
     make_console().print(grid, highlight=False, markup=False)
     click.echo(summary(lines))

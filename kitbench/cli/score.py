@@ -128,7 +128,7 @@ def eval_(
     options = Options(out, data, device, 0, lpips_weights)
     console = make_console()
     try:
-        resolved, complete = given_weights.run(suite, preset, given, options, console)
+        resolved, complete = given_weights.score_given_weights(suite, preset, given, options, console)
     except RunError as error:
         raise RunError(f"{error}. {how_to_go_on()}") from error
     show_tables(complete, resolved.stamps, out, console)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 
 @dataclass(frozen=True)
-class Spread:
+class ClusterOptions:
     """What the command line says of where a cluster runs the cells."""
 
     jobs: int | None

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from kitbench.errors import InputError, RunError
-from kitbench.launch.commands import Spread, command, show
+from kitbench.launch.commands import ClusterOptions, command, show
 from kitbench.launch.status import survey
 from kitbench.runs.plan import Planned, write_plan
 from kitbench.runs.prepare import Options, prepare
@@ -74,7 +74,7 @@ class SlurmWorker:
 
 
 def slurm(
-    suite: Suite, options: Options, spread: Spread, arguments: Sequence[str], dry_run: bool, console: Console
+    suite: Suite, options: Options, spread: ClusterOptions, arguments: Sequence[str], dry_run: bool, console: Console
 ) -> list[str]:
     """Submit the cells that are not stored yet as a job array, and return the jobs' numbers.
 

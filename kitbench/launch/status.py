@@ -7,7 +7,6 @@ can be read: a run of another machine of a cluster counts as running while its p
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Literal
 from kitbench.errors import InputError
 from kitbench.runs.plan import Plan, work_of
 from kitbench.store.folder import RunFolder, find
-from kitbench.store.records import Run, read_record
+from kitbench.store.records import Run, host_name, read_record
 from kitbench.text import duration
 
 State = Literal["running", "queued", "stopped", "failed", "done"]
@@ -71,7 +70,7 @@ def _line(folder: RunFolder, run: Run, now: float) -> Line:
     failure = folder.failure
     if progress is not None:
         fresh = now - progress.updated < FRESH_SECONDS
-        running = folder.held() if progress.host == os.uname().nodename else fresh
+        running = folder.held() if progress.host == host_name() else fresh
         what = f"{progress.phase}; {duration(now - progress.updated)} ago" if not running else progress.phase
         state: State = "running" if running else "failed" if failure else "stopped"
         note = failure if state == "failed" and failure else what
@@ -86,7 +85,7 @@ def _line(folder: RunFolder, run: Run, now: float) -> Line:
     return Line(folder.path.name, "done", work, steps, steps, None, "")
 
 
-def render(lines: Sequence[Line]) -> Iterator[list[str]]:
+def status_rows(lines: Sequence[Line]) -> Iterator[list[str]]:
     """The cells of the table that `status` prints, a list a line."""
     for line in lines:
         share = "" if line.total is None else f"{line.done or 0}/{line.total}"

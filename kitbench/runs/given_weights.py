@@ -64,7 +64,7 @@ class Given:
     overrides: Sequence[str]
 
 
-def run(
+def score_given_weights(
     suite: str, preset: str | None, given: Given, options: Options, console: Console
 ) -> tuple[Suite, list[RunFolder]]:
     """Score a method on every test set of the suite that is not scored yet.

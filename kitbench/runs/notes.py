@@ -12,7 +12,7 @@ from kitbench.model.backbone import UNet
 from kitbench.runs.work import CellWork
 
 
-def notes_of(work: CellWork, model: UNet) -> dict[str, dict[str, Any]]:
+def attention_notes(work: CellWork, model: UNet) -> dict[str, dict[str, Any]]:
     """What each attention that has a method `report(x)` says of itself on a clean image.
 
     The image is the first of the first test set, or its first tile; x are the tokens that the attention gets there.

@@ -18,14 +18,17 @@ from kitbench.runs.cell import Cell, axes
 from kitbench.spec.fields import Frozen, Mode, digest
 from kitbench.spec.suite import Suite
 from kitbench.store.files import write_atomic
+from kitbench.store.records import host_name
 from kitbench.system.processes import current
 
 
-def restrict(suite: Suite, wanted: str) -> Suite:
-    """The suite with one of its cells alone, by its label. Raises InputError for a label that names none."""
-    data = suite.data
-    for cell in axes(suite, dict.fromkeys((*data.embedded.modes, *data.folder.modes))):
-        if cell.label == wanted:
+def restrict(suites: Sequence[Suite], wanted: str) -> Suite:
+    """One of the suites with one of its cells alone, by its label. Raises InputError for a label that names none."""
+    for suite in suites:
+        data = suite.data
+        for cell in axes(suite, dict.fromkeys((*data.embedded.modes, *data.folder.modes))):
+            if cell.label != wanted:
+                continue
             changes: dict[str, Any] = {"references": (cell.method,), "methods": {}}
             if cell.seed is not None:
                 methods = {cell.method: suite.methods[cell.method]}
@@ -36,14 +39,13 @@ def restrict(suite: Suite, wanted: str) -> Suite:
                 if cell.mode in source.modes
             }
             return suite.model_copy(update={**changes, "data": data.model_copy(update=sources)})
-    raise InputError(f"Suite {suite.name!r} has no cell {wanted!r}; give MODE/METHOD/SEED, for example colour/kit/0.")
+    name = suites[0].name
+    raise InputError(f"Suite {name!r} has no cell {wanted!r}; give MODE/METHOD/SEED, for example colour/kit/0.")
 
 
 def write_plan(suite: Suite, out: Path, launcher: str, cells: Sequence[Cell]) -> Path:
     """Keep what is about to be run, for `status`."""
-    plan = Plan(
-        launcher=launcher, pid=os.getpid(), host=os.uname().nodename, cells=tuple(Planned.of(cell) for cell in cells)
-    )
+    plan = Plan(launcher=launcher, pid=os.getpid(), host=host_name(), cells=tuple(Planned.of(cell) for cell in cells))
     path = plan_path(out, suite.name, launcher)
     write_atomic(path, (plan.model_dump_json(indent=1) + "\n").encode())
     return path
@@ -91,7 +93,7 @@ class Plan(Frozen):
     @property
     def abandoned(self) -> bool:
         """Whether the launcher that was to run the cells is gone."""
-        return self.launcher == "local" and self.host == os.uname().nodename and not psutil.pid_exists(self.pid)
+        return self.launcher == "local" and self.host == host_name() and not psutil.pid_exists(self.pid)
 
 
 def work_of(identity: dict[str, object]) -> str:

@@ -28,7 +28,7 @@ from kitbench.runs.prepare import Options, PreparedSuite, Unit
 from kitbench.runs.probe import Probe
 from kitbench.runs.score import Numbered, Share, score_text, store_evaluation
 from kitbench.runs.work import begin, record_of
-from kitbench.runs.worker import Advanced, Ended, Said, Scored, ScoreShare, Task, Train, serve
+from kitbench.runs.worker import Advanced, Ended, ImageScored, Said, ScoreShare, Task, Train, serve_parent
 from kitbench.store.folder import RunLocked
 from kitbench.store.records import now
 from kitbench.system.interrupt import Stop
@@ -136,7 +136,7 @@ class Pool:
         context = process_context()
         ours, theirs = context.Pipe()
         changed = Options(**(vars(options) | {"device": device}))
-        process = context.Process(target=serve, args=(theirs, self.prepared.suite, changed, log), name=device)
+        process = context.Process(target=serve_parent, args=(theirs, self.prepared.suite, changed, log), name=device)
         process.start()
         theirs.close()
         return Worker(process, ours, log)
@@ -227,7 +227,7 @@ class Pool:
             self.display.say(progressing.cell, message.text)
         elif isinstance(message, Advanced):
             self.display.advance(progressing.cell, message.phase, message.done, message.total, message.text)
-        elif isinstance(message, Scored) and isinstance(worker.task, ScoreShare):
+        elif isinstance(message, ImageScored) and isinstance(worker.task, ScoreShare):
             self._scored(progressing, worker.task.share.unit, message.found)
 
     def _ended(self, progressing: Progressing, task: Task, message: Ended) -> None:

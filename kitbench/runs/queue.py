@@ -35,7 +35,7 @@ from kitbench.system.interrupt import GRACE, Stop, interruptible
 from kitbench.system.processes import joined
 
 
-def run(suite: Suite, options: Options, console: Console) -> tuple[list[RunFolder], list[str]]:
+def run_suite(suite: Suite, options: Options, console: Console) -> tuple[list[RunFolder], list[str]]:
     """Run every cell of the suite that is not stored yet.
 
     Returns the folders of all cells that are complete, and a sentence for each that failed. Raises InputError before

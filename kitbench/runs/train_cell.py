@@ -14,7 +14,7 @@ from kitbench.cost.timing import waited_seconds
 from kitbench.data.batches import Batches
 from kitbench.model.backbone import UNet
 from kitbench.runs.checkpoint import state_sha256
-from kitbench.runs.notes import notes_of
+from kitbench.runs.notes import attention_notes
 from kitbench.runs.train import LOG_EVERY, TrainingContext, train
 from kitbench.runs.work import CellWork
 from kitbench.scoring.validation import validation_crops, validator
@@ -42,7 +42,7 @@ def train_cell(work: CellWork) -> None:
         model, log = _train(work, track)
         contended = (waited_seconds() - kept_waiting) / (time.perf_counter() - clock) / torch.get_num_threads()
     model.float()  # trained in double precision, a run is kept and scored in single
-    notes = notes_of(work, model.eval())
+    notes = attention_notes(work, model.eval())
     for name, note in notes.items():
         work.reporter.say(f"{name}: {', '.join(f'{k} {v}' for k, v in note.items())}")
     if first:

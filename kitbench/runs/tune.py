@@ -16,7 +16,7 @@ from rich.console import Console
 
 from kitbench.errors import InputError, RunError
 from kitbench.runs.prepare import Options
-from kitbench.runs.queue import run
+from kitbench.runs.queue import run_suite
 from kitbench.spec.fields import Mode
 from kitbench.spec.suite import Data, SetNames, Source, Suite
 from kitbench.spec.tasks import Denoise
@@ -38,7 +38,7 @@ class Search:
     seed: int
 
 
-def grid(rate: float, count: int) -> tuple[float, ...]:
+def rate_grid(rate: float, count: int) -> tuple[float, ...]:
     """`count` rates, each FACTOR times the one before, with `rate` in the middle."""
     return tuple(rounded(rate * FACTOR ** (place - count // 2)) for place in range(count))
 
@@ -101,7 +101,7 @@ def best_rates(trials: Sequence[Trial]) -> dict[str, float]:
 def _trial(suite: Suite, options: Options, rate: float, seed: int, console: Console) -> dict[Mode, list[Trial]]:
     """Every method trained at one rate; by mode."""
     chosen = trial_suite(suite, _source(suite, options), rate, seed)
-    complete, failed = run(chosen, replace(options, out=options.out / "tuning"), console)
+    complete, failed = run_suite(chosen, replace(options, out=options.out / "tuning"), console)
     other = [sentence for sentence in failed if "training diverged" not in sentence]
     if other:
         raise RunError(f"{len(other)} trials failed: " + "; ".join(other))

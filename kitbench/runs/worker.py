@@ -68,7 +68,7 @@ class Advanced:
 
 
 @dataclass(frozen=True)
-class Scored:
+class ImageScored:
     """The score of an image."""
 
     found: Numbered
@@ -82,7 +82,7 @@ class Ended:
     locked: str | None = None
 
 
-Message = Said | Advanced | Scored | Ended
+Message = Said | Advanced | ImageScored | Ended
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class ParentReporter:
         self.send(Advanced(phase, done, total, text))
 
 
-def serve(connection: Connection, suite: Suite, options: Options, log: Path) -> None:
+def serve_parent(connection: Connection, suite: Suite, options: Options, log: Path) -> None:
     """Do what the parent asks until it ends the connection. Runs in the worker; what it prints goes to `log`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent passes it on
     with log.open("ab") as file:
@@ -163,6 +163,6 @@ class _Server:
         return self.loaded[1]
 
     def _scored(self, found: Numbered) -> None:
-        self.connection.send(Scored(found))
+        self.connection.send(ImageScored(found))
         if self.stop():
             raise Interrupted("stopped between two images")

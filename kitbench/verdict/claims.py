@@ -27,7 +27,7 @@ from kitbench.verdict.contrasts import (
     OWN,
     SMOKE,
     UNDECIDED,
-    Block,
+    ComparedRuns,
     Contrast,
     Runs,
     Verdict,
@@ -269,12 +269,12 @@ def _command(contrast: Contrast, runs: Runs) -> str:
     return run_command(block, methods, max(5, 2 * seeds))
 
 
-def _suite(block: Block) -> str:
+def _suite(block: ComparedRuns) -> str:
     suite = block.first.run.suite
     return suite if suite in suite_names() else f"{suite}.toml"  # the user's own file
 
 
-def run_command(block: Block | None, methods: Sequence[str], seeds: int, task: str = "denoise") -> str:
+def run_command(block: ComparedRuns | None, methods: Sequence[str], seeds: int, task: str = "denoise") -> str:
     """The command whose runs would decide: more seeds and the public test sets, of this recipe or the full one."""
     suite, preset = (_suite(block), block.first.run.preset) if block else (task, "full")
     assert preset != SMOKE

@@ -25,9 +25,9 @@ from kitbench.verdict.statistics import ALPHA, corrected
 
 Verdict = Literal["supported", "not supported", "depends on the learning rate", "not decided"]
 UNDECIDED: Verdict = "not decided"
-Comparison = Literal["one recipe", "each at its own best rate"]
-ONE: Comparison = "one recipe"
-OWN: Comparison = "each at its own best rate"
+RateChoice = Literal["one recipe", "each at its own best rate"]
+ONE: RateChoice = "one recipe"
+OWN: RateChoice = "each at its own best rate"
 SMOKE = "smoke"
 """The preset that only proves that everything works: its runs settle no claim."""
 K = TypeVar("K")
@@ -37,7 +37,7 @@ K = TypeVar("K")
 class Setup:
     """How both methods of a contrast were trained."""
 
-    comparison: Comparison
+    comparison: RateChoice
     steps: int
 
     def __str__(self) -> str:
@@ -77,7 +77,7 @@ def combined(verdicts: Iterable[Verdict]) -> Verdict:
 
 
 @dataclass(frozen=True)
-class Block:
+class ComparedRuns:
     """The runs of one comparison by method, then by data set and condition."""
 
     methods: dict[str, dict[Column, list[Entry]]]
@@ -116,7 +116,7 @@ class Block:
         return digest({k: v for k, v in identity.items() if k not in ("attention", "settings", "seed", *left_out)})
 
 
-def blocks(found: Sequence[Entry]) -> list[Block]:
+def blocks(found: Sequence[Entry]) -> list[ComparedRuns]:
     """The comparisons among these entries, the weightiest first; methods without training are in none."""
     names = labels(found)
     grouped: dict[str, dict[str, dict[Column, list[Entry]]]] = {}
@@ -126,10 +126,12 @@ def blocks(found: Sequence[Entry]) -> list[Block]:
                 names[entry.run.key, entry.run.method], {}
             )
             columns.setdefault((entry.evaluation.data_set, entry.evaluation.condition), []).append(entry)
-    return sorted((Block(methods) for _, methods in sorted(grouped.items())), key=lambda b: b.weight, reverse=True)
+    return sorted(
+        (ComparedRuns(methods) for _, methods in sorted(grouped.items())), key=lambda b: b.weight, reverse=True
+    )
 
 
-def compare_methods(block: Block, a: str, b: str) -> Compared | None:
+def compare_methods(block: ComparedRuns, a: str, b: str) -> Compared | None:
     """Method a against b over all images of a comparison; None where there is nothing to pair."""
     if a not in block.methods or b not in block.methods:
         return None
@@ -140,24 +142,24 @@ def compare_methods(block: Block, a: str, b: str) -> Compared | None:
 class Runs:
     """The comparisons of one task that differ in the recipe only, the weightiest first."""
 
-    blocks: tuple[Block, ...]
+    blocks: tuple[ComparedRuns, ...]
     tunings: tuple[Tuning, ...] = ()
     left_out: tuple[str, ...] = ()
     """Variants with other than the default settings."""
     smoke: bool = False
     """Whether there were smoke runs, which are left out."""
 
-    def with_methods(self, *methods: str) -> list[Block]:
+    def with_methods(self, *methods: str) -> list[ComparedRuns]:
         return [block for block in self.blocks if set(methods) <= block.methods.keys()]
 
-    def tuning(self, block: Block) -> Tuning | None:
+    def tuning(self, block: ComparedRuns) -> Tuning | None:
         run = block.first.run
         wanted = run.suite, run.preset, run.mode, block.steps
         return next((t for t in self.tunings if (t.suite, t.preset, t.mode, t.steps) == wanted), None)
 
     def compare(self, a: str, b: str) -> dict[Setup, Compared]:
         """The contrast a - b under every setup that was run, at the two longest trainings."""
-        candidates: dict[int, list[Block]] = {}
+        candidates: dict[int, list[ComparedRuns]] = {}
         for block in self.with_methods(a, b):
             candidates.setdefault(block.steps, []).append(block)
         found: dict[Setup, Compared | None] = {}
@@ -169,12 +171,12 @@ class Runs:
                 found[Setup(OWN, steps)] = compare_methods(tuned, a, b)
         return {setup: compared for setup, compared in found.items() if compared is not None}
 
-    def _own_rate(self, block: Block) -> bool:
+    def _own_rate(self, block: ComparedRuns) -> bool:
         """Whether a block was trained at the recipe's own rate, as far as a search of rates says which that is."""
         tuning = self.tuning(block)
         return tuning is not None and math.isclose(block.lr, tuning.lr)
 
-    def _tuned(self, one: Block, tuning: Tuning, methods: tuple[str, ...]) -> Block | None:
+    def _tuned(self, one: ComparedRuns, tuning: Tuning, methods: tuple[str, ...]) -> ComparedRuns | None:
         """The runs of each method at its best rate, everything else as in `one`; None where a method has none."""
         found = {}
         for method in methods:
@@ -188,7 +190,7 @@ class Runs:
                 None,
             )
         known = {method: columns for method, columns in found.items() if columns is not None}
-        return Block(known) if len(known) == len(methods) else None
+        return ComparedRuns(known) if len(known) == len(methods) else None
 
 
 def select(found: Sequence[Entry], tunings: Sequence[Tuning]) -> Runs:

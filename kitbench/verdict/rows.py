@@ -98,7 +98,7 @@ def _row(key: _Key, group: list[Entry], to_best: Compared | None) -> dict[str, A
     group = sorted(group, key=lambda entry: entry.run.seed or 0)
     first = group[0]
     cost = first.training.cost if first.training else first.run.cost
-    macs = None if cost is None else cost.macs if cost.macs is not None else cost.macs_counted
+    macs = cost.stated_macs if cost else None
     steps = [entry.training.cost.step_seconds for entry in group if entry.training]
     alone = bool(steps) and None not in steps
     lpips = [_mean([score.lpips for score in entry.evaluation.scores]) for entry in group]

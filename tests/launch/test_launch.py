@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from kitbench.cli.main import cli
 from kitbench.errors import InputError
-from kitbench.launch.status import render, summary, survey
+from kitbench.launch.status import status_rows, summary, survey
 from kitbench.runs import plan
 from kitbench.runs.plan import Plan, Planned, plan_path, work_of
 from kitbench.spec import loading
@@ -81,18 +81,18 @@ def test_launch_options_that_do_not_fit_are_refused_before_anything_is_written(
 
 def test_a_cell_is_known_by_its_axes_wherever_it_runs() -> None:
     whole = loading.load_suite("denoise", "smoke", ["data.folder.modes=['gray']"])
-    one = plan.restrict(whole, "gray/kit-random/0")
+    one = plan.restrict([whole], "gray/kit-random/0")
     assert (list(one.methods), one.references, one.seeds, one.data.folder.modes) == (
         ["kit-random"],
         (),
         (0,),
         ("gray",),
     )
-    reference = plan.restrict(whole, "colour/nlm")
+    reference = plan.restrict([whole], "colour/nlm")
     assert (list(reference.methods), reference.references) == ([], ("nlm",))
     assert (one.recipe, one.backbone, one.task) == (whole.recipe, whole.backbone, whole.task)
     with pytest.raises(InputError, match="no cell 'colour/kit/7'"):
-        plan.restrict(whole, "colour/kit/7")
+        plan.restrict([whole], "colour/kit/7")
 
 
 def unfinished(out: Path, seed: int, progress: Progress | None) -> RunFolder:
@@ -141,7 +141,7 @@ def test_status_tells_every_state_from_the_folders_alone(tmp_path: Path) -> None
         "cell 7": "queued",
         "cell 8": "stopped",
     }
-    table = {row[1]: row for row in render(lines)}
+    table = {row[1]: row for row in status_rows(lines)}
     assert table[running.path.name][2:4] == ["6/20", "1 min 0 s"]
     assert table[failed.path.name][4] == "out of memory"
     assert table[done.path.name][2] == "20/20"

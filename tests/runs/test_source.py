@@ -12,7 +12,7 @@ from kitbench.model import methods
 from kitbench.runs import source
 from tests.conftest import ROOT
 
-TRAINED = [name for name, (kind, _) in methods.cards().items() if kind == "trained"]
+TRAINED = [name for name, (kind, _) in methods.method_cards().items() if kind == "trained"]
 
 
 def digest_of(text: str) -> object:

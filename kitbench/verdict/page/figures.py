@@ -15,7 +15,7 @@ import pandas as pd
 from kitbench.store.folder import RunFolder
 from kitbench.store.sweeps import Sweep
 from kitbench.verdict.compare import Compared, heading
-from kitbench.verdict.contrasts import Block
+from kitbench.verdict.contrasts import ComparedRuns
 from kitbench.verdict.entries import Entry, labels
 from kitbench.verdict.page import pictures
 
@@ -54,7 +54,10 @@ class Gallery:
 
 
 def pictures_of(
-    block: pd.DataFrame, trained: Block | None, compared: list[tuple[Compared, Any]], folders: dict[str, RunFolder]
+    block: pd.DataFrame,
+    trained: ComparedRuns | None,
+    compared: list[tuple[Compared, Any]],
+    folders: dict[str, RunFolder],
 ) -> list[EmbeddedFigure]:
     if trained is None:
         return []
@@ -94,7 +97,7 @@ def _from_25(sigma: float | None) -> float:
     return 0.0 if sigma is None or math.isnan(sigma) else abs(sigma - 25)
 
 
-def _folders(block: Block, method: str, folders: dict[str, RunFolder]) -> list[RunFolder]:
+def _folders(block: ComparedRuns, method: str, folders: dict[str, RunFolder]) -> list[RunFolder]:
     keys = dict.fromkeys(e.run.key for group in block.methods[method].values() for e in group)
     return [folders[key] for key in keys]
 

@@ -20,7 +20,7 @@ from kitbench.store.sweeps import Sweep
 from kitbench.verdict import published
 from kitbench.verdict.claims import claims
 from kitbench.verdict.compare import Compared, against_best, equal_seeds, paired_scores
-from kitbench.verdict.contrasts import Block, blocks
+from kitbench.verdict.contrasts import ComparedRuns, blocks
 from kitbench.verdict.entries import Entry, entries, labels
 from kitbench.verdict.page import pictures
 from kitbench.verdict.page.figures import galleries_of, pictures_of, scaling
@@ -79,7 +79,7 @@ def _section(
     }
 
 
-def _against_best(block: Block) -> list[tuple[Compared, Any]]:
+def _against_best(block: ComparedRuns) -> list[tuple[Compared, Any]]:
     """Every ranked method against the one with the best mean over all images, worst last, with its differences."""
     methods = {name: block.methods[name] for name in equal_seeds(block.methods)}
     compared = against_best({"all": methods}).get("all", [])
@@ -90,7 +90,7 @@ def _against_best(block: Block) -> list[tuple[Compared, Any]]:
     return sorted(((c, values[c.a] - values[c.b]) for c in compared), key=lambda pair: -pair[0].found.mean)
 
 
-def _verdict(block: pd.DataFrame, trained: Block | None, compared: Sequence[tuple[Compared, Any]]) -> list[str]:
+def _verdict(block: pd.DataFrame, trained: ComparedRuns | None, compared: Sequence[tuple[Compared, Any]]) -> list[str]:
     """What the runs show about quality, in sentences."""
     if trained is None or not compared:
         return ["There are fewer than two trained methods, so there is nothing to compare."]

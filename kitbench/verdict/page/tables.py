@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from kitbench.verdict.compare import Column, Compared, adjusted, heading
-from kitbench.verdict.contrasts import Block, compare_methods
+from kitbench.verdict.contrasts import ComparedRuns, compare_methods
 from kitbench.verdict.render import notes_of, number, ranked, row_name, slowed, unranked
 
 
@@ -126,7 +126,7 @@ def differences_of(compared: Sequence[Compared]) -> Grid | None:
     return Grid("Differences from the best", header, lines, notes)
 
 
-def ablation(block: Block | None) -> Grid | None:
+def ablation(block: ComparedRuns | None) -> Grid | None:
     """The effect of each choice in our reading of KiT: every variant of kit against kit."""
     if block is None or "kit" not in block.methods:
         return None
