@@ -101,7 +101,7 @@ def _sweep(path: Path) -> Sweep:
         return Sweep.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         raise InputError(
-            f"{path} is no sweep of this version of kitbench; make it anew by `kitbench scale`."
+            f"{path} is not a sweep of this version of kitbench; make it anew by `kitbench scale`."
         ) from error
 
 

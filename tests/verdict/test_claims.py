@@ -226,7 +226,7 @@ def test_the_command_prints_and_writes_all_six(kitbench: Kitbench, tmp_path: Pat
     assert (tmp_path / "claims.md").read_text() == text
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "scale.json").write_text("{}")
-    assert "is no sweep" in kitbench("claims", "bad", code=2).stderr
+    assert "is not a sweep" in kitbench("claims", "bad", code=2).stderr
     assert "is not a folder" in kitbench("claims", "nowhere", code=2).stderr
 
 
