@@ -24,10 +24,11 @@ from kitbench.errors import InputError, RunError
 from kitbench.model import methods
 from kitbench.runs.prepare import Options, PreparedSuite, prepare, set_sha256
 from kitbench.runs.queue import run_suite
+from kitbench.spec.fields import digest
 from kitbench.spec.loading import load_suite
 from kitbench.spec.suite import Data, Method, SetNames, Source, Suite
 from kitbench.spec.tasks import Denoise
-from kitbench.store.folder import RunFolder
+from kitbench.store.folder import RunFolder, find
 from kitbench.store.records import Evaluation, Run
 from kitbench.system.environment import commit, device_name
 from kitbench.verdict.differences import RunDifference, differences, shared
@@ -48,34 +49,70 @@ class Outcome:
     notes: tuple[str, ...]
 
 
-def reproduce(
-    stored: RunFolder, siblings: Sequence[RunFolder], options: Options, method_file: Path | None, console: Console
-) -> Outcome:
-    """Run a stored cell again in `options.out`. siblings: runs among which those of other seeds determine the spread.
+def groups(runs: Sequence[RunFolder]) -> list[list[RunFolder]]:
+    """Runs that can be made again side by side, as methods of one suite: all but the method is the same."""
+    found: dict[str, list[RunFolder]] = {}
+    for folder in runs:
+        record = folder.run
+        scored = [[e.data_set, e.data_sha256, e.sigma, e.stamp] for e in folder.evaluations()]
+        one_protocol = len({stamp for *_, stamp in scored}) == 1
+        shared = [record.comparison, record.seed, record.mode, record.environment.threads, scored]
+        alone = record.seed is None or not one_protocol or record.attention not in methods.shipped()
+        key = digest([*shared, str(folder.path) if alone else ""])
+        same = found.setdefault(key, [])
+        if any(other.run.method == record.method for other in same):
+            same = found.setdefault(digest([*shared, str(folder.path)]), [])
+        same.append(folder)
+    return list(found.values())
 
-    options.device: `auto` for the device of the record, where this machine has it. Raises InputError where the record
-    is incomplete or needs a file or data that are missing, RunError where the run fails, Interrupted on Ctrl-C.
+
+def reproduce(
+    group: Sequence[RunFolder], options: Options, method_file: Path | None, console: Console
+) -> list[Outcome]:
+    """Run the cells of one of `groups` again in `options.out`, and compare the results with what is stored.
+
+    Runs stored beside them determine the spread over seeds. options.device: `auto` for the device of the record, where
+    this machine has it. Raises InputError where a record is incomplete or needs a file or data that are missing,
+    RunError where a run fails, Interrupted on Ctrl-C.
     """
+    for stored in group:
+        _require_complete(stored)
+    record, evaluations = group[0].run, group[0].evaluations()
+    options, _ = _place(record, options if len(group) > 1 else replace(options, jobs=1))
+    suites = [_suite(record, own, method_file) for own in _by_protocol(evaluations)]
+    for stored in group[1:]:
+        other = _suite(stored.run, evaluations, method_file)
+        suites = [suite.model_copy(update={"methods": suite.methods | other.methods}) for suite in suites]
+    notes = [_place(stored.run, options)[1] for stored in group]
+    parted = _data(record, evaluations, prepare(suites[0], options))
+    if parted is not None:
+        return [Outcome("different", "the data differ, so nothing was run", parted, tuple(own)) for own in notes]
+    with _threads(record, options.device) as thread_notes:
+        for suite in suites:
+            complete, failed = run_suite(suite, options, console)
+            if failed:
+                raise RunError("; ".join(failed))
+    made = {folder.run.method: folder for folder in complete}
+    return [
+        compare_runs(stored, made[stored.run.method], _siblings(stored), [*own, *thread_notes])
+        for stored, own in zip(group, notes, strict=True)
+    ]
+
+
+def _require_complete(stored: RunFolder) -> None:
     record = stored.run
-    evaluations = stored.evaluations()
-    if not evaluations or (record.seed is not None and stored.training is None):
+    if not stored.evaluations() or (record.seed is not None and stored.training is None):
         raise InputError(f"{stored.path} is not complete, so there is nothing to compare with; finish it first.")
     if "weights_sha256" in record.identity:
         raise InputError(
             f"{stored.path} was scored with given weights: score them again with "
             f"`{shlex.join(record.environment.command)}` and compare the two with `kitbench diff`."
         )
-    options, notes = _place(record, replace(options, jobs=1))
-    suites = [_suite(record, group, method_file) for group in _by_protocol(evaluations)]
-    parted = _data(record, evaluations, prepare(suites[0], options))
-    if parted is not None:
-        return Outcome("different", "the data differ, so nothing was run", parted, tuple(notes))
-    with _threads(record, options.device) as thread_notes:
-        for suite in suites:
-            complete, failed = run_suite(suite, options, console)
-            if failed:
-                raise RunError("; ".join(failed))
-    return compare_runs(stored, complete[0], siblings, [*notes, *thread_notes])
+
+
+def _siblings(stored: RunFolder) -> list[RunFolder]:
+    """The runs stored beside a run."""
+    return [other for other in find([stored.path.absolute().parent]) if other.path.name != stored.path.name]
 
 
 def compare_runs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rich.progress import Progress
+
+
+SETS_AT_A_TIME = 4
+"""Sets that are fetched at the same time."""
 
 
 @click.group()
@@ -107,11 +112,25 @@ def data_fetch(names: tuple[str, ...], data: Path) -> None:
     from kitbench.data.fetch import fetch
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    for card in _cards(names):
+    cards = _cards(names)
+    for card in cards:
         click.echo(f"{card.name}: {card.title}. Terms: {card.licence}.")
-        with Progress(*columns, TimeRemainingColumn(), console=make_console()) as progress:
-            folder, fetched = fetch(card, data, _bars(progress))
+    with Progress(*columns, TimeRemainingColumn(), console=make_console()) as progress:
+        bars = _bars(progress)
+        with ThreadPoolExecutor(SETS_AT_A_TIME) as pool:
+            asked = [pool.submit(fetch, card, data, bars) for card in cards]
+    failed = []
+    for card, one in zip(cards, asked, strict=True):
+        error = one.exception()
+        if error is not None:
+            failed.append(error)
+            continue
+        folder, fetched = one.result()
         click.echo(f"{card.name}: {'now' if fetched else 'already'} in {folder}")
+    for error in failed[1:]:
+        click.secho(f"kitbench: {error}", fg="red", err=True)
+    if failed:
+        raise failed[0]
 
 
 def _bars(progress: Progress) -> Callable[[str, int, int | None], None]:

@@ -10,7 +10,7 @@ import click
 
 from kitbench.cli.options import DATA, DEVICE, JOBS, LPIPS, METHOD_FILE, OUT, PATHS, PRESET, SET, SUITE
 from kitbench.cli.output import make_console, show_tables
-from kitbench.errors import InputError, RunError
+from kitbench.errors import ExitCode, InputError, RunError
 
 
 @click.command()
@@ -240,9 +240,16 @@ def status(paths: tuple[Path, ...]) -> None:
 @DATA
 @DEVICE
 @click.option("--workers", type=click.IntRange(0, 64), default=0, help="Processes that prepare batches.")
+@JOBS
 @click.option("--out", type=click.Path(path_type=Path), help="Keep the new runs in this folder, and go on there.")
 def reproduce(
-    paths: tuple[Path, ...], method_file: Path | None, data: Path | None, device: str, workers: int, out: Path | None
+    paths: tuple[Path, ...],
+    method_file: Path | None,
+    data: Path | None,
+    device: str,
+    workers: int,
+    jobs: int | None,
+    out: Path | None,
 ) -> None:
     """Make stored runs again, each from its own record alone: bit-identical, within the seed spread, or different.
 
@@ -253,19 +260,19 @@ def reproduce(
     from kitbench.store.folder import find
 
     runs, console, different = find(paths), make_console(), []
-    for folder in runs:
-        siblings = [other for other in find([folder.path.absolute().parent]) if other.path.name != folder.path.name]
+    for group in job.groups(runs):
         with job.folder_for(out) as place:
-            options = Options(place, data, device, workers, None)
-            outcome = job.reproduce(folder, siblings, options, method_file, console)
-        colour = {"bit-identical": "green", "different": "red"}.get(outcome.verdict)
-        click.secho(f"{folder.path.name}: {outcome.verdict}: {outcome.why}", fg=colour)
-        for note in outcome.notes:
-            click.echo(f"  {note}")
-        if outcome.verdict != "bit-identical":
-            click.echo(f"  the first thing that differs: {outcome.first or 'nothing that is recorded'}")
-        if outcome.verdict == "different":
-            different.append(folder.path.name)
+            options = Options(place, data, device, workers, None, jobs=jobs)
+            outcomes = job.reproduce(group, options, method_file, console)
+        for folder, outcome in zip(group, outcomes, strict=True):
+            colour = {"bit-identical": "green", "different": "red"}.get(outcome.verdict)
+            click.secho(f"{folder.path.name}: {outcome.verdict}: {outcome.why}", fg=colour)
+            for note in outcome.notes:
+                click.echo(f"  {note}")
+            if outcome.verdict != "bit-identical":
+                click.echo(f"  the first thing that differs: {outcome.first or 'nothing that is recorded'}")
+            if outcome.verdict == "different":
+                different.append(folder.path.name)
     if different:
         click.echo(f"{len(different)} of {len(runs)} runs are different: {', '.join(different)}")
-        raise SystemExit(1)
+        raise SystemExit(ExitCode.CHECK_FAILED)
