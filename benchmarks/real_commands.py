@@ -41,7 +41,7 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
         "kitbench.runs.queue",
-        "kitbench.launch.local",
+        "kitbench.runs.worker",
         "kitbench.launch.slurm",
         "kitbench.apply.reproduce",
         "kitbench.verdict.page.report",

@@ -238,15 +238,13 @@ def test_commands_that_use_a_trained_run_do_so_on_cuda(cuda: Device) -> None:
     assert "dncnn" in cuda.kitbench("table", "results").stdout
 
 
-def test_the_launcher_gives_each_worker_its_gpu(fake: Device) -> None:
-    fake.environment["FAKE_CUDA_DEVICES"] = "2"
-    told = fake.kitbench("run", "--suite", "tiny.toml", "--device", "cuda", "--launcher", "local").stdout
-    assert "CUDA_VISIBLE_DEVICES=0" in told
-    assert "CUDA_VISIBLE_DEVICES=1" in told
-    named = fake.kitbench("run", "--suite", "tiny.toml", "--device", "cuda:1", "--launcher", "local", "--dry-run",
-                          "--seeds", "7").stdout  # fmt: skip
-    assert "CUDA_VISIBLE_DEVICES=1" in named
-    assert "CUDA_VISIBLE_DEVICES=0" not in named
+def test_each_worker_has_a_gpu_of_its_own(fake: Device) -> None:
+    fake.environment |= {"FAKE_CUDA_DEVICES": "2", "KITBENCH_JOBS": ""}
+    said = fake.kitbench("run", "--suite", "tiny.toml", "--device", "cuda").stdout
+    assert "(cuda:0, cuda:1), 2 worker processes" in said
+    named = fake.kitbench("run", "--suite", "tiny.toml", "--device", "cuda:1", "--seeds", "7").stdout
+    assert "(cuda:1)," in named
+    assert "worker processes" not in named
 
 
 @pytest.mark.parametrize(

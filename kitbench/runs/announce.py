@@ -50,16 +50,21 @@ def makespan(seconds: Sequence[float], slots: int) -> float:
 
 
 def announce(
-    prepared: PreparedSuite, work: Mapping[Cell, Expected], probes: Mapping[str, Probe], slots: int, console: Console
+    prepared: PreparedSuite,
+    work: Mapping[Cell, Expected],
+    probes: Mapping[str, Probe],
+    devices: Sequence[str],
+    console: Console,
 ) -> None:
-    """Say what is about to be done, so many cells at a time, and how long it may take."""
+    """Say what is about to be done, by a worker on each of the devices, and how long it may take."""
+    slots = len(devices)
 
     def say(label: str, text: str) -> None:
         console.print(f"[bold]{label:<10}[/bold]{text}", highlight=False, soft_wrap=True)
 
     suite, recipe = prepared.suite, prepared.suite.recipe
     say("suite", f"{suite.name}, preset {suite.preset}: {suite.title}")
-    for label, text in _setting(prepared, slots):
+    for label, text in _setting(prepared, devices):
         say(label, text)
     stored = len(prepared.cells) - len(work)
     if stored:
@@ -74,7 +79,7 @@ def announce(
         say("expected", f"about {duration(seconds)} for {len(work)} runs of {recipe.steps} steps{at_a_time}")
 
 
-def _setting(prepared: PreparedSuite, slots: int) -> list[tuple[str, str]]:
+def _setting(prepared: PreparedSuite, devices: Sequence[str]) -> list[tuple[str, str]]:
     """Data, network, recipe, protocols and device, a line each."""
     suite, recipe = prepared.suite, prepared.suite.recipe
     lines = []
@@ -95,9 +100,11 @@ def _setting(prepared: PreparedSuite, slots: int) -> list[tuple[str, str]]:
     shared = f", {world.size} processes" if world.size > 1 else ""
     at_a_time = f", {len(pieces[0])} crops at a time on each" if len(pieces) > 1 else ""
     threads = torch.get_num_threads()
+    slots, numbered = len(devices), ", ".join(dict.fromkeys(name for name in devices if name.startswith("cuda:")))
     workers = f", {slots} worker processes" if slots > 1 else ""
     each = f"{threads} thread{'s' * (threads > 1)}{' each' * (slots > 1)}"
-    lines.append(("device", f"{device_name(prepared.device)}{workers}, {each}{shared}{at_a_time}"))
+    name = device_name(prepared.device) + (f" ({numbered})" if numbered else "")
+    lines.append(("device", f"{name}{workers}, {each}{shared}{at_a_time}"))
     if prepared.device.type == "cuda" and suite.preset == "quick":
         lines.append(("", "this machine has a CUDA device: --preset full runs the paper's recipe as we read it"))
     return lines

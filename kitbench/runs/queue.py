@@ -54,7 +54,7 @@ def run_suite(suite: Suite, options: Options, console: Console) -> tuple[list[Ru
         )
         devices = worker_devices(prepared, [cell for cell in todo if cell.method not in unfit], probes)
         work = {cell: expected(prepared, cell, probes.get(cell.method)) for cell in todo}
-        announce(prepared, work, probes, len(devices), console)
+        announce(prepared, work, probes, devices, console)
         stop.idle = False
         failed = [failure(prepared, cell, unfit[cell.method]) for cell in todo if cell.method in unfit]
         work = {cell: one for cell, one in work.items() if cell.method not in unfit}

@@ -65,7 +65,8 @@ def test_published_weights_reproduce_the_stored_scores(
     fit(network, read_state(dncnn_25), dncnn_25)
     restore = evaluate.network(network, torch.device("cpu"), protocol, "float32")
     photographs = read_set(card(data_set), data_root, "gray")[:images]
-    found = list(evaluate.scores(restore, photographs, data_set, folder.run.task, 25.0, protocol, None))
+    conditions = evaluate.Conditions(data_set, folder.run.task, 25.0, protocol, None)
+    found = list(evaluate.scores(restore, photographs, conditions))
     for score, expected in zip(found, stored.scores, strict=False):
         assert score.image == expected.image
         assert score.psnr == pytest.approx(expected.psnr, abs=2e-3)  # another processor rounds a few pixels otherwise
