@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import median, median_low
 
 import numpy as np
+
 from kitbench.errors import InputError
 from kitbench.spec.fields import digest
 from kitbench.spec.tasks import condition
@@ -31,8 +32,8 @@ FORWARDS = 3
 """Multiply-adds of a training step per multiply-add of its forward pass: one forward and two in the backward pass."""
 
 MACS_NOTE = (
-    f"Those of a training step are {FORWARDS} times those of the forward pass, scaled by pixels from the stated size to "
-    "the crop; too many for global attention, which needs fewer a pixel on a small crop."
+    f"Those of a training step are {FORWARDS} times those of the forward pass, scaled by pixels from the stated size "
+    "to the crop; too many for global attention, which needs fewer a pixel on a small crop."
 )
 
 
@@ -196,8 +197,8 @@ def target_sheet(found: CurveSet) -> Sheet:
         for one in target.lines
     )  # fmt: skip
     notes = (
-        f"Target: {target.psnr_db:.2f} dB on {found.measured_on}, the median over seeds at the end of the best control, "
-        f"{target.control}. Counted is the first validated step by which half of a method's seeds had reached it.",
+        f"Target: {target.psnr_db:.2f} dB on {found.measured_on}, the median over seeds at the end of the best control "
+        f"({target.control}). Counted is the first validated step by which half of a method's seeds had reached it.",
         f"TMACs: 10^12 multiply-adds. {MACS_NOTE}",
         *left_out,
     )

@@ -39,9 +39,8 @@ class LadderLine:
     @property
     def order(self) -> str:
         """Whether the order of the two methods holds at every budget, in words."""
-        undecided = [rung for rung in self.rungs if rung.compared.p_holm is None]
-        if undecided:
-            return f"not decided ({undecided[0].compared.found.note})"
+        if any(rung.compared.p_holm is None for rung in self.rungs):
+            return "not decided"
         signs = [int(math.copysign(rung.compared.decided, rung.compared.found.mean)) for rung in self.rungs]
         shown = {sign for sign in signs if sign}
         if not shown:
@@ -128,14 +127,14 @@ def ladder_sheet(ladder: Ladder) -> Sheet:
         lines.append((f"{line.a} - {line.b}", *cells, line.order))
     compared = [rung.compared.found for line in ladder.lines for rung in line.rungs]
     seeds, images = (_range([getattr(c, name) for c in compared]) for name in ("seeds", "images"))
-    return Sheet(
-        f"Budget ladder: {ladder.title}", ("Difference, dB", *heads, "Order"), tuple(lines),
-        (
-            f"Mean over all test images and its 95 % interval over seeds and images; {seeds} seeds, {images} images. "
-            f"The order is decided at 5 %, with Holm's correction over the {len(compared)} differences of this table; "
-            "one interval is not corrected.",
-        ),
-    )  # fmt: skip
+    reasons = "; ".join(dict.fromkeys(c.note for c in compared if c.note))
+    notes = [
+        f"Mean over all test images and its 95 % interval over seeds and images; {seeds} seeds, {images} images. "
+        f"The order is decided at 5 %, with Holm's correction over the {len(compared)} differences of this table; "
+        "one interval is not corrected.",
+        *([f"Not decided: {reasons}."] if reasons else []),
+    ]
+    return Sheet(f"Budget ladder: {ladder.title}", ("Difference, dB", *heads, "Order"), tuple(lines), tuple(notes))
 
 
 def _range(values: Sequence[int]) -> str:

@@ -9,9 +9,12 @@ from typing import Any
 
 import pandas as pd
 
+from kitbench.store.records import Tuning
 from kitbench.verdict.compare import Column, Compared, adjusted, heading
 from kitbench.verdict.contrasts import Block, compare_methods
 from kitbench.verdict.render import named, notes_of, number, ranked, slowed, unranked
+from kitbench.verdict.sheets import Sheet
+from kitbench.verdict.tuning import tuning_caption, tuning_cell
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,34 @@ class Grid:
 
 def table_cell(text: str, key: float | str | None = None, rank: int = 0) -> TableCell:
     return TableCell(text, text if key is None else key, rank)
+
+
+def grid_of(sheet: Sheet) -> Grid:
+    """A table of texts, sorted by the numbers that they state; never comes behind all of them."""
+    return Grid(
+        sheet.caption, list(sheet.header), [list(map(_sorted, line)) for line in sheet.lines], list(sheet.notes)
+    )
+
+
+def _sorted(text: str) -> TableCell:
+    number = text.partition(" [")[0].replace(",", "")
+    try:
+        return TableCell(text, float(number))
+    except ValueError:
+        return TableCell(text, math.inf if text == "never" else text)
+
+
+def tuning_grid(record: Tuning) -> Grid:
+    """A search of learning rates: a line for each method, its best rate marked."""
+    trials = {(trial.method, trial.lr): trial.psnr_db for trial in record.trials}
+    lines = []
+    for method, best in record.best.items():
+        line = [table_cell(method)]
+        for rate in record.rates:
+            psnr, mark = trials[method, rate], "*" * (rate == best)
+            line.append(table_cell(tuning_cell(psnr) + mark, -math.inf if psnr is None else psnr, rank=len(mark)))
+        lines.append(line)
+    return Grid(tuning_caption(record), ["Learning rate", *(f"{rate:g}" for rate in record.rates)], lines)
 
 
 def _amount(value: Any, digits: int) -> TableCell:
