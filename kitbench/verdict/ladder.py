@@ -53,7 +53,7 @@ class LadderLine:
         budgets = " and ".join(f"{rung.steps:,}" for rung, sign in zip(self.rungs, signs, strict=True) if sign)
         if signs[-1]:
             return f"{better} is better at the longest budget, shown at {budgets} steps"
-        return f"speed of learning: {better} is better at {budgets} steps, not shown at the longest budget"
+        return f"does not last: {better} is better at {budgets} steps, no difference is shown at the longest budget"
 
 
 @dataclass(frozen=True)

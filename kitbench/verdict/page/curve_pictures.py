@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
+from matplotlib import ticker
 
 from kitbench.store.records import Tuning
 from kitbench.verdict.curves import Curve, CurveSet, time_to_target
@@ -34,10 +35,10 @@ def curve_plot(found: CurveSet, axis: Axis, look: Look) -> bytes | None:
         return None
     label = {
         "steps": "training steps", "seconds": f"seconds of training, {found.clock}",
-        "multiply-adds": "multiply-adds of training, 10^12",
+        "multiply-adds": "multiply-adds of training, TMACs",
     }[axis]  # fmt: skip
     target = time_to_target(found)
-    with new_figure(5.2, 4.2) as (figure, axes, buffer):
+    with new_figure(4.5, 4.0) as (figure, axes, buffer):
         if target is not None:
             axes.axhline(target.psnr_db, color="0.45", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         for curve, scale in known:
@@ -49,6 +50,9 @@ def curve_plot(found: CurveSet, axis: Axis, look: Look) -> bytes | None:
         ends = [float(curve.steps[-1] * scale) for curve, scale in known]
         if max(ends) > WIDE_RANGE * min(ends):
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_minor_locator(ticker.NullLocator())
+        axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
         axes.set(xlabel=label, ylabel="validation PSNR, dB")
         legend_below(figure)
     return buffer.getvalue()
@@ -57,7 +61,7 @@ def curve_plot(found: CurveSet, axis: Axis, look: Look) -> bytes | None:
 def ladder_plot(lines: Sequence[LadderLine], look: Look) -> bytes:
     """Differences against the budget, with 95 % intervals. A difference has the look of the method that is not kit."""
     budgets = sorted({rung.steps for line in lines for rung in line.rungs})
-    with new_figure(5.2, 4.2) as (figure, axes, buffer):
+    with new_figure(4.5, 4.0) as (figure, axes, buffer):
         axes.axhline(0, color="0.4", linewidth=0.8)
         for number, line in enumerate(lines):
             colour, marker = look[line.b if line.a == "kit" and line.b != "conv" else line.a]
@@ -80,7 +84,7 @@ def ladder_plot(lines: Sequence[LadderLine], look: Look) -> bytes:
 
 def tuning_plot(record: Tuning, look: Look) -> bytes:
     """Validation PSNR against the learning rate, a ring around each method's best; diverged trials have no point."""
-    with new_figure(5.2, 4.2) as (figure, axes, buffer):
+    with new_figure(4.5, 4.0) as (figure, axes, buffer):
         for method, best in record.best.items():
             colour, marker = look[method]
             psnr = {t.lr: math.nan if t.psnr_db is None else t.psnr_db for t in record.trials if t.method == method}

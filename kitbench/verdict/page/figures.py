@@ -18,7 +18,7 @@ from kitbench.store.sweeps import Sweep
 from kitbench.verdict.claims import QUESTIONS
 from kitbench.verdict.compare import Compared, heading
 from kitbench.verdict.contrasts import Block
-from kitbench.verdict.curves import MACS_NOTE, learning_curves, target_sheet
+from kitbench.verdict.curves import learning_curves, target_sheet
 from kitbench.verdict.entries import Entry, labels
 from kitbench.verdict.ladder import Ladder, ladder_sheet
 from kitbench.verdict.page import curve_pictures, pictures
@@ -35,6 +35,15 @@ class EmbeddedFigure:
     title: str
     source: str
     wide: bool = False
+
+
+@dataclass(frozen=True)
+class Curves:
+    """How the methods of one comparison learn."""
+
+    pictures: list[EmbeddedFigure]
+    note: str
+    target: Grid | None
 
 
 @dataclass(frozen=True)
@@ -85,33 +94,26 @@ def pictures_of(
             shown.append(EmbeddedFigure(f"PSNR on {name} against {label}", _svg(svg)))
     if compared:
         title = "Differences from the best, image by image; bar: 95 % interval over seeds and images"
-        shown.append(EmbeddedFigure(title, _svg(pictures.difference_plot(compared)), wide=True))
+        shown.append(EmbeddedFigure(title, _svg(pictures.difference_plot(compared))))
     return shown
 
 
-def curves_of(
-    block: Block, folders: dict[str, RunFolder], look: pictures.Look
-) -> tuple[list[EmbeddedFigure], Grid | None]:
+def curves_of(block: Block, folders: dict[str, RunFolder], look: pictures.Look) -> Curves:
     """The learning curves of a comparison and its time to target; training curves where nothing was validated."""
     found = learning_curves(block, folders)
     if found is None:
         drawn = pictures.training_curves({m: _folders(block, m, folders) for m in block.methods}, look)
-        title = (
-            "Training curves: PSNR of training crops, mean over seeds, smoothed over 5 % of the steps. These runs were "
-            "not validated during training, so there is no time to target."
+        note = (
+            "These runs were not validated during training, so there is no time to target. Shown is the PSNR of "
+            "training crops, the mean over seeds, smoothed over 5 % of the steps."
         )
-        return ([] if drawn is None else [EmbeddedFigure(title, _svg(drawn))]), None
-    shown = []
-    for axis in curve_pictures.AXES:
-        drawn = curve_pictures.curve_plot(found, axis, look)
-        if drawn is not None:
-            behind = f". {MACS_NOTE}" if axis == "multiply-adds" else ""
-            title = (
-                f"Validation PSNR ({found.measured_on}) against {axis}: mean over seeds, band from the lowest to the "
-                f"highest seed; dashed: the target{behind}"
-            )
-            shown.append(EmbeddedFigure(title, _svg(drawn)))
-    return shown, grid_of(target_sheet(found))
+        return Curves([] if drawn is None else [EmbeddedFigure("Training curves", _svg(drawn))], note, None)
+    drawn_by_axis = {axis: curve_pictures.curve_plot(found, axis, look) for axis in curve_pictures.AXES}
+    shown = [EmbeddedFigure(f"Validation PSNR against {a}", _svg(d)) for a, d in drawn_by_axis.items() if d is not None]
+    note = (
+        f"Crops of {found.measured_on}. Mean over seeds; band: from the lowest to the highest seed; dashed: the target."
+    )
+    return Curves(shown, note, grid_of(target_sheet(found)))
 
 
 def ladder_of(ladder: Ladder, look: pictures.Look) -> tuple[list[EmbeddedFigure], Grid]:

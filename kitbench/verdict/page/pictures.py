@@ -88,7 +88,7 @@ def training_curves(logs: Mapping[str, Sequence[RunFolder]], look: Look) -> byte
     lines = {method: found for method, folders in logs.items() if (found := _curve(folders)) is not None}
     if not lines:
         return None
-    with new_figure(5.2, 3.9) as (figure, axes, buffer):
+    with new_figure(4.5, 4.0) as (figure, axes, buffer):
         for number, (method, (steps, psnr)) in enumerate(lines.items()):
             line = ("-", "--", "-.")[number % 3]
             axes.plot(steps, psnr, color=look[method][0], linewidth=1.2, linestyle=line, label=method)
@@ -116,7 +116,7 @@ def _curve(folders: Sequence[RunFolder]) -> tuple[np.ndarray, np.ndarray] | None
 
 def difference_plot(compared: Sequence[tuple[Compared, np.ndarray]]) -> bytes:
     """Differences of each method from the best, dB: dots are images (mean over seeds), bars are 95 % intervals."""
-    with new_figure(7.4, 0.9 + 0.42 * len(compared)) as (_, axes, buffer):
+    with new_figure(5.2, 0.9 + 0.42 * len(compared)) as (_, axes, buffer):
         for place, (one, d) in enumerate(compared):
             axes.plot(d.mean(0), np.full(d.shape[1], place + 0.2), "o", color="#56B4E9", alpha=0.6, markersize=5)
             if one.found.interval is not None:

@@ -82,15 +82,13 @@ class _Page:
         mine = [e for e in self.found if e.run.comparison == run.comparison and e.run.mode == run.mode]
         trained = next(iter(blocks(mine)), None)
         compared = _against_best(trained) if trained else []
-        curves, target = curves_of(trained, self.folders, self.look) if trained else ([], None)
         return {
             "title": caption_of(run),
             "verdict": _verdict(block, trained, compared),
             "table": table_of(block, caption_of(run)),
             "differences": differences_of([c for c, _ in compared]),
             "ablation": ablation(trained),
-            "curves": curves,
-            "target": target,
+            "curves": curves_of(trained, self.folders, self.look) if trained else None,
             "pictures": pictures_of(block, trained, compared, self.look),
         }
 

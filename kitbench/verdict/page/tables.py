@@ -25,6 +25,8 @@ class TableCell:
     key: float | str
     rank: int = 0
     """1 best, 2 second."""
+    below: str = ""
+    """A second line, in small print."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Grid:
     header: list[str]
     lines: list[list[TableCell]]
     notes: list[str] = field(default_factory=list)
+    runs: dict[str, list[str]] = field(default_factory=dict)
+    """Keys of the runs behind each line, where no column states them."""
 
 
 def table_cell(text: str, key: float | str | None = None, rank: int = 0) -> TableCell:
@@ -80,8 +84,8 @@ def table_of(block: pd.DataFrame, caption: str) -> Grid:
     resolution = block["resolution"].dropna()
     at = f" at {resolution.iloc[0]:.0f} px" if len(resolution) else ""
     header = ["Method", *(f"{heading(column)} {m[1]}" for column in columns for m in metrics)]
-    header += ["Parameters", f"GMACs{at}", "Peak memory of a step, MiB", "s a step", "Seeds", "Runs"]
-    lines = []
+    header += ["Parameters", f"GMACs{at}", "Peak memory of a step, MiB", "s a step", "Seeds"]
+    lines, runs = [], {}
     for method, own in block.groupby("method", sort=False):
         line = [table_cell(named(str(method), own["form"].iloc[0]))]
         for column in columns:
@@ -97,11 +101,11 @@ def table_of(block: pd.DataFrame, caption: str) -> Grid:
             TableCell(macs.text + mark, macs.key),
             _amount(None if pd.isna(peak) else peak / 2**20, 1),
             TableCell(step.text + ("‡" if slowed(first) else ""), step.key),
-            table_cell(str(first["seeds"])),
-            table_cell(" ".join(dict.fromkeys(",".join(own["runs"]).split(",")))),
+            table_cell(str(first["seeds"]).replace(",", ", ")),
         ]
         lines.append(line)
-    return Grid(caption, header, lines, notes_of(block))
+        runs[str(method)] = list(dict.fromkeys(",".join(own["runs"]).split(",")))
+    return Grid(caption, header, lines, notes_of(block), runs)
 
 
 def _score(
@@ -113,10 +117,10 @@ def _score(
     text = number(row[metric], digits)
     best, second = ranked(block, column, metric, digits, higher)
     spread = row.get(metric.removesuffix("_db") + "_pm_seeds")
-    behind = "" if spread is None or pd.isna(spread) else f" ± {spread:.{digits}f}"
+    below = "" if spread is None or pd.isna(spread) else f"± {spread:.{digits}f}"
     star = "" if metric != "psnr_db" else "*" if row["within_noise"] == 1 else "§" if unranked(row) else ""
     rank = 0 if not row["ranked"] else 1 if text == best else 2 if text == second else 0
-    return TableCell(text + behind + star, _amount(row[metric], digits).key, rank)
+    return TableCell(text + star, _amount(row[metric], digits).key, rank, below)
 
 
 def differences_of(compared: Sequence[Compared]) -> Grid | None:
