@@ -51,9 +51,8 @@ class LadderLine:
         if 0 not in signs:
             return f"holds: {better} is better at every budget"
         budgets = " and ".join(f"{rung.steps:,}" for rung, sign in zip(self.rungs, signs, strict=True) if sign)
-        if signs[-1]:
-            return f"{better} is better at the longest budget, shown at {budgets} steps"
-        return f"does not last: {better} is better at {budgets} steps, no difference is shown at the longest budget"
+        words = f"{better} is better at {budgets} steps, at the others no difference is shown"
+        return words if signs[-1] else f"does not last: {words}"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from matplotlib import ticker
 from kitbench.store.records import Tuning
 from kitbench.verdict.curves import Curve, CurveSet, time_to_target
 from kitbench.verdict.ladder import LadderLine
-from kitbench.verdict.page.pictures import Look, legend_below, new_figure
+from kitbench.verdict.page.pictures import Look, legend_below, logarithmic, new_figure
 
 Axis = Literal["steps", "seconds", "multiply-adds"]
 _SCALES: dict[Axis, Callable[[Curve], float | None]] = {
@@ -49,9 +49,7 @@ def curve_plot(found: CurveSet, axis: Axis, look: Look) -> bytes | None:
             axes.plot(x, psnr.mean(0), color=colour, marker=marker, markersize=4, linewidth=1.3, label=curve.method)
         ends = [float(curve.steps[-1] * scale) for curve, scale in known]
         if max(ends) > WIDE_RANGE * min(ends):
-            axes.set_xscale("log")
-            axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_minor_locator(ticker.NullLocator())
+            logarithmic(axes)
         axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
         axes.set(xlabel=label, ylabel="validation PSNR, dB")
         legend_below(figure)

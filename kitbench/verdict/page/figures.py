@@ -6,7 +6,7 @@ import base64
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from kitbench.store.sweeps import Sweep
 from kitbench.verdict.claims import QUESTIONS
 from kitbench.verdict.compare import Compared, heading
 from kitbench.verdict.contrasts import Block
-from kitbench.verdict.curves import learning_curves, target_sheet
+from kitbench.verdict.curves import learning_curves, target_sheet, time_to_target
 from kitbench.verdict.entries import Entry, labels
 from kitbench.verdict.ladder import Ladder, ladder_sheet
 from kitbench.verdict.page import curve_pictures, pictures
@@ -110,10 +110,9 @@ def curves_of(block: Block, folders: dict[str, RunFolder], look: pictures.Look) 
         return Curves([] if drawn is None else [EmbeddedFigure("Training curves", _svg(drawn))], note, None)
     drawn_by_axis = {axis: curve_pictures.curve_plot(found, axis, look) for axis in curve_pictures.AXES}
     shown = [EmbeddedFigure(f"Validation PSNR against {a}", _svg(d)) for a, d in drawn_by_axis.items() if d is not None]
-    note = (
-        f"Crops of {found.measured_on}. Mean over seeds; band: from the lowest to the highest seed; dashed: the target."
-    )
-    return Curves(shown, note, grid_of(target_sheet(found)))
+    dashed = "; dashed: the target" if time_to_target(found) else ""
+    note = f"Crops of {found.measured_on}. Mean over seeds; band: from the lowest to the highest seed{dashed}."
+    return Curves(shown, note, replace(grid_of(target_sheet(found)), caption="Time to target"))
 
 
 def ladder_of(ladder: Ladder, look: pictures.Look) -> tuple[list[EmbeddedFigure], Grid]:

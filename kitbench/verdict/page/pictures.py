@@ -16,6 +16,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib import ticker
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
@@ -78,7 +79,7 @@ def pareto(points: Mapping[str, tuple[float, float]], label: str, column: str, l
             )  # fmt: skip
         costs = [cost for cost, _ in points.values()]
         if min(costs) > 0 and max(costs) > 5 * min(costs):
-            axes.set_xscale("log")
+            logarithmic(axes)
         axes.set(xlabel=label, ylabel=f"PSNR, dB: {column}")
     return buffer.getvalue()
 
@@ -97,7 +98,16 @@ def training_curves(logs: Mapping[str, Sequence[RunFolder]], look: Look) -> byte
     return buffer.getvalue()
 
 
+def logarithmic(axes: Any) -> None:
+    """Make the x axis logarithmic, with plain numbers."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+
+
 def legend_below(figure: Any) -> None:
+    """Put the legend under the axes, where no curve is."""
     figure.legend(loc="outside lower center", frameon=False, ncols=3, fontsize=9)
 
 
