@@ -31,7 +31,7 @@ def store(
     seconds_per_step: float = 0.25, calibration: float | None = 0.1, steps: int | None = None, notes: Settings = None,
     of: suite.Suite = SUITE, changed: Sequence[str] = (), attention: str | None = None,
     curve: Mapping[int, float | None] | None = None, step_seconds: float | None = 0.5,
-    validation_sets: Mapping[str, str] = VALIDATION,
+    validation_sets: Mapping[str, str] = VALIDATION, lpips: float | None = None,
 ) -> RunFolder:  # fmt: skip
     """Write a run, or another evaluation of it.
 
@@ -71,7 +71,7 @@ def store(
             folder.log.write_text(log_text(lines))
     stamped = loading.load_suite(of.name, overrides=[f"protocol={protocol}"]).protocol
     values = [psnr - 1, psnr + 1] if isinstance(psnr, float) else list(psnr)
-    scores = tuple(Score(image=f"{i}", psnr=float(p), ssim=ssim, lpips=None, seconds=0) for i, p in enumerate(values))
+    scores = tuple(Score(image=f"{i}", psnr=float(p), ssim=ssim, lpips=lpips, seconds=0) for i, p in enumerate(values))
     evaluation = Evaluation(
         key=cell.key, data_set=data_set, data_sha256=sha256, sigma=sigma, protocol=stamped, stamp=stamped.stamp,
         lpips_note="n/a", scores=scores,

@@ -126,14 +126,16 @@ def ladder_sheet(ladder: Ladder) -> Sheet:
         lines.append((f"{line.a} - {line.b}", *cells, line.order))
     compared = [rung.compared.found for line in ladder.lines for rung in line.rungs]
     seeds, images = (_range([getattr(c, name) for c in compared]) for name in ("seeds", "images"))
+    tested = sum(c.p is not None for c in compared)
     reasons = "; ".join(dict.fromkeys(c.note for c in compared if c.note))
     notes = [
-        f"Mean over all test images and its 95 % interval over seeds and images; {seeds} seeds, {images} images. "
-        f"The order is decided at 5 %, with Holm's correction over the {len(compared)} differences of this table; "
-        "one interval is not corrected.",
-        *([f"Not decided: {reasons}."] if reasons else []),
+        f"Mean over all test images and its 95 % interval over seeds and images; {seeds} seeds, {images} images.",
+        f"The order is decided at 5 %, with Holm's correction over {tested} differences of this table; one interval is "
+        "not corrected.",
+        f"Not decided: {reasons}.",
     ]
-    return Sheet(f"Budget ladder: {ladder.title}", ("Difference, dB", *heads, "Order"), tuple(lines), tuple(notes))
+    chosen = [note for note, holds in zip(notes, (True, tested, reasons), strict=True) if holds]
+    return Sheet(f"Budget ladder: {ladder.title}", ("Difference, dB", *heads, "Order"), tuple(lines), tuple(chosen))
 
 
 def _range(values: Sequence[int]) -> str:
