@@ -39,6 +39,8 @@ class Grid:
     notes: list[str] = field(default_factory=list)
     runs: dict[str, list[str]] = field(default_factory=dict)
     """Keys of the runs behind each line, where no column states them."""
+    groups: list[tuple[str, int]] = field(default_factory=list)
+    """Headings over several columns, each with their number; empty: none."""
 
 
 def table_cell(text: str, key: float | str | None = None, rank: int = 0) -> TableCell:
@@ -83,7 +85,8 @@ def table_of(block: pd.DataFrame, caption: str) -> Grid:
     metrics += [("lpips", "LPIPS", 4, False)] if block["lpips"].notna().any() else []
     resolution = block["resolution"].dropna()
     at = f" at {resolution.iloc[0]:.0f} px" if len(resolution) else ""
-    header = ["Method", *(f"{heading(column)} {m[1]}" for column in columns for m in metrics)]
+    header = ["Method", *(name for _ in columns for _, name, _, _ in metrics)]
+    groups = [("", 1), *((heading(column), len(metrics)) for column in columns), ("", 5)]
     header += ["Parameters", f"GMACs{at}", "Peak memory of a step, MiB", "s a step", "Seeds"]
     lines, runs = [], {}
     for method, own in block.groupby("method", sort=False):
@@ -105,7 +108,7 @@ def table_of(block: pd.DataFrame, caption: str) -> Grid:
         ]
         lines.append(line)
         runs[str(method)] = list(dict.fromkeys(",".join(own["runs"]).split(",")))
-    return Grid(caption, header, lines, notes_of(block), runs)
+    return Grid(caption, header, lines, notes_of(block), runs, groups)
 
 
 def _score(
