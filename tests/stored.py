@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from kitbench.runs.cell import Cell
 from kitbench.spec import loading, suite
 from kitbench.store.folder import RunFolder
+from kitbench.store.log import LogLine, log_text
 from kitbench.store.records import Cost, Environment, Evaluation, Run, Score, Training
 
 SUITE = loading.load_suite("denoise", "smoke")
@@ -19,6 +20,7 @@ ENVIRONMENT = Environment(
     driver=None, threads=1, python="3", versions={"torch": "2"}, flags={},
 )  # fmt: skip
 
+VALIDATION = {"Validation_A": "bb"}
 Settings = dict[str, Any] | None
 
 
@@ -28,8 +30,13 @@ def store(
     sigma: float | None = 25, data_set: str = "Set_A", macs: int = 2_500_000_000, peak: int = 3 * 2**20,
     seconds_per_step: float = 0.25, calibration: float | None = 0.1, steps: int | None = None, notes: Settings = None,
     of: suite.Suite = SUITE, changed: Sequence[str] = (), attention: str | None = None,
+    curve: Mapping[int, float | None] | None = None, step_seconds: float | None = 0.5,
+    validation_sets: Mapping[str, str] = VALIDATION, lpips: float | None = None,
 ) -> RunFolder:  # fmt: skip
-    """Write a run, or another evaluation of it. psnr: the mean of two images, or the value of every image, dB."""
+    """Write a run, or another evaluation of it.
+
+    psnr: the mean of two images, or the value of every image, dB. curve: validation PSNR by step; None makes no log.
+    """
     recipe = of.recipe.model_copy(update={"lr": lr} | ({} if steps is None else {"steps": steps}))
     chosen = of.model_copy(update={"recipe": recipe})
     cell = Cell(
@@ -41,13 +48,13 @@ def store(
         key=cell.key, comparison=cell.comparison, identity=cell.identity(), suite=of.name, preset=of.preset, mode="colour",
         method=method, attention=attention or method, card="", settings=settings or {}, changed=tuple(changed), seed=seed, device="cpu", task=chosen.task,
         backbone=chosen.backbone if trained else None, recipe=chosen.recipe if trained else None, train_sets={},
-        environment=ENVIRONMENT,
+        validation_sets=dict(validation_sets), environment=ENVIRONMENT,
     )  # fmt: skip
     folder.write("run.json", record)
     if trained:
         cost = Cost(
             parameters=1234, attention_parameters=234, resolution=256, macs=macs, macs_counted=macs, macs_note=note,
-            train_peak_bytes=peak, memory_note=None, calibration_seconds=calibration,
+            train_peak_bytes=peak, memory_note=None, calibration_seconds=calibration, step_seconds=step_seconds,
         )  # fmt: skip
         training = Training(
             steps=1,
@@ -59,9 +66,12 @@ def store(
             notes=notes or {},
         )
         folder.write("training.json", training)
+        if curve is not None:
+            lines = [LogLine(step, 1.0, 20.0, lr, 0.0, 0.0, value) for step, value in curve.items()]
+            folder.log.write_text(log_text(lines))
     stamped = loading.load_suite(of.name, overrides=[f"protocol={protocol}"]).protocol
     values = [psnr - 1, psnr + 1] if isinstance(psnr, float) else list(psnr)
-    scores = tuple(Score(image=f"{i}", psnr=float(p), ssim=ssim, lpips=None, seconds=0) for i, p in enumerate(values))
+    scores = tuple(Score(image=f"{i}", psnr=float(p), ssim=ssim, lpips=lpips, seconds=0) for i, p in enumerate(values))
     evaluation = Evaluation(
         key=cell.key, data_set=data_set, data_sha256=sha256, sigma=sigma, protocol=stamped, stamp=stamped.stamp,
         lpips_note="n/a", scores=scores,

@@ -228,7 +228,20 @@ def test_a_wrong_command_would_be_noticed(command: str, monkeypatch: pytest.Monk
         parse(line, monkeypatch)
 
 
-READS_ONLY = {"table", "report", "claims", "check", "diff", "anchors", "status", "list", "restore", "explain", "data"}
+READS_ONLY = {
+    "table",
+    "report",
+    "claims",
+    "curves",
+    "check",
+    "diff",
+    "anchors",
+    "status",
+    "list",
+    "restore",
+    "explain",
+    "data",
+}
 """Commands that train nothing: they are run for real."""
 CHEAP = [
     line

@@ -1,4 +1,4 @@
-"""Commands that read stored runs: table, check, report, claims, anchors, diff."""
+"""Commands that read stored runs: table, check, report, claims, curves, anchors, diff."""
 
 from __future__ import annotations
 
@@ -114,6 +114,19 @@ def claims(paths: tuple[Path, ...], protocol: str | None, out: Path | None) -> N
 
     found = statements.claims(*statements.load(paths), protocol)
     give(statements.markdown(found), out)
+
+
+@click.command()
+@PATHS
+@PROTOCOL
+@click.option("--out", type=click.Path(path_type=Path), help="Write Markdown to this file instead of the terminal.")
+def curves(paths: tuple[Path, ...], protocol: str | None, out: Path | None) -> None:
+    """Print how fast each method learns: time to target, budget ladders, searches of learning rates."""
+    from kitbench.verdict.claims import load
+    from kitbench.verdict.curves import curves_markdown
+
+    runs, _, tunings = load(paths)
+    give(curves_markdown(runs, tunings, protocol), out)
 
 
 @click.command()

@@ -11,18 +11,23 @@ def tuning_table(record: Tuning, form: str = "simple") -> str:
     """Validation PSNR in dB of every method at every rate, the best of each method marked. `form`: of tabulate."""
     psnr = {(trial.method, trial.lr): trial.psnr_db for trial in record.trials}
     lines = [
-        [method, *(_cell(psnr[method, rate], rate == best) for rate in record.rates)]
+        [method, *(tuning_cell(psnr[method, rate]) + "*" * (rate == best) for rate in record.rates)]
         for method, best in record.best.items()
     ]
     head = ["learning rate", *(f"{rate:g}" for rate in record.rates)]
+    align = ["left"] + ["right"] * len(record.rates)
+    return f"{tuning_caption(record)}\n\n{tabulate(lines, head, form, disable_numparse=True, colalign=align)}\n"
+
+
+def tuning_caption(record: Tuning) -> str:
+    """What was searched, and what * means."""
     grown = "; the grid was widened, since a best rate lay at its edge" if record.widened else ""
-    caption = (
+    return (
         f"{record.suite}, {record.mode}, preset {record.preset}: PSNR in dB on {record.validation} after "
         f"{record.steps} steps, seed {record.seed}; * the method's best{grown}"
     )
-    align = ["left"] + ["right"] * len(record.rates)
-    return f"{caption}\n\n{tabulate(lines, head, form, disable_numparse=True, colalign=align)}\n"
 
 
-def _cell(psnr: float | None, best: bool) -> str:
-    return "diverged" if psnr is None else f"{psnr:.2f}{'*' if best else ''}"
+def tuning_cell(psnr_db: float | None) -> str:
+    """The score of a trial as printed."""
+    return "diverged" if psnr_db is None else f"{psnr_db:.2f}"

@@ -1,4 +1,4 @@
-"""The figures of the report: costs, training curves, differences, sweeps and crops, embedded."""
+"""The figures of the report: costs, curves, ladders, searches, differences, sweeps and crops, embedded."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ import base64
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from kitbench.store.folder import RunFolder
+from kitbench.store.records import Tuning
 from kitbench.store.sweeps import Sweep
+from kitbench.verdict.claims import QUESTIONS
 from kitbench.verdict.compare import Compared, heading
 from kitbench.verdict.contrasts import ComparedRuns
+from kitbench.verdict.curves import learning_curves, target_sheet, time_to_target
 from kitbench.verdict.entries import Entry, labels
-from kitbench.verdict.page import pictures
+from kitbench.verdict.ladder import Ladder, ladder_sheet
+from kitbench.verdict.page import curve_pictures, pictures
+from kitbench.verdict.page.tables import Grid, grid_of, tuning_grid
 
 CROP_BYTES = 5_000_000
 """Largest size in bytes of all crops in a report; it states how many images were left out."""
@@ -30,6 +35,15 @@ class EmbeddedFigure:
     title: str
     source: str
     wide: bool = False
+
+
+@dataclass(frozen=True)
+class Curves:
+    """How the methods of one comparison learn."""
+
+    pictures: list[EmbeddedFigure]
+    note: str
+    target: Grid | None
 
 
 @dataclass(frozen=True)
@@ -54,11 +68,9 @@ class Gallery:
 
 
 def pictures_of(
-    block: pd.DataFrame,
-    trained: ComparedRuns | None,
-    compared: list[tuple[Compared, Any]],
-    folders: dict[str, RunFolder],
+    block: pd.DataFrame, trained: ComparedRuns | None, compared: list[tuple[Compared, Any]], look: pictures.Look
 ) -> list[EmbeddedFigure]:
+    """Of one comparison: PSNR against costs, and the differences from the best."""
     if trained is None:
         return []
     methods = list(trained.methods)
@@ -78,18 +90,53 @@ def pictures_of(
             if m in here and pd.notna(here[m][field_name]) and math.isfinite(here[m]["psnr_db"])
         }
         if points:
-            svg = pictures.pareto(points, label, name)
+            svg = pictures.pareto(points, label, name, look)
             shown.append(EmbeddedFigure(f"PSNR on {name} against {label}", _svg(svg)))
-    logs = {m: _folders(trained, m, folders) for m in methods}
-    drawn = pictures.training_curves(logs)
-    if drawn is not None:
-        shown.append(
-            EmbeddedFigure("Training curves: mean over seeds, smoothed over 5 % of the steps", _svg(drawn), wide=True)
-        )
     if compared:
         title = "Differences from the best, image by image; bar: 95 % interval over seeds and images"
-        shown.append(EmbeddedFigure(title, _svg(pictures.difference_plot(compared)), wide=True))
+        shown.append(EmbeddedFigure(title, _svg(pictures.difference_plot(compared))))
     return shown
+
+
+def curves_of(block: ComparedRuns, folders: dict[str, RunFolder], look: pictures.Look) -> Curves:
+    """The learning curves of a comparison and its time to target; training curves where nothing was validated."""
+    found = learning_curves(block, folders)
+    if found is None:
+        drawn = pictures.training_curves({m: _folders(block, m, folders) for m in block.methods}, look)
+        note = (
+            "These runs were not validated during training, so there is no time to target. Shown is the PSNR of "
+            "training crops, the mean over seeds, smoothed over 5 % of the steps."
+        )
+        return Curves([] if drawn is None else [EmbeddedFigure("Training curves", _svg(drawn))], note, None)
+    drawn_by_axis = {axis: curve_pictures.curve_plot(found, axis, look) for axis in curve_pictures.AXES}
+    shown = [EmbeddedFigure(f"Validation PSNR against {a}", _svg(d)) for a, d in drawn_by_axis.items() if d is not None]
+    dashed = "; dashed: the target" if time_to_target(found) else ""
+    note = f"Crops of {found.measured_on}. Mean over seeds; band: from the lowest to the highest seed{dashed}."
+    return Curves(shown, note, replace(grid_of(target_sheet(found)), caption="Time to target"))
+
+
+def ladder_of(ladder: Ladder, look: pictures.Look) -> tuple[list[EmbeddedFigure], Grid]:
+    """A budget ladder: the contrasts of the claims and all methods against the control without attention."""
+    claimed = {(a, b) for a, b, _ in QUESTIONS.values()}
+    parts = {
+        "the claims' contrasts": [line for line in ladder.lines if (line.a, line.b) in claimed],
+        "each method against conv": [line for line in ladder.lines if (line.a, line.b) not in claimed],
+    }
+    shown = [
+        EmbeddedFigure(
+            f"Difference against budget, {name}: mean over images and seeds, 95 % interval over both",
+            _svg(curve_pictures.ladder_plot(lines, look)),
+        )
+        for name, lines in parts.items()
+        if lines
+    ]
+    return shown, grid_of(ladder_sheet(ladder))
+
+
+def tuning_of(record: Tuning, look: pictures.Look) -> tuple[list[EmbeddedFigure], Grid]:
+    """A search of learning rates."""
+    title = "Validation PSNR against the learning rate; ring: the method's best"
+    return [EmbeddedFigure(title, _svg(curve_pictures.tuning_plot(record, look)))], tuning_grid(record)
 
 
 def _from_25(sigma: float | None) -> float:

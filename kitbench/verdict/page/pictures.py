@@ -16,6 +16,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib import ticker
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
@@ -32,8 +33,12 @@ ERROR_FULL = 48
 """Error in grey levels that is drawn in the brightest colour of an error map."""
 
 
+Look = Mapping[str, tuple[str, str]]
+"""Colour and marker of every method of a report."""
+
+
 @contextmanager
-def _figure(width: float, height: float) -> Iterator[tuple[Any, Any, io.BytesIO]]:
+def new_figure(width: float, height: float) -> Iterator[tuple[Any, Any, io.BytesIO]]:
     """A figure of one panel; after the block, the buffer contains its SVG."""
     buffer = io.BytesIO()
     with plt.rc_context({"font.size": 10, "svg.hashsalt": "kitbench", "svg.fonttype": "none"}):
@@ -46,14 +51,16 @@ def _figure(width: float, height: float) -> Iterator[tuple[Any, Any, io.BytesIO]
         plt.close(figure)
 
 
-def styles(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of every method, in a fixed order."""
-    return {m: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, m in enumerate(methods)}
+def styles(methods: Sequence[str]) -> Look:
+    """Colour and marker of every method, no two alike among 64."""
+    return {
+        m: (COLOURS[i % len(COLOURS)], MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]) for i, m in enumerate(methods)
+    }
 
 
-def pareto(points: Mapping[str, tuple[float, float]], label: str, column: str) -> bytes:
+def pareto(points: Mapping[str, tuple[float, float]], label: str, column: str, look: Look) -> bytes:
     """PSNR against a cost, {method: (cost, dB)}; a line joins the methods that no other one beats in both."""
-    with _figure(5.2, 3.6) as (_, axes, buffer):
+    with new_figure(5.2, 3.6) as (_, axes, buffer):
         front, best = [], -np.inf
         for cost, psnr in sorted(points.values(), key=lambda p: (p[0], -p[1])):
             if psnr > best:
@@ -62,7 +69,7 @@ def pareto(points: Mapping[str, tuple[float, float]], label: str, column: str) -
         axes.plot(*zip(*front, strict=True), color="0.6", linewidth=1, drawstyle="steps-post", zorder=1)
         low, high = min(p[1] for p in points.values()), max(p[1] for p in points.values())
         for place, (method, (cost, psnr)) in enumerate(sorted(points.items(), key=lambda item: item[1][1])):
-            colour, marker = styles(list(points))[method]
+            colour, marker = look[method]
             axes.plot([cost], [psnr], marker=marker, color=colour, markersize=8, linestyle="none")
             # Names are in a column of their own, evenly spaced, because points may coincide.
             at = low + (high - low) * (place + 0.5) / len(points) if high > low else psnr
@@ -72,24 +79,36 @@ def pareto(points: Mapping[str, tuple[float, float]], label: str, column: str) -
             )  # fmt: skip
         costs = [cost for cost, _ in points.values()]
         if min(costs) > 0 and max(costs) > 5 * min(costs):
-            axes.set_xscale("log")
+            logarithmic(axes)
         axes.set(xlabel=label, ylabel=f"PSNR, dB: {column}")
     return buffer.getvalue()
 
 
-def training_curves(logs: Mapping[str, Sequence[RunFolder]]) -> bytes | None:
+def training_curves(logs: Mapping[str, Sequence[RunFolder]], look: Look) -> bytes | None:
     """Training PSNR against steps, the mean over seeds of each method; None where no run has a log."""
     lines = {method: found for method, folders in logs.items() if (found := _curve(folders)) is not None}
     if not lines:
         return None
-    with _figure(7.4, 3.8) as (_, axes, buffer):
+    with new_figure(4.5, 4.0) as (figure, axes, buffer):
         for number, (method, (steps, psnr)) in enumerate(lines.items()):
-            colour, _ = styles(list(logs))[method]
             line = ("-", "--", "-.")[number % 3]
-            axes.plot(steps, psnr, color=colour, linewidth=1.2, linestyle=line, label=method)
-        axes.legend(frameon=False, ncols=2, fontsize=9)
+            axes.plot(steps, psnr, color=look[method][0], linewidth=1.2, linestyle=line, label=method)
+        legend_below(figure)
         axes.set(xlabel="step", ylabel="PSNR of training crops, dB")
     return buffer.getvalue()
+
+
+def logarithmic(axes: Any) -> None:
+    """Make the x axis logarithmic, with plain numbers."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+
+
+def legend_below(figure: Any) -> None:
+    """Put the legend under the axes, where no curve is."""
+    figure.legend(loc="outside lower center", frameon=False, ncols=3, fontsize=9)
 
 
 def _curve(folders: Sequence[RunFolder]) -> tuple[np.ndarray, np.ndarray] | None:
@@ -107,7 +126,7 @@ def _curve(folders: Sequence[RunFolder]) -> tuple[np.ndarray, np.ndarray] | None
 
 def difference_plot(compared: Sequence[tuple[Compared, np.ndarray]]) -> bytes:
     """Differences of each method from the best, dB: dots are images (mean over seeds), bars are 95 % intervals."""
-    with _figure(7.4, 0.9 + 0.42 * len(compared)) as (_, axes, buffer):
+    with new_figure(5.2, 0.9 + 0.42 * len(compared)) as (_, axes, buffer):
         for place, (one, d) in enumerate(compared):
             axes.plot(d.mean(0), np.full(d.shape[1], place + 0.2), "o", color="#56B4E9", alpha=0.6, markersize=5)
             if one.found.interval is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
@@ -22,8 +23,9 @@ from kitbench.verdict.claims import claims
 from kitbench.verdict.compare import Compared, against_best, equal_seeds, paired_scores
 from kitbench.verdict.contrasts import ComparedRuns, blocks
 from kitbench.verdict.entries import Entry, entries, labels
+from kitbench.verdict.ladder import ladders
 from kitbench.verdict.page import pictures
-from kitbench.verdict.page.figures import galleries_of, pictures_of, scaling
+from kitbench.verdict.page.figures import curves_of, galleries_of, ladder_of, pictures_of, scaling, tuning_of
 from kitbench.verdict.page.tables import Grid, ablation, differences_of, table_cell, table_of
 from kitbench.verdict.render import caption_of, detects, split
 from kitbench.verdict.rows import rows
@@ -36,7 +38,10 @@ def report(
     found = entries(runs, protocol)
     table = rows(runs, protocol)
     folders = {folder.run.key: folder for folder in runs}
-    sections = [_section(block, run, table, found, folders) for block, run in split(table, found)]
+    compared = blocks(found)
+    names = {m for block in compared for m in block.methods} | {m for record in tunings for m in record.best}
+    page = _Page(found, folders, pictures.styles(sorted(names)))
+    sections = [page.section(block, run) for block, run in split(table, found)]
     judged = claims(runs, sweeps, tunings, protocol)
     galleries, left_out = galleries_of(found, folders)
     template = jinja2.Environment(
@@ -48,6 +53,8 @@ def report(
         stamp=found[0].evaluation.stamp,
         sections=sections,
         claims=judged,
+        ladders=[ladder_of(ladder, page.look) for ladder in ladders(compared)],
+        searches=[tuning_of(record, page.look) for record in tunings],
         galleries=galleries,
         left_out=left_out,
         error_full=pictures.ERROR_FULL,
@@ -62,21 +69,28 @@ def report(
     ) + "\n"  # fmt: skip
 
 
-def _section(
-    block: pd.DataFrame, run: Run, table: pd.DataFrame, found: Sequence[Entry], folders: dict[str, RunFolder]
-) -> dict[str, Any]:
-    """Tables and figures of the runs of one comparison."""
-    mine = [e for e in found if e.run.comparison == run.comparison and e.run.mode == run.mode]
-    trained = next(iter(blocks(mine)), None)
-    compared = _against_best(trained) if trained else []
-    return {
-        "title": caption_of(run),
-        "verdict": _verdict(block, trained, compared),
-        "table": table_of(block, caption_of(run)),
-        "differences": differences_of([c for c, _ in compared]),
-        "ablation": ablation(trained),
-        "pictures": pictures_of(block, trained, compared, folders),
-    }
+@dataclass(frozen=True)
+class _Page:
+    """What the sections of a report share."""
+
+    found: Sequence[Entry]
+    folders: dict[str, RunFolder]
+    look: pictures.Look
+
+    def section(self, block: pd.DataFrame, run: Run) -> dict[str, Any]:
+        """Tables and figures of the runs of one comparison."""
+        mine = [e for e in self.found if e.run.comparison == run.comparison and e.run.mode == run.mode]
+        trained = next(iter(blocks(mine)), None)
+        compared = _against_best(trained) if trained else []
+        return {
+            "title": caption_of(run),
+            "verdict": _verdict(block, trained, compared),
+            "table": table_of(block, caption_of(run)),
+            "differences": differences_of([c for c, _ in compared]),
+            "ablation": ablation(trained),
+            "curves": curves_of(trained, self.folders, self.look) if trained else None,
+            "pictures": pictures_of(block, trained, compared, self.look),
+        }
 
 
 def _against_best(block: ComparedRuns) -> list[tuple[Compared, Any]]:

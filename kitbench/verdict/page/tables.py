@@ -9,9 +9,12 @@ from typing import Any
 
 import pandas as pd
 
+from kitbench.store.records import Tuning
 from kitbench.verdict.compare import Column, Compared, adjusted, heading
 from kitbench.verdict.contrasts import ComparedRuns, compare_methods
 from kitbench.verdict.render import notes_of, number, ranked, row_name, slowed, unranked
+from kitbench.verdict.sheets import Sheet
+from kitbench.verdict.tuning import tuning_caption, tuning_cell
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class TableCell:
     key: float | str
     rank: int = 0
     """1 best, 2 second."""
+    below: str = ""
+    """A second line, in small print."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,42 @@ class Grid:
     header: list[str]
     lines: list[list[TableCell]]
     notes: list[str] = field(default_factory=list)
+    runs: dict[str, list[str]] = field(default_factory=dict)
+    """Keys of the runs behind each line, where no column states them."""
+    groups: list[tuple[str, int]] = field(default_factory=list)
+    """Headings over several columns, each with their number; empty: none."""
 
 
 def table_cell(text: str, key: float | str | None = None, rank: int = 0) -> TableCell:
     return TableCell(text, text if key is None else key, rank)
+
+
+def grid_of(sheet: Sheet) -> Grid:
+    """A table of texts, sorted by the numbers that they state; never comes behind all of them."""
+    return Grid(
+        sheet.caption, list(sheet.header), [list(map(_sorted, line)) for line in sheet.lines], list(sheet.notes)
+    )
+
+
+def _sorted(text: str) -> TableCell:
+    number = text.partition(" [")[0].replace(",", "")
+    try:
+        return TableCell(text, float(number))
+    except ValueError:
+        return TableCell(text, math.inf if text == "never" else text)
+
+
+def tuning_grid(record: Tuning) -> Grid:
+    """A search of learning rates: a line for each method, its best rate marked."""
+    trials = {(trial.method, trial.lr): trial.psnr_db for trial in record.trials}
+    lines = []
+    for method, best in record.best.items():
+        line = [table_cell(method)]
+        for rate in record.rates:
+            psnr, mark = trials[method, rate], "*" * (rate == best)
+            line.append(table_cell(tuning_cell(psnr) + mark, -math.inf if psnr is None else psnr, rank=len(mark)))
+        lines.append(line)
+    return Grid(tuning_caption(record), ["Learning rate", *(f"{rate:g}" for rate in record.rates)], lines)
 
 
 def _amount(value: Any, digits: int) -> TableCell:
@@ -48,10 +85,11 @@ def table_of(block: pd.DataFrame, caption: str) -> Grid:
     metrics += [("lpips", "LPIPS", 4, False)] if block["lpips"].notna().any() else []
     resolution = block["resolution"].dropna()
     at = f" at {resolution.iloc[0]:.0f} px" if len(resolution) else ""
-    header = ["Method", *(f"{heading(column)} {m[1]}" for column in columns for m in metrics)]
-    header += ["Parameters", f"GMACs{at}", "Peak memory of a step, MiB", "s a step", "Seeds", "Runs"]
-    lines = []
-    for _, own in block.groupby("method", sort=False):
+    header = ["Method", *(name for _ in columns for _, name, _, _ in metrics)]
+    groups = [("", 1), *((heading(column), len(metrics)) for column in columns), ("", 5)]
+    header += ["Parameters", f"GMACs{at}", "Peak memory of a step, MiB", "s a step", "Seeds"]
+    lines, runs = [], {}
+    for method, own in block.groupby("method", sort=False):
         line = [table_cell(row_name(own.iloc[0]))]
         for column in columns:
             match = own[(own["data_set"] == column[0]) & (own["condition"] == column[1])]
@@ -66,11 +104,11 @@ def table_of(block: pd.DataFrame, caption: str) -> Grid:
             TableCell(macs.text + mark, macs.key),
             _amount(None if pd.isna(peak) else peak / 2**20, 1),
             TableCell(step.text + ("‡" if slowed(first) else ""), step.key),
-            table_cell(str(first["seeds"])),
-            table_cell(" ".join(dict.fromkeys(",".join(own["runs"]).split(",")))),
+            table_cell(str(first["seeds"]).replace(",", ", ")),
         ]
         lines.append(line)
-    return Grid(caption, header, lines, notes_of(block))
+        runs[str(method)] = list(dict.fromkeys(",".join(own["runs"]).split(",")))
+    return Grid(caption, header, lines, notes_of(block), runs, groups)
 
 
 def _score(
@@ -82,10 +120,10 @@ def _score(
     text = number(row[metric], digits)
     best, second = ranked(block, column, metric, digits, higher)
     spread = row.get(metric.removesuffix("_db") + "_pm_seeds")
-    behind = "" if spread is None or pd.isna(spread) else f" ± {spread:.{digits}f}"
+    below = "" if spread is None or pd.isna(spread) else f"± {spread:.{digits}f}"
     star = "" if metric != "psnr_db" else "*" if row["within_noise"] == 1 else "§" if unranked(row) else ""
     rank = 0 if not row["ranked"] else 1 if text == best else 2 if text == second else 0
-    return TableCell(text + behind + star, _amount(row[metric], digits).key, rank)
+    return TableCell(text + star, _amount(row[metric], digits).key, rank, below)
 
 
 def differences_of(compared: Sequence[Compared]) -> Grid | None:

@@ -13,11 +13,13 @@ import pytest
 
 from kitbench.errors import InputError
 from kitbench.store.folder import find
+from kitbench.verdict.claims import load
 from kitbench.verdict.page import pictures
 from kitbench.verdict.page.report import report
 from tests.conftest import run_kitbench
 from tests.stored import store
 from tests.verdict.test_claims import sweep
+from tests.verdict.test_contrasts import LR, QUICK, tuned
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here: install the package chromium")
@@ -41,7 +43,18 @@ def test_the_page_is_small_and_needs_nothing_from_elsewhere(page: Path) -> None:
 
 def test_the_page_has_every_part_and_names_every_run(page: Path, tiny_runs: Path) -> None:
     text = page.read_text()
-    ids = ("verdict", "claims", "tables", "crops", "figures", "published", "settings", "environment", "reproduce")
+    ids = (
+        "verdict",
+        "claims",
+        "tables",
+        "curves",
+        "crops",
+        "figures",
+        "published",
+        "settings",
+        "environment",
+        "reproduce",
+    )
     places = [text.index(f'<section id="{name}"') for name in ids]
     assert places == sorted(places)
     runs = find([tiny_runs])
@@ -103,6 +116,60 @@ def test_a_crop_is_cut_into_its_squares_and_a_damaged_one_is_refused(tiny_runs: 
         pictures.crop(bad)
 
 
+CURVE = {200: 20.0, 400: 25.0, 700: 30.0}
+
+
+def curves_and_searches(out: Path) -> Path:
+    """Two validated methods at two budgets, three noise levels, with every metric and a search of learning rates."""
+    for steps in (700, 3000):
+        for number, method in enumerate(("conv", "kit")):
+            for seed in range(3):
+                gain = 0.1 * number + 0.02 * np.random.default_rng((seed, number)).standard_normal(8)
+                curve = {step: psnr - number for step, psnr in CURVE.items()}
+                for sigma in (15, 25, 50):
+                    store(
+                        out, method, np.linspace(28, 33, 8) + gain, seed, steps=steps, of=QUICK, sigma=sigma,
+                        ssim=0.8 + 0.01 * seed, lpips=0.1234, curve=curve, lr=LR, data_set="McMaster",
+                    )  # fmt: skip
+    return tuned(out, {"conv": 0.0, "kit": 0.1})
+
+
+def section(text: str, name: str) -> str:
+    return text[text.index(f'<section id="{name}"') :].partition("</section>")[0]
+
+
+def test_the_page_shows_curves_ladder_and_search(tmp_path: Path) -> None:
+    out = curves_and_searches(tmp_path)
+    runs, sweeps, tunings = load([out])
+    text = section(report([r for r in runs if r.run.seed != 99], sweeps, tunings), "curves")
+    for axis in ("steps", "seconds", "multiply-adds"):
+        assert text.count(f"<figcaption>Validation PSNR against {axis}</figcaption>") == 2  # a figure for each budget
+    assert "Crops of Validation_A σ25. Mean over seeds; band" in text
+    target = text[text.index('id="target-') :].partition("</table>")[0]
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in target.split("<tr>")[2:]]
+    assert rows[0][:5] == ["conv", "3 of 3", "30.00", "700", "350"]
+    assert rows[1] == ["kit", "0 of 3", "29.00", "never", "never", "never"]
+    assert (
+        text.count("<figcaption>Difference against budget") == 1
+    )  # kit - conv; of the claims' contrasts there are no runs
+    assert "Budget ladder: denoise, colour, 4 x 64 px a step" in text
+    assert "Validation PSNR against the learning rate" in text
+    assert re.search(r'class="best">21\.00\*</td>', text)
+
+
+def test_runs_that_were_not_validated_show_their_training_curve_and_say_so(page: Path) -> None:
+    text = section(page.read_text(), "curves")
+    assert text.count("<figcaption>Training curves</figcaption>") == 1
+    assert "These runs were not validated during training, so there is no time to target." in text
+    assert "No two lengths of one training are stored" in text
+    assert "No search is stored" in text
+
+
+def test_a_method_looks_the_same_in_all_figures_and_like_no_other() -> None:
+    look = pictures.styles([f"method {number}" for number in range(20)])
+    assert len(set(look.values())) == 20
+
+
 def browse(page: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     assert BROWSER is not None
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=2000"]
@@ -138,3 +205,20 @@ def test_tables_sort_sliders_compare_and_every_image_loads(page: Path, tmp_path:
         sorts, clip, hidden, images, loaded, fits = seen.split("|")
         assert (sorts, clip, hidden, loaded, fits) == ("true", "inset(0px 80% 0px 0px)", "false", "true", "true")
         assert int(images) > 20
+
+
+@needs_browser
+def test_the_main_table_fits_a_desktop_and_keeps_the_method_in_view_on_a_phone(tmp_path: Path) -> None:
+    script = """<script>addEventListener("load", () => {
+      const table = document.querySelector("#table-1"), box = table.parentElement, cell = table.tBodies[0].rows[0].cells[0];
+      const fits = box.scrollWidth <= box.clientWidth, before = cell.getBoundingClientRect().left;
+      box.scrollLeft = 200;
+      document.body.dataset.seen = [table.tBodies[0].rows[0].cells.length, fits, box.scrollLeft,
+        cell.getBoundingClientRect().left - before].join("|");
+    });</script></body>"""
+    runs = [run for run in load([curves_and_searches(tmp_path)])[0] if run.run.seed != 99]
+    tried = tmp_path / "tried.html"
+    tried.write_text(report(runs, []).replace("</body>", script))
+    for size, expected in (("1300,900", "15|true|0|0"), ("400,800", "15|false|200|0")):
+        [seen] = re.findall(r'data-seen="([^"]*)"', browse(tried, "--dump-dom", f"--window-size={size}").stdout)
+        assert seen == expected

@@ -1,0 +1,148 @@
+"""Budget ladders: the same comparison of methods at several lengths of training.
+
+Each training has a learning rate that falls to its end. A difference that long training takes away was one in speed of
+learning.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kitbench.spec.fields import digest
+from kitbench.store.records import Run
+from kitbench.verdict.claims import QUESTIONS
+from kitbench.verdict.compare import Compared, adjusted
+from kitbench.verdict.contrasts import ComparedRuns, compare_methods
+from kitbench.verdict.sheets import Sheet
+
+
+@dataclass(frozen=True)
+class Rung:
+    """Method a minus method b after one budget."""
+
+    steps: int
+    warmup: int
+    compared: Compared
+
+
+@dataclass(frozen=True)
+class LadderLine:
+    """The difference between two methods against the budget."""
+
+    a: str
+    b: str
+    rungs: tuple[Rung, ...]
+    """Shortest first; at least two."""
+
+    @property
+    def order(self) -> str:
+        """Whether the order of the two methods holds at every budget, in words."""
+        if any(rung.compared.p_holm is None for rung in self.rungs):
+            return "not decided"
+        signs = [int(math.copysign(rung.compared.decided, rung.compared.found.mean)) for rung in self.rungs]
+        shown = {sign for sign in signs if sign}
+        if not shown:
+            return "no order shown at any budget"
+        better = self.a if signs[-1] > 0 or (not signs[-1] and shown == {1}) else self.b
+        if len(shown) > 1:
+            return "the order changes with the budget"
+        if 0 not in signs:
+            return f"holds: {better} is better at every budget"
+        budgets = " and ".join(f"{rung.steps:,}" for rung, sign in zip(self.rungs, signs, strict=True) if sign)
+        words = f"{better} is better at {budgets} steps, at the others no difference is shown"
+        return words if signs[-1] else f"does not last: {words}"
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Comparisons that differ in the length of training only, with Holm's correction over all their differences."""
+
+    title: str
+    lines: tuple[LadderLine, ...]
+
+    @property
+    def budgets(self) -> list[tuple[int, int]]:
+        """Steps and steps of warm-up, shortest first."""
+        return sorted({(rung.steps, rung.warmup) for line in self.lines for rung in line.rungs})
+
+
+def ladders(found: Sequence[ComparedRuns]) -> list[Ladder]:
+    """The budget ladders among these comparisons: all that differ in steps and warm-up only, where there are two."""
+    groups: dict[str, list[ComparedRuns]] = {}
+    for block in found:
+        groups.setdefault(_without_budget(block.first.run), []).append(block)
+    ladders = [_ladder(sorted(group, key=_budget)) for _, group in sorted(groups.items())]
+    return [ladder for ladder in ladders if ladder.lines]
+
+
+def _without_budget(run: Run) -> str:
+    """Digest of what the runs of a ladder share."""
+    recipe = {key: value for key, value in run.identity["recipe"].items() if key not in ("steps", "warmup")}
+    left_out = ("attention", "settings", "seed")
+    return digest({k: v for k, v in run.identity.items() if k not in left_out} | {"recipe": recipe})
+
+
+def _budget(block: ComparedRuns) -> tuple[int, int]:
+    recipe = block.first.run.recipe
+    assert recipe is not None
+    return recipe.steps, recipe.warmup
+
+
+def _ladder(group: Sequence[ComparedRuns]) -> Ladder:
+    methods = dict.fromkeys(method for block in group for method in block.methods)
+    pairs = [(a, b) for a, b, _ in QUESTIONS.values()] + [(method, "conv") for method in methods if method != "conv"]
+    measured = {
+        pair: {_budget(block): c for block in group if (c := compare_methods(block, *pair)) is not None}
+        for pair in pairs
+    }
+    places = [(pair, budget) for pair, rungs in measured.items() if len(rungs) > 1 for budget in rungs]
+    corrected = dict(zip(places, adjusted([measured[pair][budget] for pair, budget in places]), strict=True))
+    lines = tuple(
+        LadderLine(*pair, tuple(Rung(*budget, corrected[pair, budget]) for budget in measured[pair]))
+        for pair in dict.fromkeys(pair for pair, _ in places)
+    )
+    run = group[0].first.run
+    assert run.recipe is not None
+    assert run.backbone is not None
+    title = (
+        f"{run.suite}, {run.mode}, {run.recipe.batch} x {run.recipe.crop} px a step, learning rate {run.recipe.lr:g}, "
+        f"width {run.backbone.width}, on {run.device}"
+    )
+    return Ladder(title, lines)
+
+
+def ladder_sheet(ladder: Ladder) -> Sheet:
+    """A budget ladder as a table: a line for each difference, a column for each budget."""
+    steps = [budget[0] for budget in ladder.budgets]
+    heads = [
+        f"{n:,} steps" + (f", {warmup:,} of warm-up" if steps.count(n) > 1 else "") for n, warmup in ladder.budgets
+    ]
+    lines = []
+    for line in ladder.lines:
+        of = {(rung.steps, rung.warmup): rung.compared for rung in line.rungs}
+        cells = [_difference(of[budget]) if budget in of else "n/a" for budget in ladder.budgets]
+        lines.append((f"{line.a} - {line.b}", *cells, line.order))
+    compared = [rung.compared.found for line in ladder.lines for rung in line.rungs]
+    seeds, images = (_range([getattr(c, name) for c in compared]) for name in ("seeds", "images"))
+    tested = sum(c.p is not None for c in compared)
+    reasons = "; ".join(dict.fromkeys(c.note for c in compared if c.note))
+    notes = [
+        f"Mean over all test images and its 95 % interval over seeds and images; {seeds} seeds, {images} images.",
+        f"The order is decided at 5 %, with Holm's correction over {tested} differences of this table; one interval is "
+        "not corrected.",
+        f"Not decided: {reasons}.",
+    ]
+    chosen = [note for note, holds in zip(notes, (True, tested, reasons), strict=True) if holds]
+    return Sheet(f"Budget ladder: {ladder.title}", ("Difference, dB", *heads, "Order"), tuple(lines), tuple(chosen))
+
+
+def _range(values: Sequence[int]) -> str:
+    return f"{min(values)}" if min(values) == max(values) else f"{min(values)} to {max(values)}"
+
+
+def _difference(compared: Compared) -> str:
+    interval = compared.found.interval
+    behind = "" if interval is None else f" [{interval.low:+.3f}, {interval.high:+.3f}]"
+    return f"{compared.found.mean:+.3f}{behind}"
