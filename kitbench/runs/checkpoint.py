@@ -60,7 +60,7 @@ class TrainingState:
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is no dict
                 found = metadata.pop("sha256", None)
                 if found != digest([state_sha256(tensors), metadata]):
-                    raise ValueError("its content does not have the checksum that it states")
+                    raise ValueError("its content does not match the checksum stated in it")
                 log, done = parse_log(metadata["log"]), int(metadata["steps"])
                 self._load(tensors)
             except (safetensors.SafetensorError, OSError, RuntimeError, KeyError, ValueError) as error:
@@ -101,7 +101,7 @@ def trained_state(folder: RunFolder) -> dict[str, Tensor]:
     training = folder.training
     if training is None or state_sha256(state) != training.weights_sha256:
         raise InputError(
-            f"{folder.weights} is damaged: it does not have the checksum that training.json states; {advice}."
+            f"{folder.weights} is damaged: it does not match the checksum stated in training.json; {advice}."
         )
     return state
 

@@ -154,7 +154,7 @@ def test_weights_that_are_not_those_of_the_run_are_refused(tiny_runs, tmp_path) 
     shutil.copytree(run_of(tiny_runs, "kit").path, copy)
     whole = (copy / "weights.safetensors").read_bytes()
     (copy / "weights.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(InputError, match="damaged: it has not the checksum"):
+    with pytest.raises(InputError, match="damaged: it does not match the checksum"):
         trained.load_trained(RunFolder(copy), None, CPU)
     (copy / "weights.safetensors").write_bytes(b"no weights")
     with pytest.raises(InputError, match="cannot be read"):
