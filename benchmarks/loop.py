@@ -157,7 +157,10 @@ def markdown(stored: dict[str, Any]) -> str:
     ]  # fmt: skip
     head = ("method", "of the bare loop", "quartiles", "in", "ms a step", *(["waiting for data"] if told else []),
             f"stretches of {stored['stretch']} steps")  # fmt: skip
-    place = f"{stored['device']}, {stored['threads']} threads, torch {stored['torch']}, preset {stored['preset']}"
+    settings = "".join(f", {setting}" for setting in stored.get("set", []))
+    place = (
+        f"{stored['device']}, {stored['threads']} threads, torch {stored['torch']}, preset {stored['preset']}{settings}"
+    )
     lines = [tabulate(rows, head, "github", disable_numparse=True), "", f"On {place}."]
     if stored["device"] != "cpu":
         lines += ["", f"Aimed at: at least {AIMED_SHARE:.0%} of the bare loop, and {AIMED_STEPS:g} steps a second.", ""]
@@ -175,6 +178,8 @@ def main() -> None:
     parser.add_argument("--preset", default="quick", help="of the suite denoise")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--methods", default="kit,window,conv")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the suite, as "
+                        "for kitbench run: recipe.channels_last=false times the other memory format")  # fmt: skip
     parser.add_argument("--stretches", type=int, default=40, help="of each loop and method")
     parser.add_argument("--workers", type=int, default=0, help="processes that prepare the loop's batches")
     parser.add_argument("--processor-time", action="store_true", help="the ratio of processor time, on a busy machine")
@@ -222,7 +227,7 @@ def main() -> None:
         }
         print(f"{name}: {share:.1%} of the bare loop", flush=True)
     stored = {"device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
-              "preset": options.preset, "stretch": stretch, "methods": found}  # fmt: skip
+              "preset": options.preset, "set": options.set, "stretch": stretch, "methods": found}  # fmt: skip
     if device.type == "cuda":
         stored["driver"] = environment(device).driver
     options.json.write_text(json.dumps(stored, indent=1) + "\n")

@@ -128,7 +128,7 @@ def test_a_failed_run_is_kept_as_failed_until_it_succeeds(tmp_path: Path) -> Non
         assert "says this test" in kitbench(place, "status", "results").text
         table = kitbench(place, "table", "results")
         assert table.code == 0
-        assert "failed, so not or not wholly in the table: denoise-colour-fails" in table.text
+        assert "failed, so missing or incomplete in the table: denoise-colour-fails" in table.text
         (place / "mended").touch()
         assert kitbench(place, *command).code == 0
         assert not leftovers(place / "results")
