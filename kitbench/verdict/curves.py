@@ -21,7 +21,7 @@ from kitbench.store.records import Run, Training, Tuning
 from kitbench.verdict.contrasts import ComparedRuns, blocks
 from kitbench.verdict.entries import entries
 from kitbench.verdict.ladder import ladder_sheet, ladders
-from kitbench.verdict.render import caption_of
+from kitbench.verdict.layout import caption_of
 from kitbench.verdict.sheets import Sheet, sheet_markdown
 from kitbench.verdict.statistics import Array
 from kitbench.verdict.tuning import tuning_table

@@ -82,7 +82,9 @@ def test_every_pair_that_overlaps_is_told_and_the_first_is_named(scene: np.ndarr
     test = {"t": [photo(scene[:80], "top"), photo(scene[80:], "bottom"), photo(scene[:80], "top again")]}
     found = overlaps({"w": [photo(scene, "whole")]}, test)
     assert [pair.test for pair in found] == ["t/top", "t/bottom", "t/top again"]
-    with pytest.raises(InputError, match=r"w/whole \(train\) contains all or part of t/top \(test\).*3 such pairs"):
+    with pytest.raises(
+        InputError, match=r"Training and test images overlap: w/whole contains all or part of t/top: .*3 such pairs"
+    ):
         assert_disjoint({"w": [photo(scene, "whole")]}, test)
 
 

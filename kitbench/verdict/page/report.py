@@ -24,10 +24,11 @@ from kitbench.verdict.compare import Compared, against_best, equal_seeds, paired
 from kitbench.verdict.contrasts import ComparedRuns, blocks
 from kitbench.verdict.entries import Entry, entries, labels
 from kitbench.verdict.ladder import ladders
+from kitbench.verdict.layout import caption_of, detects, layout_of
 from kitbench.verdict.page import pictures
 from kitbench.verdict.page.figures import curves_of, galleries_of, ladder_of, pictures_of, scaling, tuning_of
 from kitbench.verdict.page.tables import Grid, ablation, differences_of, table_cell, table_of
-from kitbench.verdict.render import caption_of, detects, split
+from kitbench.verdict.render import split
 from kitbench.verdict.rows import rows
 
 
@@ -85,7 +86,7 @@ class _Page:
         return {
             "title": caption_of(run),
             "verdict": _verdict(block, trained, compared),
-            "table": table_of(block, caption_of(run)),
+            "table": table_of(layout_of(block, caption_of(run))),
             "differences": differences_of([c for c, _ in compared]),
             "ablation": ablation(trained),
             "curves": curves_of(trained, self.folders, self.look) if trained else None,

@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import pandas as pd
 
 from kitbench.store.records import Tuning
-from kitbench.verdict.compare import Column, Compared, adjusted, heading
+from kitbench.verdict.compare import Compared, adjusted
 from kitbench.verdict.contrasts import ComparedRuns, compare_methods
-from kitbench.verdict.render import notes_of, number, ranked, row_name, slowed, unranked
+from kitbench.verdict.layout import Layout, TableValue
 from kitbench.verdict.sheets import Sheet
 from kitbench.verdict.tuning import tuning_caption, tuning_cell
 
@@ -75,55 +72,21 @@ def tuning_grid(record: Tuning) -> Grid:
     return Grid(tuning_caption(record), ["Learning rate", *(f"{rate:g}" for rate in record.rates)], lines)
 
 
-def _amount(value: Any, digits: int) -> TableCell:
-    return TableCell(number(value, digits), -math.inf if value is None or pd.isna(value) else float(value))
+def table_of(layout: Layout) -> Grid:
+    """The main table of a comparison: a column for each metric, under the heading of its data set."""
+    columns = [column for column in layout.columns if column.title != "Protocol"]
+    groups: list[tuple[str, int]] = []
+    for column in columns:
+        name, count = groups.pop() if groups and groups[-1][0] == column.group else (column.group, 0)
+        groups.append((name, count + 1))
+    lines = [list(map(_laid_out, cells)) for cells in zip(*(column.cells for column in columns), strict=True)]
+    header = [column.title.replace(" (MiB)", ", MiB") for column in columns]
+    return Grid(layout.caption, header, lines, list(layout.notes), layout.runs, groups)
 
 
-def table_of(block: pd.DataFrame, caption: str) -> Grid:
-    columns: list[Column] = list(dict.fromkeys(zip(block["data_set"], block["condition"], strict=True)))
-    metrics = [("psnr_db", "PSNR dB", 2, True), ("ssim", "SSIM", 4, True)]
-    metrics += [("lpips", "LPIPS", 4, False)] if block["lpips"].notna().any() else []
-    resolution = block["resolution"].dropna()
-    at = f" at {resolution.iloc[0]:.0f} px" if len(resolution) else ""
-    header = ["Method", *(name for _ in columns for _, name, _, _ in metrics)]
-    groups = [("", 1), *((heading(column), len(metrics)) for column in columns), ("", 5)]
-    header += ["Parameters", f"GMACs{at}", "Peak memory of a step, MiB", "s a step", "Seeds"]
-    lines, runs = [], {}
-    for method, own in block.groupby("method", sort=False):
-        line = [table_cell(row_name(own.iloc[0]))]
-        for column in columns:
-            match = own[(own["data_set"] == column[0]) & (own["condition"] == column[1])]
-            for metric, _, digits, higher in metrics:
-                line.append(_score(block, match, column, metric, digits, higher))
-        first = own.iloc[0]
-        peak = first["train_peak_bytes"]
-        macs, step = _amount(first["gmacs"], 2), _amount(None if slowed(first) else first["seconds_per_step"], 3)
-        mark = "†" if isinstance(first["gmacs_note"], str) else ""
-        line += [
-            _amount(first["parameters"], 0),
-            TableCell(macs.text + mark, macs.key),
-            _amount(None if pd.isna(peak) else peak / 2**20, 1),
-            TableCell(step.text + ("‡" if slowed(first) else ""), step.key),
-            table_cell(str(first["seeds"]).replace(",", ", ")),
-        ]
-        lines.append(line)
-        runs[str(method)] = list(dict.fromkeys(",".join(own["runs"]).split(",")))
-    return Grid(caption, header, lines, notes_of(block), runs, groups)
-
-
-def _score(
-    block: pd.DataFrame, match: pd.DataFrame, column: Column, metric: str, digits: int, higher: bool
-) -> TableCell:
-    if not len(match):
-        return _amount(None, digits)
-    row = match.iloc[0]
-    text = number(row[metric], digits)
-    best, second = ranked(block, column, metric, digits, higher)
-    spread = row.get(metric.removesuffix("_db") + "_pm_seeds")
-    below = "" if spread is None or pd.isna(spread) else f"± {spread:.{digits}f}"
-    star = "" if metric != "psnr_db" else "*" if row["within_noise"] == 1 else "§" if unranked(row) else ""
-    rank = 0 if not row["ranked"] else 1 if text == best else 2 if text == second else 0
-    return TableCell(text + star, _amount(row[metric], digits).key, rank, below)
+def _laid_out(value: TableValue) -> TableCell:
+    text = value.text.replace(",", ", ") if isinstance(value.key, str) else value.text
+    return TableCell(text + value.sign, value.key, value.rank, f"± {value.spread}" if value.spread else "")
 
 
 def differences_of(compared: Sequence[Compared]) -> Grid | None:

@@ -1,0 +1,198 @@
+"""The layout of a table: what stands in each of its cells, whoever prints it.
+
+Text formats (render.py) and the report (page/tables.py) print the same cells, signs and notes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from kitbench.store.records import Run
+from kitbench.verdict.compare import Column, heading
+
+NOT_MEASURED = "n/a"
+SLOWED = 0.05
+"""Share of the time that a training waited for a processor, from which on its seconds a step are not shown."""
+
+
+@dataclass(frozen=True)
+class TableValue:
+    """A cell."""
+
+    text: str
+    """The value as printed."""
+    key: float | str
+    """To sort by."""
+    rank: int = 0
+    """1: the best of its column, 2: the second."""
+    spread: str = ""
+    """Half the interval over seeds, as printed; empty where there is none."""
+    sign: str = ""
+    """What refers to a note."""
+
+
+@dataclass(frozen=True)
+class TableColumn:
+    """A column, with a cell for each method."""
+
+    title: str
+    cells: tuple[TableValue, ...]
+    group: str = ""
+    """The data set and condition that several columns belong to."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A table."""
+
+    caption: str
+    columns: tuple[TableColumn, ...]
+    notes: tuple[str, ...]
+    runs: dict[str, list[str]]
+    """Keys of the runs behind each method."""
+
+
+def layout_of(block: pd.DataFrame, caption: str) -> Layout:
+    """The table of the rows of one comparison."""
+    rows = dict(iter(block.groupby("method", sort=False)))
+    runs = {str(method): list(dict.fromkeys(",".join(own["runs"]).split(","))) for method, own in rows.items()}
+    firsts = [own.iloc[0] for own in rows.values()]
+    names = TableColumn("Method", tuple(TableValue(row_name(row), row_name(row)) for row in firsts))
+    return Layout(
+        caption, (names, *_score_columns(block, list(rows.values())), *_cost_columns(block, firsts)),
+        tuple(notes_of(block)), runs,
+    )  # fmt: skip
+
+
+def _score_columns(block: pd.DataFrame, rows: list[pd.DataFrame]) -> Iterator[TableColumn]:
+    metrics = [("psnr_db", "PSNR dB", 2, True), ("ssim", "SSIM", 4, True)]
+    metrics += [("lpips", "LPIPS", 4, False)] if block["lpips"].notna().any() else []
+    columns: list[Column] = list(dict.fromkeys(zip(block["data_set"], block["condition"], strict=True)))
+    for column in columns:
+        for metric, title, digits, higher in metrics:
+            best = ranked(block, column, metric, digits, higher)
+            matches = [own[(own["data_set"] == column[0]) & (own["condition"] == column[1])] for own in rows]
+            cells = (_score(match, metric, digits, best) for match in matches)
+            yield TableColumn(title, tuple(cells), heading(column))
+
+
+def _score(match: pd.DataFrame, metric: str, digits: int, best: tuple[str, str | None]) -> TableValue:
+    if not len(match):
+        return _amount(None, digits)
+    row = match.iloc[0]
+    value = _amount(row[metric], digits)
+    spread = row.get(metric.removesuffix("_db") + "_pm_seeds")
+    sign = "" if metric != "psnr_db" else "*" if row["within_noise"] == 1 else "§" if unranked(row) else ""
+    rank = 0 if not row["ranked"] else 1 if value.text == best[0] else 2 if value.text == best[1] else 0
+    return TableValue(
+        value.text, value.key, rank, "" if spread is None or pd.isna(spread) else f"{spread:.{digits}f}", sign
+    )
+
+
+def _cost_columns(block: pd.DataFrame, firsts: list[pd.Series]) -> Iterator[TableColumn]:
+    """The columns behind the scores. firsts: a row of each method."""
+    resolution = block["resolution"].dropna()
+    at = f" at {resolution.iloc[0]:.0f} px" if len(resolution) else ""
+    yield TableColumn("Parameters", tuple(_amount(row["parameters"], 0) for row in firsts))
+    macs = (_amount(row["gmacs"], 2, "†" * isinstance(row["gmacs_note"], str)) for row in firsts)
+    yield TableColumn(f"GMACs{at}", tuple(macs))
+    peaks = (
+        _amount(None if pd.isna(row["train_peak_bytes"]) else row["train_peak_bytes"] / 2**20, 1) for row in firsts
+    )
+    yield TableColumn("Peak memory of a step (MiB)", tuple(peaks))
+    steps = (
+        _amount(None, 3, "‡") if slowed(row) else _amount(row["seconds_per_step"], 3) for row in firsts
+    )  # fmt: skip
+    yield TableColumn("s a step", tuple(steps))
+    for title, key in (("Seeds", "seeds"), ("Protocol", "protocol")):
+        yield TableColumn(title, tuple(TableValue(str(row[key]), str(row[key])) for row in firsts))
+
+
+def _amount(value: Any, digits: int, sign: str = "") -> TableValue:
+    key = -math.inf if value is None or pd.isna(value) else float(value)
+    return TableValue(number(value, digits), key, sign=sign)
+
+
+def unranked(row: pd.Series) -> bool:
+    """Whether a trained row is left out of the ranking because it has other seeds than the rows that are ranked."""
+    return bool(row["seeds"] != "-" and not row["ranked"])
+
+
+def notes_of(block: pd.DataFrame) -> list[str]:
+    """What the signs in a block mean, and what its seeds and images could have shown."""
+    noted = block.dropna(subset=["gmacs_note"]).drop_duplicates("method")
+    notes = [f"† {row['method']}: {row['gmacs_note']}." for row in noted.to_dict("records")]
+    waited = [row["contended"] for _, row in block.iterrows() if slowed(row)]
+    if waited:
+        notes.append(
+            f"‡ not shown, because other work slowed these steps: they waited for a processor up to {max(waited):.0%} "
+            "of the time."
+        )
+    compared = block[block["best"].notna()]
+    if block["psnr_pm_seeds"].notna().any():
+        notes.append("± half the 95 % interval over seeds (Student), for exactly these images.")
+    if compared["p_holm"].notna().any():
+        star = (
+            "* not distinguishable from the best of its column at 5 % (paired over seeds and images, Holm's correction "
+            "over all pairs of the table)."
+        )
+        notes.append(f"{star} {detects(compared['detectable_db'].max())}")
+    others = block[[unranked(row) for _, row in block.iterrows()]]
+    if len(others):
+        seeds = "; ".join(dict.fromkeys(block[block["ranked"]]["seeds"]))
+        notes.append(f"§ not ranked and not compared: other seeds than the ranked rows ({seeds}).")
+    made = block.dropna(subset=["deviation"]).drop_duplicates("method")
+    notes += [f"¶ {row['method']} was made unlike most rows: {row['deviation']}." for row in made.to_dict("records")]
+    reasons = dict.fromkeys(compared["statistics_note"].dropna())
+    return notes + [f"{reason[0].upper()}{reason[1:]}; such differences are not decided." for reason in reasons]
+
+
+def detects(db: float) -> str:
+    """What the seeds and images of a table or a comparison can show. Empty for NaN."""
+    return "" if pd.isna(db) else f"These seeds and images detect differences of {db:.2f} dB or more with 80 % power."
+
+
+def row_name(row: pd.Series) -> str:
+    """What a row is called: its method, with the form of its computation, and a sign where other code made it."""
+    return named(str(row["method"]), row["form"]) + ("¶" if isinstance(row["deviation"], str) else "")
+
+
+def slowed(row: pd.Series) -> bool:
+    """Whether a row's seconds a step were measured while other work held the processors."""
+    return bool(pd.notna(row["contended"]) and row["contended"] > SLOWED)
+
+
+def caption_of(run: Run) -> str:
+    if run.recipe is None or run.backbone is None:
+        return f"{run.suite}, {run.mode}: references, not trained here"
+    recipe, backbone = run.recipe, run.backbone
+    threads = recipe.threads or run.environment.threads
+    where = f"{run.device}, {threads} thread{'s' * (threads > 1)}" if run.device == "cpu" else run.device
+    return (
+        f"{run.suite}, {run.mode}, recipe {recipe.name} ({recipe.steps} steps of {recipe.batch} x {recipe.crop} px), "
+        f"width {backbone.width}, attention at levels {', '.join(map(str, backbone.attention_levels))}, on {where}"
+    )
+
+
+def ranked(block: pd.DataFrame, column: Column, metric: str, digits: int, higher: bool) -> tuple[str, str | None]:
+    """The best and the second value among the ranked rows of a column, as printed: equal prints share a rank."""
+    here = block["ranked"] & (block["data_set"] == column[0]) & (block["condition"] == column[1])
+    match = block[here][metric].dropna()
+    values = sorted({round(float(value), digits) for value in match}, reverse=higher)
+    return (number(values[0], digits) if values else "", number(values[1], digits) if len(values) > 1 else None)
+
+
+def named(method: str, form: object) -> str:
+    """The name of a row: the method and the form of its computation, which decides the memory that it takes."""
+    return method if not isinstance(form, str) or f"form {form}" in method else f"{method} ({form})"
+
+
+def number(value: Any, digits: int) -> str:
+    if value is None or pd.isna(value):
+        return NOT_MEASURED
+    return "inf" if math.isinf(value) else f"{value:,.{digits}f}"
