@@ -228,8 +228,9 @@ def choose_sets(suite: Suite, root: Path | None) -> tuple[dict[Mode, SetNames], 
         if there["test"]:
             chosen[mode] = sets.model_copy(update=there)
     if not chosen:
+        wanted = dict.fromkeys(name for sets in named.values() for name in sets.test)
         raise InputError(
-            f"None of the test sets {', '.join(absent)} is in {root}; get one, "
+            f"None of the test sets {', '.join(wanted)} is in {root}; get one, "
             f"or change {' or '.join(f'data.folder.{mode}.test' for mode in named)}."
         )
     return chosen, absent
