@@ -179,7 +179,7 @@ def _unlike(runs: Runs, keys: Collection[str]) -> str:
     by_method: dict[str, list[Deviation]] = {}
     for one in found:
         by_method.setdefault(one.method, []).append(one)
-    texts = [f"{method} was made unlike most runs: {deviation_text(own)}" for method, own in by_method.items()]
+    texts = [f"runs of {method} were made unlike most: {deviation_text(own)}" for method, own in by_method.items()]
     return "".join(f"; {text}" for text in texts)
 
 

@@ -146,8 +146,10 @@ def notes_of(block: pd.DataFrame) -> list[str]:
     if len(others):
         seeds = "; ".join(dict.fromkeys(block[block["ranked"]]["seeds"]))
         notes.append(f"§ not ranked and not compared: other seeds than the ranked rows ({seeds}).")
-    made = block.dropna(subset=["deviation"]).drop_duplicates("method")
-    notes += [f"¶ {row['method']} was made unlike most rows: {row['deviation']}." for row in made.to_dict("records")]
+    made: dict[str, list[str]] = {}
+    for row in block.dropna(subset=["deviation"]).drop_duplicates("method").to_dict("records"):
+        made.setdefault(row["deviation"], []).append(row["method"])
+    notes += [f"¶ Runs of {', '.join(methods)} were made unlike most: {text}." for text, methods in made.items()]
     reasons = dict.fromkeys(compared["statistics_note"].dropna())
     return notes + [f"{reason[0].upper()}{reason[1:]}; such differences are not decided." for reason in reasons]
 

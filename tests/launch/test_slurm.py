@@ -15,7 +15,8 @@ from tests.conftest import TINY, run_kitbench
 from tests.launch.cluster import CannotStart, Cluster
 
 SUITE = TINY.replace('references = ["input"]', "references = []").replace(
-    "steps = 12, batch = 2, crop = 32, checkpoint_every = 4", "steps = 2000, batch = 2, crop = 32, checkpoint_every = 10"
+    "steps = 12, batch = 2, crop = 32, checkpoint_every = 4",
+    "steps = 2000, batch = 2, crop = 32, checkpoint_every = 10",
 )
 SECONDS = 150
 

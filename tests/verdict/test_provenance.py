@@ -83,7 +83,7 @@ def test_a_scoring_by_other_code_is_marked(stored: dict[str, RunFolder]) -> None
     numerics = {"source": {"scoring": "c" * 64}, "torch": "2", "threads": 1, "flags": {}}
     alter(stored["window-2"], {"numerics": numerics}, f"eval/{record.name}")
     text = " ".join(render(find([stored["kit-0"].path.parent]), "terminal").split())
-    assert "window was made unlike most rows: source of the scoring cccccccccc instead of not recorded" in text
+    assert "Runs of window were made unlike most: source of the scoring cccccccccc instead of not recorded" in text
 
 
 def test_other_commits_of_equal_source_are_said_to_decide_nothing(stored: dict[str, RunFolder]) -> None:
