@@ -25,6 +25,7 @@ import torch
 from kitbench.baselines import dncnn
 from PIL import Image
 
+from kitbench.cost.timing import FLUSH_BYTES
 from kitbench.model import methods
 from tests.conftest import ROOT, TINY, run_kitbench
 
@@ -211,11 +212,32 @@ def test_what_the_other_children_hold_is_no_want_of_memory(fake: Device) -> None
     points = json.loads((fake.folder / "wide" / "scale.json").read_text())["points"]
     (fake.folder / "held").mkdir()
     largest = max(point["reserved_bytes"] for point in points)
-    tight = {"FAKE_CUDA_FOLDER": str(fake.folder / "held"), "FAKE_CUDA_BYTES": str(round(1.6 * largest))}
-    fake.kitbench(*asked, "--memory", f"{2 * largest}B", "--out", "tight", **tight)
+    device = round(1.6 * largest) + FLUSH_BYTES  # the timer's buffer has room once: no child may keep it
+    tight = {"FAKE_CUDA_FOLDER": str(fake.folder / "held"), "FAKE_CUDA_BYTES": str(device)}
+    limit = 2 * max(point["predicted_bytes"] for point in points)
+    assert limit < FLUSH_BYTES
+    fake.kitbench(*asked, "--memory", f"{limit}B", "--out", "tight", **tight)
     tight_points = json.loads((fake.folder / "tight" / "scale.json").read_text())["points"]
     assert [point["status"] for point in tight_points] == ["measured"] * 3, [point["reason"] for point in tight_points]
     assert [point["peak_bytes"] for point in tight_points] == [point["peak_bytes"] for point in points]
+
+
+BENCH = """
+import torch
+from kitbench.cost.sweep.worker import Bench, Spec
+bench = Bench(Spec("conv", {}, "attention", "train", 64, 32, 1), torch.device("cuda:0"), 200 << 20)
+for request in ("measure", "prepare", "sample", "sample"):
+    bench.answer(request)
+    bench.rest()
+    print(torch.cuda.memory_reserved())
+"""
+
+
+def test_the_timers_buffer_is_neither_counted_nor_kept(cuda: Device) -> None:
+    """With a memory limit below the size of the buffer, which a waiting child of the sweep does not hold."""
+    kept = [int(line) for line in cuda.python("-c", BENCH).split()]
+    assert len(kept) == 4
+    assert max(kept) < 200 << 20 < FLUSH_BYTES
 
 
 def test_commands_that_use_a_trained_run_do_so_on_cuda(cuda: Device) -> None:

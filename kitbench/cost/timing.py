@@ -35,7 +35,7 @@ CONTENDED = 0.05  # a round is dropped above this share of its time spent waitin
 NOISY = 0.20  # interquartile range over median
 MOST_CALLS = 50  # of a sample on CUDA
 MOST_FLUSHES = 256  # ahead of one call; with the call's own launches still less than the driver's queue takes
-_FLUSH_BYTES = 256 << 20  # more than the L2 cache of any current GPU
+FLUSH_BYTES = 256 << 20  # CUDA: the buffer written over, more than the L2 cache of any current GPU
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class CudaQueue:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._flushed = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+        self._flushed: torch.Tensor | None = None
 
     def mark(self) -> Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -180,7 +180,13 @@ class CudaQueue:
         return event
 
     def flush(self) -> None:
+        if self._flushed is None:
+            self._flushed = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=self.device)
         self._flushed.zero_()
+
+    def release(self) -> None:
+        """Free the buffer that `flush` writes over; the next flush allocates it again."""
+        self._flushed = None
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
@@ -193,6 +199,14 @@ class CudaQueue:
 def _cuda_queue(device: torch.device) -> CudaQueue:
     """One for all samplers of a device, so that the buffer that flushes its cache is there once."""
     return CudaQueue(device)
+
+
+def release_flush_buffer(device: torch.device) -> None:
+    """Free the FLUSH_BYTES that samplers of a CUDA device hold between samples; the next sample allocates them again.
+
+    They go to torch's cache: `torch.cuda.empty_cache` gives them back to the device.
+    """
+    _cuda_queue(device).release()
 
 
 class QueuedSampler:

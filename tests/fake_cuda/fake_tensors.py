@@ -141,7 +141,8 @@ def moved(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     if args and isinstance(args[0], torch.Tensor):
         args = (args[0].device, args[0].dtype, *args[1:])
     kwargs.pop("copy", None)
-    device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    with torch._C.DisableTorchFunction():  # else Devices takes `device=` for that of a tensor to be made
+        device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
     here = tensor._index if isinstance(tensor, CudaTensor) else None
     there = here if device is None else index_of(device) if device.type == "cuda" else None
     result = tensor

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from kitbench.cost.memory import RSS_ENVIRONMENT, peak, resident_peak_bytes
-from kitbench.cost.timing import Sample, sampler
+from kitbench.cost.timing import FLUSH_BYTES, Sample, release_flush_buffer, sampler
 from kitbench.errors import InputError
 from kitbench.model import methods
 from kitbench.spec.suite import Backbone
@@ -192,6 +192,7 @@ class Bench:
     """Runs the module of a point. On CUDA it keeps an input, and cached memory, only while it answers a request.
 
     The processes of one size share the device: memory kept by a waiting process would be missing for the others.
+    limit: bytes that the method may take; on CUDA the timer's own buffer is not counted.
     """
 
     def __init__(self, spec: Spec, device: torch.device, limit: int) -> None:
@@ -222,6 +223,8 @@ class Bench:
             seconds = time.perf_counter() - start
             found = peak(self.call, self.device)
             return Memory(found.allocated, found.reserved, seconds)
+        if self.device.type == "cuda":
+            _limit(self.device, self.limit + FLUSH_BYTES)
         if request == "prepare":
             self.take = sampler(self.call, self.device)
         elif request == "sample":
@@ -237,6 +240,7 @@ class Bench:
         """Give memory back until the next request."""
         if self.device.type == "cuda":
             self.x = None
+            release_flush_buffer(self.device)
             torch.cuda.empty_cache()
 
 
