@@ -168,7 +168,7 @@ def test_a_column_that_cannot_decide_is_marked_in_a_table_that_can(three: Path) 
 def test_every_table_names_the_runs_of_every_row(three: Path) -> None:
     runs = find([three])
     for form in ("markdown", "latex", "terminal", "csv", "json"):
-        text = render(runs, form)
+        text = render(runs, form, wide=True)
         assert all(run.run.key[:10] in text for run in runs)
 
 

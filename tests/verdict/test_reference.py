@@ -49,7 +49,7 @@ def test_the_same_runs_hold(tmp_path: Path) -> None:
         ({"macs": 2_525_000_000}, "MACs"),
         ({"macs": 2_499_999_999}, "MACs"),
         ({"peak": round(1.2 * 3 * 2**20)}, "peak memory of a step (bytes)"),
-        ({"seconds_per_step": 0.4}, "time of a step (calibration runs)"),
+        ({"step_seconds": 0.8}, "time of a step (calibration runs)"),
     ],
 )
 def test_a_single_injected_regression_fails_and_nothing_else_does(tmp_path: Path, injected, quantity) -> None:
@@ -60,7 +60,7 @@ def test_a_single_injected_regression_fails_and_nothing_else_does(tmp_path: Path
 
 
 def test_a_slower_machine_is_no_regression(tmp_path: Path) -> None:
-    new = runs(tmp_path / "new", seconds_per_step=2.5, calibration=1.0)
+    new = runs(tmp_path / "new", step_seconds=5.0, calibration=1.0)
     assert failures(new, runs(tmp_path / "old")) == []
 
 
