@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from tabulate import tabulate
 
+from kitbench.system.environment import environment
+
 HERE = Path(__file__).parent
-BEFORE_SECONDS = 356
-"""Of the main job when cells were trained one after another with two threads each, on the same kind of machine."""
 
 SUITE = """
 name = "cells"
@@ -136,14 +137,13 @@ def markdown(stored: dict[str, Any]) -> str:
     same = "bit-identical" if cells["identical"] else "NOT identical"
     lines = [
         tabulate(rows, head, "github", disable_numparse=True), "",
-        f"{cells['count']} cells of {cells['steps']} steps on {stored['cores']} cores; weights {same} throughout.",
+        f"{cells['count']} cells of {cells['steps']} steps; weights {same} throughout. On {stored['host']}.",
     ]  # fmt: skip
     if quick:
         lines += [
             "",
             f"The main job, `run --suite denoise`, takes {quick['seconds']:.0f} s, scoring and table included; before "
-            f"training it announces {quick['announced']:.0f} s from there. One after another, with two threads a cell, "
-            f"it took {BEFORE_SECONDS} s.",
+            f"training it announces {quick['announced']:.0f} s from there.",
         ]
     return "\n".join(lines)
 
@@ -160,7 +160,11 @@ def main() -> None:
     if options.markdown:
         print(markdown(json.loads(options.json.read_text())))
         return
-    stored: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "quick": None}
+    stored: dict[str, Any] = {
+        "host": environment(torch.device("cpu")).host,
+        "cores": len(os.sched_getaffinity(0)),
+        "quick": None,
+    }
     if options.skip_quick and options.json.is_file():
         stored["quick"] = json.loads(options.json.read_text()).get("quick")
     with tempfile.TemporaryDirectory() as folder:
@@ -179,7 +183,7 @@ def main() -> None:
             weights.append(done.weights)
             busy = min(jobs, stored["cores"])
             runs[str(jobs)] = {
-                "seconds": done.seconds, "announced": done.announced, "killed": done.text.count("was killed"),
+                "seconds": done.seconds, "announced": done.announced, "killed": done.text.count("was killed (SIGKILL)"),
                 "overhead": (done.seconds * busy - done.worked / max(1, jobs // busy)) / len(done.weights),
             }  # fmt: skip
             print(f"{jobs} workers: {done.seconds:.1f} s", flush=True)
