@@ -30,7 +30,7 @@ TIMEOUTS = 1000
 
 
 class SlurmWorker:
-    """What submitit pickles and runs as a Slurm job: a worker, told to save its state when the job is to end.
+    """What submitit pickles and runs as a Slurm job: a worker that saves its state when the job is to end.
 
     Slurm ends a job in three ways: at its time limit (submitit's signal comes GRACE_SECONDS before, and it calls
     `checkpoint`), on preemption (SIGTERM first), and with its node (the job is requeued, and goes on from the last
@@ -42,18 +42,18 @@ class SlurmWorker:
 
     def __call__(self) -> None:
         self.process = subprocess.Popen(self.command, env=os.environ | self.environment)
-        told = False
+        stopping = False
 
         def tell(number: int, frame: FrameType | None) -> None:
-            nonlocal told
-            told = True
+            nonlocal stopping
+            stopping = True
             self.process.terminate()
 
         signal.signal(signal.SIGTERM, tell)
         # Not wait(): a signal handler that waits too would find its lock taken.
         while (code := self.process.poll()) is None:
             time.sleep(0.2)
-        if code and told:
+        if code and stopping:
             import submitit
 
             # Refused where Slurm has requeued the job already; where it has not, a job that leaves within the grace

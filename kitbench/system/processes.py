@@ -46,12 +46,12 @@ class World:
         """Whether any process says yes: all are asked now; the result, where it is called, waits for them."""
         if self.size == 1:
             return ask
-        told = torch.tensor(int(ask()))  # on the CPU: waits for no device
-        pending = dist.all_reduce(told, op=dist.ReduceOp.MAX, async_op=True)
+        answer = torch.tensor(int(ask()))  # on the CPU: waits for no device
+        pending = dist.all_reduce(answer, op=dist.ReduceOp.MAX, async_op=True)
 
         def known() -> bool:
             pending.wait()
-            return bool(told)
+            return bool(answer)
 
         return known
 

@@ -1,6 +1,6 @@
 """Training curves where people watch them: one seam of three calls, `start`, `log`, `stop`, whatever stands behind it.
 
-The run folder stays the record of truth: a tracker is told what the folder keeps anyway, decides no number, and may be
+The run folder stays the record of truth: a tracker receives what the folder keeps anyway, decides no number, and may be
 left out. TensorBoard writes beside the run; Weights & Biases and MLflow go where their own environment variables say
 (WANDB_MODE=offline, MLFLOW_TRACKING_URI).
 """
@@ -21,7 +21,7 @@ Log = Callable[[int, Mapping[str, float]], None]
 
 
 class Tracker(Protocol):
-    """The seam. A tracker's module is imported when it is made, so that a missing package is told before training."""
+    """The seam. Its module is imported when it is made, so that a missing package is reported before training."""
 
     def start(self, folder: RunFolder, step: int | None) -> None:
         """A run begins or goes on, its training behind `step` (None: it is trained). Its record is in the folder."""
