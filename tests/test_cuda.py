@@ -248,7 +248,8 @@ def test_commands_that_use_a_trained_run_do_so_on_cuda(cuda: Device) -> None:
     on = ("--run", run, "--device", "cuda")
     for tile in ("0", "64"):
         cuda.kitbench("restore", "mine.png", *on, "--tile", tile, "--overwrite")
-    assert Image.open(cuda.folder / "mine-restored.png").size == (90, 70)
+    with Image.open(cuda.folder / "mine-restored.png") as restored:
+        assert restored.size == (90, 70)
     cuda.kitbench("explain", "mine.png", *on, "--at", "20,30")
     assert (cuda.folder / "explain.png").stat().st_size > 1000
     assert "bit-identical" in cuda.kitbench("reproduce", run).stdout  # finds the device of the record
