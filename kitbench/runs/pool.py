@@ -11,7 +11,7 @@ from __future__ import annotations
 import signal
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -81,13 +81,11 @@ class Progressing:
     """Of the units that are being scored."""
     images: int = 0
     """To be scored in all."""
+    beat: Callable[[int], None] = lambda done: None
+    """Keeps progress.json fresh while the cell is scored."""
     locked: ExitStack = field(default_factory=ExitStack)
     waits: bool = False
     """Whether another process was found to work on the run."""
-
-    @property
-    def scored(self) -> int:
-        return self.images - sum(len(share.numbers) for share in self.shares)
 
 
 class Pool:
@@ -198,6 +196,7 @@ class Pool:
             pieces = (numbers[at : at + size] for at in range(0, len(numbers), size))
             progressing.shares += [Share(unit, tuple(piece)) for piece in pieces]
         progressing.images = sum(len(share.numbers) for share in progressing.shares)
+        progressing.beat = heartbeat(folder, "scoring", progressing.images)
         if not missing:
             self._complete(progressing)
 
@@ -247,10 +246,9 @@ class Pool:
         done = progressing.images - sum(
             len(prepared.sets[cell.mode].test[name]) - len(own) for (name, sigma), own in progressing.scores.items()
         )
-        folder = prepared.folder(cell)
         self.display.advance(cell, "scoring", done, progressing.images, score_text(unit, found[1]))
         try:
-            heartbeat(folder, "scoring", progressing.images)(done)
+            progressing.beat(done)
             if len(scores) == len(prepared.sets[cell.mode].test[unit[0]]):
                 store_evaluation(prepared, cell, unit, scores)
                 del progressing.scores[unit]
