@@ -40,3 +40,17 @@ RUN = click.option("--run", "folder", required=True, type=click.Path(path_type=P
 METHOD_FILE = click.option(
     "--method", "method_file", type=click.Path(path_type=Path), help="Python file of a method that is not shipped."
 )
+TRACEBACK = "kitbench.traceback"
+"""Key of click's `meta` under which it is kept whether tracebacks are wanted."""
+
+
+def traceback_option() -> click.Option:
+    """The option --traceback, which every command has."""
+
+    def keep(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+        context.meta[TRACEBACK] = value
+
+    return click.Option(
+        ["--traceback"], is_flag=True, expose_value=False, callback=keep,
+        help="Print the Python traceback of an error too.",
+    )  # fmt: skip

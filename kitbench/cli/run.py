@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from kitbench.cli.options import DATA, DEVICE, JOBS, LPIPS, METHOD_FILE, OUT, PATHS, PRESET, SET, SUITE
-from kitbench.cli.output import make_console, show_tables
+from kitbench.cli.output import make_console, show_tables, show_tracebacks, wants_traceback
 from kitbench.errors import ExitCode, InputError, RunError
 
 
@@ -90,7 +90,7 @@ def run(
         for part in parts:
             _submitted(slurm.slurm(part, options, cluster, again, dry_run, console), out)
     elif dry_run:
-        labels = [cell.label for part in parts for cell in queue.planned_cells(part, options)]
+        labels = [cell.label for part in parts for cell in queue.planned_cells(part, options, console)]
         console.print(f"{len(labels)} cells are to be run", highlight=False)
         commands.show(labels, again, console)
     else:
@@ -113,6 +113,8 @@ def _run_here(parts: list[Any], options: Any, console: Any, shown: bool) -> None
     if complete and shown:
         show_tables(complete, parts[0].stamps, options.out, console)
     if failed:
+        if wants_traceback():
+            show_tracebacks(options.out, failed)
         raise RunError(f"{len(failed)} of the suite's runs failed: " + "; ".join(failed))
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.markup import escape
 
 from kitbench.data.batches import Batches
 from kitbench.data.cards import card
@@ -153,16 +155,17 @@ class PreparedSuite(PreparedScoring):
         return bool((cell.trained and not self.folder(cell).trained) or self.missing_units(cell))
 
 
-def prepare(suite: Suite, options: Options, checked: bool = True) -> PreparedSuite:
+def prepare(suite: Suite, options: Options, checked: bool = True, console: Console | None = None) -> PreparedSuite:
     """Read what a suite needs, and check that it can run here.
 
-    checked: False in a worker process, whose parent has checked methods, sizes and overlaps. Raises InputError.
+    checked: False in a worker process, whose parent has checked methods, sizes and overlaps. console: where it is said
+    which method is being tried. Raises InputError.
     """
     trackers(options.track)  # refuses unknown ones
     loaded, references, settings = load_methods(suite)
     scoring = prepare_scoring(suite, options, checked, training=True)
     if checked:
-        check_methods(scoring, loaded, references, settings)
+        check_methods(scoring, loaded, references, settings, console or Console(quiet=True))
     cells = tuple(
         _cell(place, scoring, loaded[place.method] if place.seed is not None else None, settings)
         for place in axes(suite, scoring.sets)
@@ -256,7 +259,11 @@ def load_methods(
         if loaded.network is not None:
             raise InputError(f"Method {name!r} is a whole network; `kitbench eval` scores it with given weights.")
         if loaded.attention is None:
-            raise InputError(f"Method {name!r} is training-free; name it in `references`, not in `methods`.")
+            given = suite.methods[name].attention
+            raise InputError(
+                f"Method {name!r} is training-free; score it with `kitbench eval --method {given}`, or name a shipped "
+                "one in `references` of a suite file."
+            )
     for name, loaded in references.items():
         if loaded.restore is None:
             raise InputError(f"Method {name!r} is not training-free; it cannot stand in `references`.")
@@ -268,15 +275,24 @@ def check_methods(
     trained: Mapping[str, Loaded],
     references: Mapping[str, Loaded],
     settings: Mapping[str, dict[str, object]],
+    console: Console,
 ) -> None:
-    """Call every method once on small input, and compare image sizes with the crop. Raises InputError."""
+    """Call every method once on small input, and compare image sizes with the crop. Raises InputError.
+
+    A user's own method may take long: it is named before it is called.
+    """
     suite = scoring.suite
     for loaded in references.values():
         for mode in scoring.sets:
             methods.check_restore(loaded, CHANNELS[mode], suite.task.conditions[0])
     levels = attention_levels(suite.backbone, suite.recipe.crop)
     for name, loaded in trained.items():
-        methods.check_method(loaded, levels, settings[name])
+        if loaded.source_sha256 is not None:
+            where = f"level{'s' * (len(levels) > 1)} {', '.join(map(str, levels))}"
+            tried = f"{escape(name)}: forward and backward at {where} of the network"
+            console.print(f"[bold]probing   [/bold]{tried}", highlight=False, soft_wrap=True)
+        with console.status(f"probing {escape(name)}"):
+            methods.check_method(loaded, levels, settings[name])
     for sets in scoring.sets.values():
         Batches(sets.training, suite.task, suite.recipe, 0)  # refuses images smaller than the crop
 
