@@ -58,7 +58,8 @@ def where(names: tuple[str, ...], data: Path | None) -> None:
 
     for card in _cards(names):
         folder = locate(card, data)
-        places = [f"package {card.package}"] if card.package else [str((data or Path("DIR")) / f) for f in card.folders]
+        places = [str((data or Path("DIR")) / f) for f in ([card.own] if card.own else card.folders)]
+        places = [f"package {card.package}"] if card.package else places
         found = str(folder) if folder else "not found"
         if folder and (other := described(card, folder)).name != card.name:
             found = f"not found; {folder} holds {other.name}"
@@ -146,9 +147,10 @@ def _bars(progress: Progress) -> Callable[[str, int, int | None], None]:
 
 
 def _cards(names: tuple[str, ...]) -> list[Any]:
-    from kitbench.data.cards import card, cards
+    from kitbench.data.cards import cards
+    from kitbench.data.own import card_of_set
 
-    return [card(name) for name in names] if names else list(cards().values())
+    return [card_of_set(name) for name in names] if names else list(cards().values())
 
 
 @click.command(name="list")

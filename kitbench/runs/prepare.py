@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from kitbench.data.batches import Batches
-from kitbench.data.cards import card
 from kitbench.data.locate import check_root, locate
 from kitbench.data.overlap import assert_disjoint
+from kitbench.data.own import card_of_set
 from kitbench.data.photograph import Photograph, read_set
 from kitbench.errors import InputError
 from kitbench.model import methods
@@ -214,20 +214,19 @@ def choose_sets(suite: Suite, root: Path | None) -> tuple[dict[Mode, SetNames], 
     chosen: dict[Mode, SetNames] = {}
     for mode, sets in named.items():
         # Clean images will do to train for any task; pairs have inputs of their own.
-        paired = (name for name in (*sets.train, *sets.validation) if card(name).pairs)
+        paired = (name for name in (*sets.train, *sets.validation) if card_of_set(name).pairs)
         for name in (*sets.test, *paired):
-            if suite.task.kind not in card(name).tasks:
+            if suite.task.kind not in card_of_set(name).tasks:
                 raise InputError(
-                    f"Data set {name} is made for {' and '.join(card(name).tasks)}, the suite's task is "
+                    f"Data set {name} is made for {' and '.join(card_of_set(name).tasks)}, the suite's task is "
                     f"{suite.task.kind}; choose another set."
                 )
         there = {}
         for part in ("test", "validation"):
             names = getattr(sets, part)
-            there[part] = tuple(name for name in names if locate(card(name), root) is not None)
-            absent |= {
-                name: f"not in {root}; get it from {card(name).home}" for name in names if name not in there[part]
-            }
+            there[part] = tuple(name for name in names if locate(card_of_set(name), root) is not None)
+            gone = (name for name in names if name not in there[part])
+            absent |= {name: f"not in {root}; get it from {card_of_set(name).home}" for name in gone}
         if there["test"]:
             chosen[mode] = sets.model_copy(update=there)
     if not chosen:
@@ -243,7 +242,7 @@ def read_sets(mode: Mode, named: SetNames, root: Path | None, training: bool) ->
     """The images of one mode. Raises InputError, of training sets before the others are read."""
 
     def images(names: tuple[str, ...]) -> dict[str, list[Photograph]]:
-        return {name: read_set(card(name), root, mode) for name in names}
+        return {name: read_set(card_of_set(name), root, mode) for name in names}
 
     train = images(named.train) if training else {}
     return ImageSets(train, images(named.test), images(named.validation) if training else {})

@@ -79,6 +79,7 @@ def load_suite(
     for kind in ("recipe", "protocol"):
         raw[kind] = _resolve(raw.get(kind), kind, base)
     _resolve_protocols(raw, base)
+    _place_folders(raw, base)
     raw["methods"] = {
         key: value | {"attention": _relative_to(value.get("attention", key), base)}
         for key, value in _tables(raw.get("methods", {}), label).items()
@@ -127,6 +128,17 @@ def _resolve_protocols(raw: dict[str, Any], base: Path) -> None:
             sets = source.get(mode) if isinstance(source, dict) else None
             if isinstance(sets, dict) and "protocol" in sets:
                 sets["protocol"] = _resolve(sets["protocol"], "protocol", base)
+
+
+def _place_folders(raw: dict[str, Any], base: Path) -> None:
+    """Folders of pictures that a suite file names are looked for beside that file; in place."""
+    sources = raw.get("data")
+    for source in sources.values() if isinstance(sources, dict) else ():
+        for mode in get_args(Mode):
+            sets = source.get(mode) if isinstance(source, dict) else None
+            for part in ("train", "test", "validation"):
+                if isinstance(sets, dict) and isinstance(sets.get(part), list):
+                    sets[part] = [f"{base / n}/" if isinstance(n, str) and "/" in n else n for n in sets[part]]
 
 
 def _tables(value: object, label: str) -> dict[str, dict[str, Any]]:
