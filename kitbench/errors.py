@@ -34,11 +34,22 @@ class Interrupted(RunError):
     """Ctrl-C or SIGTERM: RUN_FAILED. A checkpoint was saved, and the same command continues from it."""
 
 
+MANY = 30
+"""Names that a message lists; of more, the nearest few."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
-    """For the end of a message about an unknown name: the most similar known name, if one is, and all known names."""
+    """For the end of a message about an unknown name: the most similar known name, if one is, and all known names.
+
+    Of many names only the most similar ones, and the command that lists all.
+    """
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
+    if len(names) > MANY:
+        similar = difflib.get_close_matches(word, names, n=5, cutoff=0.3)
+        listed = f"Similar: {', '.join(similar)}. " if similar else ""
+        return f"{hint}{listed}`python -m kitbench list` shows all {len(names)}."
     return f"{hint}Known: {', '.join(names) if names else 'none'}."
 
 

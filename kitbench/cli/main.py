@@ -12,11 +12,12 @@ import click
 
 from kitbench import __version__
 from kitbench.cli import data, results, run, scale, score
+from kitbench.cli.group import Group
 from kitbench.cli.options import TRACEBACK, traceback_option
 from kitbench.errors import ExitCode, InputError, RunError, describe_error, own_place
 
 
-class Cli(click.Group):
+class Cli(Group):
     """Prints one sentence instead of a traceback, unless --traceback was given, and exits with the code of its kind."""
 
     def invoke(self, ctx: click.Context) -> Any:

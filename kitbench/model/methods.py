@@ -210,7 +210,7 @@ def _setting(parameter: inspect.Parameter, init: Callable[..., None], where: str
     """Annotation and default of a setting. Raises InputError where it has none that a run can record."""
     if parameter.default is parameter.empty:
         raise InputError(
-            f"{where}, the setting {parameter.name!r} has no default; give it one, for example {parameter.name}: int = 4."
+            f"{where}, the setting {parameter.name!r} has no default; give it one, as in {parameter.name}: int = 4."
         )
     if not isinstance(parameter.default, Setting):
         raise InputError(

@@ -183,6 +183,8 @@ def prepare_scoring(suite: Suite, options: Options, checked: bool = True, traini
         )
     make_repeatable(suite.recipe)
     named, absent = choose_sets(suite, options.data)
+    if training:
+        require_training(suite, named, options.data)
     sets = {mode: read_sets(mode, chosen, options.data, training) for mode, chosen in named.items()}
     if checked:
         for found in sets.values():
@@ -214,6 +216,12 @@ def choose_sets(suite: Suite, root: Path | None) -> tuple[dict[Mode, SetNames], 
     chosen: dict[Mode, SetNames] = {}
     for mode, sets in named.items():
         # Clean images will do to train for any task; pairs have inputs of their own.
+        for name in (*sets.train, *sets.test, *sets.validation):
+            if mode == "colour" and not card_of_set(name).colour:
+                raise InputError(
+                    f"Data set {name} is gray and cannot be used in mode 'colour'; choose a colour set, or run gray "
+                    "alone with --set data.modes=gray."
+                )
         paired = (name for name in (*sets.train, *sets.validation) if card_of_set(name).pairs)
         for name in (*sets.test, *paired):
             if suite.task.kind not in card_of_set(name).tasks:
@@ -232,10 +240,25 @@ def choose_sets(suite: Suite, root: Path | None) -> tuple[dict[Mode, SetNames], 
     if not chosen:
         wanted = dict.fromkeys(name for sets in named.values() for name in sets.test)
         raise InputError(
-            f"None of the test sets {', '.join(wanted)} is in {root}; get one, "
-            f"or change {' or '.join(f'data.folder.{mode}.test' for mode in named)}."
+            f"None of the test sets {', '.join(wanted)} is in {root}; get one, or choose others: --test-set SET, which "
+            f"is --set data.test=SET, or {' or '.join(f'data.folder.{mode}.test' for mode in named)} for one mode."
         )
     return chosen, absent
+
+
+def require_training(suite: Suite, named: Mapping[Mode, SetNames], root: Path | None) -> None:
+    """Raises InputError where a training set is not here, naming the keys that choose another."""
+    source = "embedded" if root is None else "folder"
+    for mode, sets in named.items():
+        for name in sets.train:
+            wanted = card_of_set(name)
+            if locate(wanted, root) is not None:
+                continue
+            looked = f"package {wanted.package}" if wanted.package else f"{root} as {' or '.join(wanted.folders)}"
+            raise InputError(
+                f"Training set {name} is not in {looked}; get it from {wanted.home}, or choose another: --train-set "
+                f"SET, which is --set data.train=SET, or data.{source}.{mode}.train for one mode."
+            )
 
 
 def read_sets(mode: Mode, named: SetNames, root: Path | None, training: bool) -> ImageSets:
