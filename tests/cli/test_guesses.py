@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import click
+import cv2
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
@@ -120,9 +124,6 @@ def test_sets_are_chosen_by_options_alone(here: Path) -> None:
 
 def pictures(folder: Path, count: int) -> None:
     """As many gray pictures of noise, 64 x 48 px."""
-    import cv2
-    import numpy as np
-
     folder.mkdir(parents=True)
     for number in range(count):
         pixels = np.random.default_rng(number).integers(0, 256, (48, 64), np.uint8)
@@ -181,6 +182,32 @@ def test_digits_that_name_no_run_or_several_are_refused(here: Path) -> None:
     assert "is not a folder" in call("table", "missing", code=2).stderr
 
 
+def test_diff_rounds_shows_what_moved_and_names_the_image_that_moved_most(here: Path) -> None:
+    psnr = np.array([30.0, 31.0, 32.0])
+    store(here / "a", "kit", psnr, settings={"k": 4})
+    store(here / "b", "kit", psnr + np.array([0.01, 0.5, 0.0]), ssim=0.5 + 1e-13, settings={"patch": 8})
+    lines = call("diff", "a", "b").stdout.splitlines()
+    assert "setting: settings.k: 4 in the first run, not stated in the second" in lines
+    assert "setting: settings.patch: 8 in the second run, not stated in the first" in lines
+    [mean] = [line for line in lines if "mean over 3 images" in line]
+    assert mean.startswith(
+        "numbers: Set_A σ25 awgn8.v1, mean over 3 images, of which 3 differ: 31.00 and 31.17 (+0.17) dB"
+    )
+    assert "SSIM 0.5000 and 0.5000 (+1e-13)" in mean
+    [most] = [line for line in lines if "most of all" in line]
+    assert "most of all 1: 31.00 and 31.50 (+0.5) dB" in most
+    assert not [line for line in lines if re.search(r"\d\.\d{7}", line)]
+
+
+def test_the_missing_weights_of_lpips_are_told_once_with_the_option_that_names_them(here: Path) -> None:
+    (here / "tiny.toml").write_text(TINY.replace('lpips = "none"', 'lpips = "squeeze"'))
+    words = ("run", "--suite", "tiny.toml", "--method", "input", "--lpips-weights", "nowhere")
+    assert "--lpips-weights FILE" in call(*words).stdout
+    again = call(*words, "--set", "task.sigma_test=[15, 25]").stdout
+    assert "lpips" not in again
+    assert "σ15" in again
+
+
 # Help
 
 
@@ -213,8 +240,6 @@ def test_every_option_is_described_and_says_its_default() -> None:
 
 def test_completion_is_offered_by_the_installed_command() -> None:
     """As docs/running.md says."""
-    import os
-
     code = "from kitbench.cli.main import cli; cli(prog_name='kitbench')"
     environment = os.environ | {"_KITBENCH_COMPLETE": "bash_complete", "COMP_WORDS": "kitbench cur", "COMP_CWORD": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
