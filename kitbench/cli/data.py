@@ -92,8 +92,11 @@ def data_check(names: tuple[str, ...], data: Path | None) -> None:
         what = "pairs" if card.pairs else "images"
         proof = f"checksums of {card.checksum.removesuffix('s')}s" if card.sha256 else "number and size only"
         if problems:
-            click.secho(f"{card.name}: {len(problems)} differences from its card in {folder}", fg="red")
+            faults = f"{len(problems)} fault{'s' * (len(problems) > 1)}"
+            click.secho(f"{card.name}: {faults} in {folder}", fg="red")
             click.echo("\n".join(f"  {problem}" for problem in problems))
+        elif card.own:
+            click.echo(f"{card.name}: {card.count} {what}, all readable")
         else:
             click.echo(f"{card.name}: {card.count} {what} in {folder}, as its card states (compared: {proof})")
     if failed:
