@@ -12,7 +12,9 @@ from kitbench.errors import InputError, RunError
 
 
 @click.command()
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument(
+    "images", metavar="PICTURE|FOLDER|WILDCARD...", nargs=-1, required=True, type=click.Path(path_type=Path)
+)
 @RUN
 @METHOD_FILE
 @DEVICE
@@ -23,6 +25,7 @@ from kitbench.errors import InputError, RunError
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the results; by default that of each picture.")
 @click.option("--overwrite", is_flag=True, help="Overwrite existing results.")
+@click.option("--side-by-side", "beside", is_flag=True, help="Also write each picture beside its result, in one file.")
 def restore(
     images: tuple[Path, ...],
     folder: Path,
@@ -31,9 +34,14 @@ def restore(
     tile: int | None,
     out: Path | None,
     overwrite: bool,
+    beside: bool,
 ) -> None:
-    """Apply a trained run to your own pictures: PNG, JPEG, TIFF, WebP or BMP, 8 or 16 bits, with alpha, of any size."""
-    from kitbench.apply.restore import restore_file, targets_of
+    """Apply a trained run to your own pictures: PNG, JPEG, TIFF, WebP or BMP, 8 or 16 bits, with alpha, of any size.
+
+    Give files, folders (their subfolders are left out) or quoted wildcards like 'photos/*.jpg'. A picture that cannot
+    be restored is named at the end, with exit code 3; all others are written.
+    """
+    from kitbench.apply.folders import Restoration, pictures_named, restore_all, targets_of
     from kitbench.apply.trained import load_trained
     from kitbench.store.files import writable
     from kitbench.store.folder import find
@@ -41,15 +49,17 @@ def restore(
 
     if tile and tile < 32:
         raise InputError(f"--tile {tile} is too small; give 0 for the whole picture, or at least 32.")
-    for place in {out} if out is not None else {path.parent for path in images}:
+    found, left_out = pictures_named(images)
+    for place in {out} if out is not None else {path.parent for path in found}:
         writable(place)
     [run_folder] = one_run(find([folder]))
-    targets = targets_of(images, out, overwrite)
+    targets = targets_of(found, out, overwrite, beside)
     chosen = choose_device(device)
     model, _ = load_trained(run_folder, method_file, chosen)
-    for path, target in zip(images, targets, strict=True):
-        restore_file(model, path, target, chosen, tile)
-        click.echo(f"wrote {target}")
+    console = make_console()
+    if left_out:
+        console.print(f"without {left_out} pictures that were written by an earlier call", highlight=False)
+    restore_all(Restoration(model, chosen, tile, beside), found, targets, console)
 
 
 @click.command()
