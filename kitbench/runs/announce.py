@@ -93,6 +93,8 @@ def _setting(prepared: PreparedSuite, devices: Sequence[str]) -> list[tuple[str,
     lines.append(("backbone", f"width {width}, blocks {blocks}, attention at levels {levels} of {len(blocks)}"))
     steps = f"{recipe.steps} steps of {recipe.batch} crops of {recipe.crop} px, {recipe.precision}"
     lines.append(("recipe", f"{recipe.name}: {steps}; {recipe.card.time}"))
+    if recipe.init is not None:
+        lines.append(("init", f"training starts from the weights of {recipe.init}"))
     for protocol in {protocol.stamp: protocol for protocol in prepared.protocols.values()}.values():
         lines.append(("protocol", f"{protocol.stamp}: {protocol.summary}"))
     lines += [("lpips", f"{net} is n/a: {note}") for net, note in prepared.lpips_notes.items()]

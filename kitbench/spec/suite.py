@@ -179,6 +179,9 @@ class Recipe(Frozen):
     fused: bool = True
     """One kernel for the optimiser's step."""
     deterministic: bool = True
+    init: str | None = None
+    """Fine-tuning: the run whose trained weights training starts from, by its folder or the first digits of its hash.
+    The key has the weights' checksum. None: weights drawn from the seed."""
     threads: Annotated[int, Field(ge=1, le=256)] | None = 1
     """CPU threads of the process that trains and scores: the order of a sum, and so its last bits, depend on them.
     None: not fixed, as in runs made before this key existed."""
