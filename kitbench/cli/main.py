@@ -39,7 +39,7 @@ def cli() -> None:
 
 
 for command in (
-    run.run, run.tune, run.status, run.reproduce, score.eval_, score.restore, score.submit, score.explain,
+    run.run, run.tune, run.status, run.reproduce, score.eval_, score.restore, score.score, score.submit, score.explain,
     results.table, results.check, results.report, results.claims, results.curves, results.anchors, results.diff,
     scale.scale, data.data, data.list_,
 ):  # fmt: skip
