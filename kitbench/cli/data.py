@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kitbench.cli.group import Group
 from kitbench.cli.options import DATA
 from kitbench.cli.output import make_console
 from kitbench.errors import ExitCode
@@ -22,7 +23,7 @@ SETS_AT_A_TIME = 4
 """Sets that are fetched at the same time."""
 
 
-@click.group()
+@click.group(cls=Group)
 def data() -> None:
     """Data sets: list them, see where they are looked for, check their files, download those that may be downloaded."""
 

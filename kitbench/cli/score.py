@@ -237,7 +237,8 @@ def score(restored: Path, clean: Path, protocol: str, form: Any, out: Path | Non
 @METHOD_FILE
 @DEVICE
 @click.option("--at", required=True, metavar="X,Y", help="Pixel whose patch is explained: column, row, from 0.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("explain.png"), show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("explain.png"), show_default=True,
+              help="Picture to write.")  # fmt: skip
 def explain(image: Path, folder: Path, method_file: Path | None, device: str, at: str, out: Path) -> None:
     """Draw on IMAGE which patches the patch at a pixel attends, for every k-NN attention of a trained run."""
     import re

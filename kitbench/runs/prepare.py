@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.markup import escape
 
 from kitbench.data.batches import Batches
 from kitbench.data.locate import check_root, locate
@@ -158,17 +160,18 @@ class PreparedSuite(PreparedScoring):
         return bool((cell.trained and not self.folder(cell).trained) or self.missing_units(cell))
 
 
-def prepare(suite: Suite, options: Options, checked: bool = True) -> PreparedSuite:
+def prepare(suite: Suite, options: Options, checked: bool = True, console: Console | None = None) -> PreparedSuite:
     """Read what a suite needs, and check that it can run here.
 
-    checked: False in a worker process, whose parent has checked methods, sizes and overlaps. Raises InputError.
+    checked: False in a worker process, whose parent has checked methods, sizes and overlaps. console: where it is said
+    which method is being tried. Raises InputError.
     """
     trackers(options.track)  # refuses unknown ones
     loaded, references, settings = load_methods(suite)
     suite, initial = initial_weights(suite, options.out)
     scoring = prepare_scoring(suite, options, checked, training=True)
     if checked:
-        check_methods(scoring, loaded, references, settings)
+        check_methods(scoring, loaded, references, settings, console or Console(quiet=True))
     cells = tuple(
         _cell(place, scoring, loaded[place.method] if place.seed is not None else None, settings)
         for place in axes(suite, scoring.sets)
@@ -194,6 +197,8 @@ def prepare_scoring(suite: Suite, options: Options, checked: bool = True, traini
         )
     make_repeatable(suite.recipe)
     named, absent = choose_sets(suite, options.data)
+    if training:
+        require_training(suite, named, options.data)
     sets = {mode: read_sets(mode, chosen, options.data, training) for mode, chosen in named.items()}
     if checked:
         for found in sets.values():
@@ -225,6 +230,12 @@ def choose_sets(suite: Suite, root: Path | None) -> tuple[dict[Mode, SetNames], 
     chosen: dict[Mode, SetNames] = {}
     for mode, sets in named.items():
         # Clean images will do to train for any task; pairs have inputs of their own.
+        for name in (*sets.train, *sets.test, *sets.validation):
+            if mode == "colour" and not card_of_set(name).colour:
+                raise InputError(
+                    f"Data set {name} is gray and cannot be used in mode 'colour'; choose a colour set, or run gray "
+                    "alone with --set data.modes=gray."
+                )
         paired = (name for name in (*sets.train, *sets.validation) if card_of_set(name).pairs)
         for name in (*sets.test, *paired):
             if suite.task.kind not in card_of_set(name).tasks:
@@ -243,10 +254,25 @@ def choose_sets(suite: Suite, root: Path | None) -> tuple[dict[Mode, SetNames], 
     if not chosen:
         wanted = dict.fromkeys(name for sets in named.values() for name in sets.test)
         raise InputError(
-            f"None of the test sets {', '.join(wanted)} is in {root}; get one, "
-            f"or change {' or '.join(f'data.folder.{mode}.test' for mode in named)}."
+            f"None of the test sets {', '.join(wanted)} is in {root}; get one, or choose others: --test-set SET, which "
+            f"is --set data.test=SET, or {' or '.join(f'data.folder.{mode}.test' for mode in named)} for one mode."
         )
     return chosen, absent
+
+
+def require_training(suite: Suite, named: Mapping[Mode, SetNames], root: Path | None) -> None:
+    """Raises InputError where a training set is not here, naming the keys that choose another."""
+    source = "embedded" if root is None else "folder"
+    for mode, sets in named.items():
+        for name in sets.train:
+            wanted = card_of_set(name)
+            if locate(wanted, root) is not None:
+                continue
+            looked = f"package {wanted.package}" if wanted.package else f"{root} as {' or '.join(wanted.folders)}"
+            raise InputError(
+                f"Training set {name} is not in {looked}; get it from {wanted.home}, or choose another: --train-set "
+                f"SET, which is --set data.train=SET, or data.{source}.{mode}.train for one mode."
+            )
 
 
 def read_sets(mode: Mode, named: SetNames, root: Path | None, training: bool) -> ImageSets:
@@ -269,7 +295,11 @@ def load_methods(
         if loaded.network is not None:
             raise InputError(f"Method {name!r} is a whole network; `kitbench eval` scores it with given weights.")
         if loaded.attention is None:
-            raise InputError(f"Method {name!r} is training-free; name it in `references`, not in `methods`.")
+            given = suite.methods[name].attention
+            raise InputError(
+                f"Method {name!r} is training-free; score it with `kitbench eval --method {given}`, or name a shipped "
+                "one in `references` of a suite file."
+            )
     for name, loaded in references.items():
         if loaded.restore is None:
             raise InputError(f"Method {name!r} is not training-free; it cannot stand in `references`.")
@@ -281,15 +311,24 @@ def check_methods(
     trained: Mapping[str, Loaded],
     references: Mapping[str, Loaded],
     settings: Mapping[str, dict[str, object]],
+    console: Console,
 ) -> None:
-    """Call every method once on small input, and compare image sizes with the crop. Raises InputError."""
+    """Call every method once on small input, and compare image sizes with the crop. Raises InputError.
+
+    A user's own method may take long: it is named before it is called.
+    """
     suite = scoring.suite
     for loaded in references.values():
         for mode in scoring.sets:
             methods.check_restore(loaded, CHANNELS[mode], suite.task.conditions[0])
     levels = attention_levels(suite.backbone, suite.recipe.crop)
     for name, loaded in trained.items():
-        methods.check_method(loaded, levels, settings[name])
+        if loaded.source_sha256 is not None:
+            where = f"level{'s' * (len(levels) > 1)} {', '.join(map(str, levels))}"
+            tried = f"{escape(name)}: forward and backward at {where} of the network"
+            console.print(f"[bold]probing   [/bold]{tried}", highlight=False, soft_wrap=True)
+        with console.status(f"probing {escape(name)}"):
+            methods.check_method(loaded, levels, settings[name])
     for sets in scoring.sets.values():
         Batches(sets.training, suite.task, suite.recipe, 0)  # refuses images smaller than the crop
 

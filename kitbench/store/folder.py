@@ -124,9 +124,9 @@ class RunFolder:
         """Why the run failed; None where it did not, or was continued since."""
         return self.failed.message if self.failed else None
 
-    def fail(self, key: str, message: str) -> None:
+    def fail(self, key: str, message: str, traceback: str | None = None) -> None:
         """Note why the run failed."""
-        self.write("failed.json", Failure(key=key, message=message, when=now()))
+        self.write("failed.json", Failure(key=key, message=message, when=now(), traceback=traceback))
 
     @contextmanager
     def lock(self) -> Iterator[Owner | None]:
