@@ -7,19 +7,20 @@ from typing import Any
 
 import click
 
-from kitbench.cli.options import PATHS, PROTOCOL
+from kitbench.cli.options import PATHS, PROTOCOL, RunPath
 from kitbench.cli.output import give, one_run
 from kitbench.errors import ExitCode, InputError
 
 
 @click.command()
-@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@PATHS
 @click.option(
     "--format",
     "form",
     type=click.Choice(["markdown", "latex", "csv", "json", "terminal"]),
     default="terminal",
     show_default=True,
+    help="Form of the table.",
 )
 @click.option("--protocol", help="Only rows of this protocol (id, or id.vN).")
 @click.option("--out", type=click.Path(path_type=Path), help="Write to this file instead of the terminal.")
@@ -91,7 +92,8 @@ def check(
 @click.command()
 @PATHS
 @PROTOCOL
-@click.option("--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True,
+              help="File to write.")  # fmt: skip
 def report(paths: tuple[Path, ...], protocol: str | None, out: Path) -> None:
     """Write one self-contained HTML file: verdict, claims, tables, figures, settings, how to reproduce."""
     from kitbench.store.files import writable, write_atomic
@@ -142,8 +144,8 @@ def anchors(paths: tuple[Path, ...], out: Path | None) -> None:
 
 
 @click.command()
-@click.argument("a", type=click.Path(path_type=Path))
-@click.argument("b", type=click.Path(path_type=Path))
+@click.argument("a", type=RunPath(), metavar="RUN")
+@click.argument("b", type=RunPath(), metavar="RUN2")
 def diff(a: Path, b: Path) -> None:
     """Explain how two stored runs differ: data, code, settings, device, versions, flags, and their numbers."""
     from kitbench.store.folder import find

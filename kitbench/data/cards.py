@@ -61,6 +61,8 @@ class Card(Frozen):
     note: str = ""
     package: str = ""
     """An installed Python package that contains the files; empty: they are in the data folder."""
+    own: str = ""
+    """The folder of a user's own pictures, wherever the data folder is (own.py); empty in every shipped card."""
     folders: Patterns = (".",)
     """Possible names of the set's folder inside the data folder."""
     layouts: tuple[tuple[str, ...], ...] = ()
@@ -101,6 +103,13 @@ class Card(Frozen):
     def tree(self) -> str:
         """The layouts, as messages show them."""
         return " or ".join(" + ".join(patterns) for patterns in self.trees)
+
+    @property
+    def advice(self) -> str:
+        """What to do where a file of the set is missing."""
+        if self.own:
+            return "add it, or remove the other one"
+        return f"restore the set as its authors publish it ({self.home})"
 
     @property
     def blind(self) -> bool:

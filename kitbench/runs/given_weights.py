@@ -97,7 +97,7 @@ def score_given_weights(
             restore = evaluate.network(network, scoring.device, scoring.protocols[mode], "float32")
             runs.append(Scored(cell, restore, cost))
     records = {one.cell: _record(one, loaded, weights, scoring) for one in runs}
-    return resolved, _score_all(runs, records, scoring, console)
+    return resolved, score_all(runs, records, scoring, console)
 
 
 def _loaded(given: Given) -> methods.Loaded:
@@ -128,9 +128,10 @@ def _training_free(name: str, loaded: methods.Loaded, scoring: PreparedScoring) 
     return runs
 
 
-def _score_all(
+def score_all(
     runs: Sequence[Scored], records: Mapping[Cell, Run], scoring: PreparedScoring, console: Console
 ) -> list[RunFolder]:
+    """Score every one on the test sets that it has no scores of yet. Returns the folders of the runs."""
     folders = []
     display = Display(console, dict.fromkeys(records, Expected(0.0, 1.0)), 1)
     with interruptible(how_to_go_on) as stop, display.shown():

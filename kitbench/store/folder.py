@@ -77,7 +77,9 @@ class RunFolder:
 
     def evaluation_path(self, data_set: str, sigma: float | None, stamp: str) -> Path:
         level = "" if sigma is None else f"{sigma:g}-"
-        return self.path / "eval" / f"{re.sub(r'[^A-Za-z0-9.-]', '_', data_set)}-{level}{stamp}.json"
+        # A set that is named by its path: the last part, told from other folders of that name by a hash.
+        named = f"{data_set.rpartition('/')[2]}-{digest(data_set)[:8]}" if "/" in data_set else data_set
+        return self.path / "eval" / f"{re.sub(r'[^A-Za-z0-9.-]', '_', named)}-{level}{stamp}.json"
 
     def crop_path(self, data_set: str, sigma: float | None, stamp: str, number: int) -> Path:
         """The picture of the set's image of that number (from 0)."""
@@ -122,9 +124,9 @@ class RunFolder:
         """Why the run failed; None where it did not, or was continued since."""
         return self.failed.message if self.failed else None
 
-    def fail(self, key: str, message: str) -> None:
+    def fail(self, key: str, message: str, traceback: str | None = None) -> None:
         """Note why the run failed."""
-        self.write("failed.json", Failure(key=key, message=message, when=now()))
+        self.write("failed.json", Failure(key=key, message=message, when=now(), traceback=traceback))
 
     @contextmanager
     def lock(self) -> Iterator[Owner | None]:

@@ -248,6 +248,8 @@ class Failure(Frozen):
     message: str
     when: str
     """UTC, ISO 8601."""
+    traceback: str | None = None
+    """Python's, of the exception; None in records made before it was kept."""
 
 
 class Owner(Frozen):

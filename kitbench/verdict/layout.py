@@ -175,8 +175,10 @@ def caption_of(run: Run) -> str:
     recipe, backbone = run.recipe, run.backbone
     threads = recipe.threads or run.environment.threads
     where = f"{run.device}, {threads} thread{'s' * (threads > 1)}" if run.device == "cpu" else run.device
+    tuned = f", fine-tuned from {recipe.init.rpartition('/')[2]}" if recipe.init is not None else ""
     return (
-        f"{run.suite}, {run.mode}, recipe {recipe.name} ({recipe.steps} steps of {recipe.batch} x {recipe.crop} px), "
+        f"{run.suite}, {run.mode}, recipe {recipe.name} "
+        f"({recipe.steps} steps of {recipe.batch} x {recipe.crop} px{tuned}), "
         f"width {backbone.width}, attention at levels {', '.join(map(str, backbone.attention_levels))}, on {where}"
     )
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from kitbench.cost.memory import RSS_ENVIRONMENT, peak, resident_peak_bytes
 from kitbench.cost.timing import FLUSH_BYTES, Sample, release_flush_buffer, sampler
-from kitbench.errors import InputError
+from kitbench.errors import InputError, describe_error
 from kitbench.model import methods
 from kitbench.spec.suite import Backbone
 from kitbench.store.sweeps import Outcome, Scope, What
@@ -281,4 +281,4 @@ def _failure(error: Exception) -> Failed:
             return Failed("oom", "out of memory")
         scale = ("bytes", "KiB", "MiB", "GiB").index(asked[2])
         return Failed("oom", f"an allocation of {float(asked[1]) * 1024**scale / 2**30:.1f} GiB failed")
-    return Failed("failed", f"{type(error).__name__}: {words}")
+    return Failed("failed", describe_error(error))
