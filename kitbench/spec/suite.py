@@ -27,8 +27,9 @@ class Protocol(Frozen):
     summary: str
     noise_seed: Literal["hash", "numpy0"]
     """hash: drawn from (data set, image, sigma). numpy0: NumPy's legacy generator, seed 0 before every image."""
-    rounding: Literal["8bit", "none"] = "8bit"
-    """8bit: prediction clipped to [0, 1] and rounded to the nearest of 256 levels; none: clipped only."""
+    rounding: Literal["8bit", "8bit-truncated", "none"] = "8bit"
+    """8bit: prediction clipped to [0, 1] and rounded to the nearest of 256 levels; 8bit-truncated: to the next lower
+    one; none: clipped only."""
     border: Annotated[int, Field(ge=0, le=64)] = 0
     """Pixels cut from each side before scoring."""
     space: Literal["native", "y"] = "native"

@@ -37,6 +37,8 @@ class Published(Frozen):
     """Where the scores are printed."""
     weights_sha256: str = ""
     """Of the public file of weights with these scores, if any; `kitbench anchors` compares its scores with them."""
+    protocol: str = ""
+    """Of the figures with weights: id of the shipped protocol with the conventions of print."""
     figures: tuple[Figure, ...]
 
 
