@@ -42,7 +42,7 @@ def table(paths: tuple[Path, ...], form: Any, protocol: str | None, out: Path | 
 @PROTOCOL
 @click.option("--time-tolerance", type=click.FloatRange(0), default=0.5, show_default=True,
               help="Allowed increase of the time of a step, as a share: 0.5 is 50 %.")  # fmt: skip
-@click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML here, also where the check cannot be made.")
+@click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML here, whatever the outcome.")
 @click.option("--summary", type=click.Path(path_type=Path), help="Write a Markdown summary here.")
 def check(
     paths: tuple[Path, ...],

@@ -324,7 +324,8 @@ def changes(old: Reference, new: Reference) -> list[str]:
 def junit(lines: Sequence[Comparison]) -> bytes:
     """JUnit XML with one test case for each comparison."""
     failures = str(sum(line.failed for line in lines))
-    suite = ElementTree.Element("testsuite", name="kitbench check", tests=str(len(lines)), failures=failures, errors="0")
+    counts = {"tests": str(len(lines)), "failures": failures, "errors": "0"}
+    suite = ElementTree.Element("testsuite", counts, name="kitbench check")
     for line in lines:
         case = ElementTree.SubElement(suite, "testcase", classname=line.name, name=line.quantity)
         if line.failed:
