@@ -185,12 +185,12 @@ def _gallery(methods: dict[str, tuple[Path, Entry, int]]) -> Gallery:
     cut = {name: pictures.crop(path) for name, (path, _, _) in methods.items()}
     first = next(iter(cut.values()))
     _, entry, place = next(iter(methods.values()))
-    panels = [Panel("input", "", "", _png(first.degraded), None)] if "input" not in methods else []
+    panels = [Panel("ground truth", "", "", _png(first.clean), None)]
+    panels += [Panel("input", "", "", _png(first.degraded), None)] if "input" not in methods else []
     for name, (_, own, _) in sorted(methods.items(), key=lambda item: item[0] != "input"):
         psnr = own.evaluation.scores[place].psnr
         shown = "exact" if psnr is None else f"{psnr:.2f} dB"
         panels.append(Panel(name, shown, own.run.key[:10], _png(cut[name].restored), _png(cut[name].error)))
-    panels.append(Panel("ground truth", "", "", _png(first.clean), None))
     evaluation = entry.evaluation
     image = f"{evaluation.scores[place].image} {evaluation.condition}".strip()
     title = f"{evaluation.data_set}: {image} ({entry.run.mode})"

@@ -12,7 +12,7 @@ from tabulate import tabulate
 from kitbench.store.files import write_atomic
 from kitbench.store.sweeps import Point, Sweep, What
 from kitbench.text import gib
-from kitbench.verdict.scaling.fit import WORDS, Exponent, Quantity, crossings, curves, exponent, largest
+from kitbench.verdict.scaling.fit import COMPARED_BYTES, WORDS, Exponent, Quantity, crossings, curves, exponent, largest
 from kitbench.verdict.scaling.plot import draw_sweep
 
 QUANTITIES: dict[str, Quantity] = {
@@ -20,7 +20,6 @@ QUANTITIES: dict[str, Quantity] = {
     "memory": lambda point: point.bytes,
     "time": lambda point: point.seconds,
 }
-COMPARED_BYTES = 16 << 20
 LINEAR = 1.1  # exponents up to this are called linear
 _COLUMNS: dict[str, Callable[[Point], object]] = {
     "method": lambda p: p.method,
@@ -70,7 +69,8 @@ def sweep_markdown(sweep: Sweep) -> str:
         f"commit {environment.commit}. "
         f"Memory limit of a point: {gib(sweep.memory_limit)}. Memory is the peak above the module and its input. "
         "Exponents are in pixels (1: linear in the number of pixels), with their 95 % intervals; those of time are "
-        "fitted to measured points only, those of memory to measured and predicted ones.",
+        "fitted to measured points only, those of memory to measured and predicted ones. Of the largest side, the "
+        "interval is in parentheses: between the sizes of the sweep, and as wide as predicted and measured memory differ.",
     ]
     for what in dict.fromkeys(what for _, what in curves(sweep)):
         parts += [f"## {WORDS[what].capitalize()}", _exponents(sweep, what), _points(sweep, what)]
@@ -99,9 +99,8 @@ def _exponents(sweep: Sweep, what: What, form: str = "github") -> str:
     rows = []
     for method, _ in (curve for curve in curves(sweep) if curve[1] == what):
         points = sweep.curve(method, what)
-        side = largest(points, sweep.budget)
         fits = [_shown(exponent(points, quantity)) for quantity in QUANTITIES.values()]
-        rows.append([method, *fits, "n/a" if side is None else f"{int(side)}"])
+        rows.append([method, *fits, str(largest(sweep, method, what))])
     return tabulate(rows, header, tablefmt=form, disable_numparse=True)
 
 

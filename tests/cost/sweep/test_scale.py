@@ -21,6 +21,7 @@ from kitbench.cost.sweep.worker import Child, Failed, Spec, build, closed_form
 from kitbench.errors import InputError
 from kitbench.store.sweeps import Sweep
 from kitbench.text import gib
+from kitbench.verdict.scaling.fit import largest
 from kitbench.verdict.scaling.page import write_sweep
 from tests.verdict.scaling.test_fit import points
 
@@ -73,7 +74,7 @@ def options(out, methods, **others):
         rounds=2,
         seconds=0.1,
         patience=5.0,
-        **{"sizes": "16,32", **others},
+        **{"sizes": "16,32", "budget": "1KiB", **others},
     )
 
 
@@ -159,6 +160,28 @@ def test_what_would_not_fit_is_told_with_its_need_and_not_tried(tmp_path, quiet)
     point = sweep.curve(label, "infer")[1]
     assert point.status == "oom"
     assert "PiB, not tried" in (point.reason or "")
+
+
+def test_a_short_sweep_brackets_the_budget_with_predicted_sizes_and_a_new_budget_moves_them(
+    tmp_path, quiet, monkeypatch
+):
+    def predict(specs, sweep, _):
+        return [measuring._predicted(label, spec, sweep) for label, spec in specs.items()]
+
+    monkeypatch.setattr(run, "measure", predict)
+    asked = options(tmp_path, ("window",), what=("infer", "train"), sizes="16,32", budget="64MiB")
+    sweep = run_scale(asked, quiet)
+    for what in ("infer", "train"):
+        *_, last, past = sweep.curve("window", what)
+        assert last.bytes <= 64 << 20 < past.bytes
+        assert (past.status, past.reason) == ("predicted", measuring.BEYOND)
+        found = largest(sweep, "window", what)
+        assert last.size <= found.low <= found.side <= found.high <= past.size
+    again = run_scale(options(tmp_path, ("window",), what=("infer", "train"), budget="256MiB"), quiet)
+    assert largest(again, "window", "infer").side == pytest.approx(2 * largest(sweep, "window", "infer").side, rel=0.05)
+    stored = Sweep.model_validate_json((tmp_path / "scale.json").read_text())
+    assert len({(p.what, p.size) for p in stored.points}) == len(stored.points)
+    assert {p.size for p in stored.points if p.reason is None} == {16, 32}
 
 
 def test_a_child_of_a_training_free_method_is_refused():
