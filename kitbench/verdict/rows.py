@@ -123,6 +123,7 @@ def _row(key: _Key, group: list[Entry], to_best: Compared | None) -> dict[str, A
         "seeds": ",".join(str(entry.run.seed) for entry in group) if first.training else "-",
         "parameters": cost.parameters if cost else None,
         "gmacs": macs / 1e9 if macs is not None else None,
+        "gmacs_needed": cost.macs_needed / 1e9 if cost and cost.macs_needed is not None else None,
         "gmacs_note": cost.macs_note if cost else None,
         "resolution": cost.resolution if cost else None,
         "train_peak_bytes": _mean(peaks),

@@ -12,6 +12,7 @@ import pytest
 
 from kitbench.errors import InputError
 from kitbench.store.folder import find
+from kitbench.verdict.page.report import report
 from kitbench.verdict.render import render
 from kitbench.verdict.rows import rows
 from tests.stored import store
@@ -37,6 +38,20 @@ def test_the_form_of_a_computation_is_always_stated(tmp_path: Path) -> None:
     text = render(find([tmp_path]), "markdown")
     assert "| global (form materialised) |" in text
     assert "| global (form sdpa) " in text
+
+
+def test_multiply_adds_beyond_what_a_definition_needs_are_printed_as_two_figures(tmp_path: Path) -> None:
+    store(tmp_path, "local", 30.0, macs=1_570_000_000, needed=1_190_000_000)
+    store(tmp_path, "window", 30.0, macs=1_230_000_000)
+    runs = find([tmp_path])
+    for text in (*(render(runs, form, wide=True) for form in ("markdown", "latex", "terminal")), report(runs, [])):
+        assert "1.57 (needs 1.19)" in text
+        assert "1.23 (" not in text
+        flat = " ".join(text.split())
+        assert "in brackets those that the definition needs, where the implementation executes more" in flat
+    by_method = {row["method"]: row for row in json.loads(render(runs, "json"))}
+    assert (by_method["local"]["gmacs"], by_method["local"]["gmacs_needed"]) == (1.57, 1.19)
+    assert by_method["window"]["gmacs_needed"] is None
 
 
 def test_best_is_bold_and_second_underlined_as_printed(tmp_path: Path) -> None:
