@@ -138,6 +138,8 @@ def notes_of(block: pd.DataFrame) -> list[str]:
             "GMACs: those that the implementation executes; in brackets those that the definition needs, where the "
             "implementation executes more."
         )
+    searched = block.dropna(subset=["retrieval"]).drop_duplicates("method")
+    notes += [f"Retrieval of {row['method']}: {row['retrieval']}." for row in searched.to_dict("records")]
     waited = [row["contended"] for _, row in block.iterrows() if slowed(row)]
     if waited:
         notes.append(
