@@ -14,7 +14,7 @@ from kitbench.cost.timing import waited_seconds
 from kitbench.data.batches import Batches
 from kitbench.model.backbone import UNet
 from kitbench.runs.checkpoint import state_sha256
-from kitbench.runs.notes import attention_notes
+from kitbench.runs.notes import MEASURED_ON, attention_notes
 from kitbench.runs.train import LOG_EVERY, TrainingContext, train
 from kitbench.runs.work import CellWork
 from kitbench.scoring.validation import validation_crops, validator
@@ -44,7 +44,7 @@ def train_cell(work: CellWork) -> None:
     model.float()  # trained in double precision, a run is kept and scored in single
     notes = attention_notes(work, model.eval())
     for name, note in notes.items():
-        work.reporter.say(f"{name}: {', '.join(f'{k} {v}' for k, v in note.items())}")
+        work.reporter.say(f"{name}: {', '.join(f'{k} {v}' for k, v in note.items() if k not in MEASURED_ON)}")
     if first:
         assert work.probe is not None
         state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}

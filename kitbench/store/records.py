@@ -68,6 +68,8 @@ class Cost(Frozen):
     macs: int | None
     """Closed form, one forward of one image; None where the method states none."""
     macs_counted: int | None
+    macs_needed: int | None = None
+    """What the definition of the attention needs, where its implementation executes more; None: not more."""
     macs_note: str | None
     """None where closed form and counters agree; otherwise what differs, and which operators have no formula."""
     train_peak_bytes: int | None

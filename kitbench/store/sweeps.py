@@ -26,6 +26,8 @@ class Point(Frozen):
     """Counted multiply-adds of one call on fake tensors; of a training step forward and backward."""
     macs_closed: int | None
     """Closed form of the forward pass; None where the method states none."""
+    macs_needed: int | None = None
+    """What the definition needs of the forward pass, where the implementation executes more."""
     macs_note: str | None = None
     """Set where closed form and forward count differ by more than 1 %."""
     comparisons: int

@@ -19,7 +19,7 @@ from kitbench.cost.agreement import reconcile
 from kitbench.cost.flops import count_module
 from kitbench.cost.memory import predict_peak_bytes
 from kitbench.cost.sweep.options import SweepOptions
-from kitbench.cost.sweep.worker import Child, Failed, Memory, Spec, build, closed_form, step
+from kitbench.cost.sweep.worker import Child, Failed, Memory, Spec, build, closed_form, needed_macs, step
 from kitbench.cost.timing import Sample, compare_times
 from kitbench.errors import InputError
 from kitbench.store.sweeps import Point, Sweep
@@ -156,6 +156,7 @@ def _predicted(label: str, spec: Spec, sweep: Sweep) -> Point:
         status="predicted",
         macs=counted.macs,
         macs_closed=closed,
+        macs_needed=needed_macs(module, spec),
         macs_note=None if closed is None else reconcile(closed, forward.macs, forward.uncounted),
         comparisons=counted.comparisons,
         exponentials=counted.exponentials,

@@ -30,6 +30,7 @@ _COLUMNS: dict[str, Callable[[Point], object]] = {
     "gmacs": lambda p: p.macs / 1e9,
     "gflops": lambda p: 2 * p.macs / 1e9,
     "closed_form_forward_gmacs": lambda p: None if p.macs_closed is None else p.macs_closed / 1e9,
+    "needed_forward_gmacs": lambda p: None if p.macs_needed is None else p.macs_needed / 1e9,
     "flops_note": lambda p: p.macs_note,
     "comparisons": lambda p: p.comparisons,
     "exponentials": lambda p: p.exponentials,
@@ -253,10 +254,22 @@ def _trust(sweep: Sweep) -> list[str]:
         )
     marked = sorted({f"{p.method} ({p.macs_note})" for p in sweep.points if p.macs_note})
     sentences += [f"FLOPs: closed form and count differ: {mark}." for mark in marked]
+    sentences += _executed_and_needed(sweep)
     stated = [p for p in sweep.points if p.macs_closed is not None]
     if stated and not marked:
         sentences.append(f"Counted FLOPs equal the closed form to 1 % at all {len(stated)} points.")
     return sentences
+
+
+def _executed_and_needed(sweep: Sweep) -> list[str]:
+    """The two counts of a forward pass, at the largest size, of each method that executes more than it needs."""
+    largest_of = {p.method: p for p in sorted(sweep.points, key=lambda p: p.size) if p.macs_needed is not None}
+    return [
+        f"{method} executes {(p.macs_closed or 0) / 1e9:.4g} GMACs in a forward pass at {p.size} px, of which its "
+        f"definition needs {p.macs_needed / 1e9:.4g}."
+        for method, p in largest_of.items()
+        if p.macs_needed is not None
+    ]
 
 
 def _list(items: Sequence[str]) -> str:
