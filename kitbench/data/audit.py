@@ -15,6 +15,7 @@ from kitbench.data.layout import ImageFiles, glob, layout_of_pairs, match, unnum
 from kitbench.data.locate import files_of_set
 from kitbench.data.photograph import check_averaging, key_of, sample, verify
 from kitbench.data.pixels import file_sha256, load_pixels, pixel_sha256, pixels_of
+from kitbench.data.repetition import generated_set
 from kitbench.errors import InputError
 
 
@@ -29,7 +30,12 @@ class File:
 
 
 def audit(card: Card, folder: Path) -> list[str]:
-    """All differences, sorted; empty where the folder agrees with the card. Reads every file."""
+    """All differences, sorted; empty where the folder agrees with the card. Reads every file.
+
+    The images of a generated set are made, and compared with the card's checksums.
+    """
+    if card.generated:
+        return _audit_generated(card)
     paths, lines = _files(card, folder)
     if not paths:
         return [f"missing: all of it; expected {card.count} files as {card.tree}"]
@@ -50,6 +56,14 @@ def audit(card: Card, folder: Path) -> list[str]:
     except InputError as error:
         lines.append(f"altered: {_short(card, error)}")
     return lines
+
+
+def _audit_generated(card: Card) -> list[str]:
+    try:
+        generated_set(card, "colour")
+    except InputError as error:
+        return [f"altered: {_short(card, error)}"]
+    return []
 
 
 def _files(card: Card, folder: Path) -> tuple[list[Path], list[str]]:

@@ -61,6 +61,8 @@ class Card(Frozen):
     note: str = ""
     package: str = ""
     """An installed Python package that contains the files; empty: they are in the data folder."""
+    generated: bool = False
+    """The images are made by repetition.py, not read from files."""
     folders: Patterns = (".",)
     """Possible names of the set's folder inside the data folder."""
     layouts: tuple[tuple[str, ...], ...] = ()
@@ -88,8 +90,8 @@ class Card(Frozen):
 
     @model_validator(mode="after")
     def _one_layout(self) -> Self:
-        if bool(self.layouts) == bool(self.pairs):
-            raise ValueError("give either layouts (clean images) or pairs (inputs and targets)")
+        if bool(self.layouts) + bool(self.pairs) + self.generated != 1:
+            raise ValueError("give either layouts (clean images) or pairs (inputs and targets), or generated = true")
         return self
 
     @property
@@ -100,7 +102,7 @@ class Card(Frozen):
     @property
     def tree(self) -> str:
         """The layouts, as messages show them."""
-        return " or ".join(" + ".join(patterns) for patterns in self.trees)
+        return " or ".join(" + ".join(patterns) for patterns in self.trees) or "no files: it is generated"
 
     @property
     def blind(self) -> bool:
