@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from kitbench import __version__
-from kitbench.cli import data, results, run, scale, score
+from kitbench.cli import data, reach, results, run, scale, score
 from kitbench.errors import ExitCode, InputError, RunError
 
 
@@ -41,6 +41,6 @@ def cli() -> None:
 for command in (
     run.run, run.tune, run.status, run.reproduce, score.eval_, score.restore, score.submit, score.explain,
     results.table, results.check, results.report, results.claims, results.curves, results.anchors, results.diff,
-    scale.scale, data.data, data.list_,
+    scale.scale, reach.retrieval, data.data, data.list_,
 ):  # fmt: skip
     cli.add_command(command)
