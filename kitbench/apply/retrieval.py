@@ -140,19 +140,17 @@ def _count(found: Recall, scene: Scene, sigma: float, features: FeatureMap, patc
     random = torch.Generator().manual_seed(derive("rotations", scene.name))
     width = descriptors.shape[-1]
     rotations = torch.randn(ROUNDS, width, retrieval.MAX_BUCKETS // 2, generator=random).to(descriptors.device)
+    # Both searches order what they find, so that the best k are the first k.
+    most = max(NEIGHBOURS)
+    exact = retrieval.exact(descriptors, most)[0].cpu().numpy()
+    hashed = retrieval.lsh(descriptors, most, rotations, CHUNK, adjacent=True)[0].cpu().numpy()
     for k in NEIGHBOURS:
         search = Search(features.name, features.descriptor, patch, k)
         tally = found.setdefault((scene.kind, search), {}).setdefault(sigma, Tally())
-        exact, hashed = (
-            share_of_copies(neighbours[0].cpu().numpy(), group)
-            for neighbours in (
-                retrieval.exact(descriptors, k), retrieval.lsh(descriptors, k, rotations, CHUNK, adjacent=True)
-            )
-        )  # fmt: skip
         having = copies > 0
         tally.counted += int(having.sum())
-        tally.exact += float(exact.sum())
-        tally.hashed += float(hashed.sum())
+        tally.exact += float(share_of_copies(exact[:, :k], group).sum())
+        tally.hashed += float(share_of_copies(hashed[:, :k], group).sum())
         drawn = (k - 1) * copies / (len(group) - 1)  # expected number of copies among k - 1 random others
         tally.chance += float((drawn[having] / np.minimum(k - 1, copies[having])).sum())
         tally.patches.add(len(group))
