@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+from click.decorators import FC
 
 from kitbench.errors import InputError
 
@@ -57,7 +59,7 @@ def listed(context: click.Context, parameter: click.Parameter, words: tuple[str,
     return tuple(name.strip() for word in words for name in word.split(",") if name.strip())
 
 
-def _sets(part: str) -> Any:
+def _sets(part: str) -> Callable[[FC], FC]:
     return click.option(
         f"--{part}-set", multiple=True, metavar="SET", callback=listed,
         help=f"Instead of the suite's {'training' if part == 'train' else part} sets: a name (kitbench list), or a "

@@ -71,7 +71,9 @@ def run_scale(options: SweepOptions, console: Console) -> Sweep:
                     sweep = _with(sweep, found)
                     write_atomic(path, sweep.model_dump_json(indent=1).encode())
         update(total, f"predicting up to {gib(sweep.budget)}")
-        kept = sweep.model_copy(update={"points": tuple(p for p in sweep.points if (p.method, p.what, p.size) in specs)})
+        kept = sweep.model_copy(
+            update={"points": tuple(p for p in sweep.points if (p.method, p.what, p.size) in specs)}
+        )
         ends = {(label, what): specs[label, what, sizes[-1]] for what in options.what for label in sweep.methods}
         further = [point for (label, _), spec in ends.items() for point in beyond(label, spec, kept)]
         stored = {(p.method, p.what, p.size) for p in sweep.points}

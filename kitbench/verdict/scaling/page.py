@@ -71,7 +71,7 @@ def sweep_markdown(sweep: Sweep) -> str:
         f"Memory limit of a point: {gib(sweep.memory_limit)}. Memory is the peak above the module and its input. "
         "Exponents are in pixels (1: linear in the number of pixels), with their 95 % intervals; those of time are "
         "fitted to measured points only, those of memory to measured and predicted ones. Of the largest side, the "
-        "interval is in parentheses: between the sizes of the sweep, and as wide as predicted and measured memory differ.",
+        "interval is in parentheses: between the sizes of the sweep, as wide as predicted and measured memory differ.",
     ]
     for what in dict.fromkeys(what for _, what in curves(sweep)):
         parts += [f"## {WORDS[what].capitalize()}", _exponents(sweep, what), _points(sweep, what)]
