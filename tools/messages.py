@@ -89,6 +89,16 @@ def other_weights(folder: Path) -> None:
     safetensors.torch.save_file(state, folder / "dncnn_color_blind.safetensors")
 
 
+def own_method(folder: Path) -> None:
+    """A method file with a misspelt name in its forward pass."""
+    (folder / "mine.py").write_text(
+        "from torch import nn\n\n\nclass Attention(nn.Module):\n"
+        "    def __init__(self, dim, heads, *, shift=False, reduction: int = 4):\n"
+        "        super().__init__()\n        self.mix = nn.Linear(dim, dim // reduction)\n\n"
+        "    def forward(self, x):\n        return self.mxi(x)\n"
+    )
+
+
 # Faults
 
 
@@ -128,6 +138,10 @@ CASES = {
     "data-folder": Case(("run", "--suite", "denoise", "--data", "photos")),
     "own-set": Case(("run", "--suite", "denoise", "--train-set", "photos"), lambda folder: (folder / "photos").mkdir()),
     "partners": Case(("score", "restored", "clean", "--protocol", "awgn8"), other_names),
+    "method": Case(("run", "--suite", "denoise", "--method", "mine.py"), own_method),
+    "method-setting": Case(
+        ("run", "--suite", "denoise", "--method", "mine.py", "--set", "methods.mine.reduction=0"), own_method
+    ),
     "gpu": Case(("run", "--suite", "denoise", "--device", "cuda")),
     "disk-before": Case(SMOKE, fault="little-space"),
     "disk": Case(SMOKE, fault="full-disk"),
