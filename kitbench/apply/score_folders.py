@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from tabulate import tabulate
 
-from kitbench.apply.folders import RESTORED
+from kitbench.apply.folders import BESIDE, RESTORED
 from kitbench.data.images import decode
 from kitbench.data.own import no_pictures, one_picture_a_name, pictures_in
 from kitbench.data.photograph import Photograph
@@ -41,10 +41,12 @@ class Partners:
 def partners(restored: Path, clean: Path) -> list[Partners]:
     """The pictures of two folders, paired by their names without suffix, sorted.
 
-    A restored picture may be called NAME-restored, as `kitbench restore` writes it. Raises InputError for a folder
+    A restored picture may be called NAME-restored, as `kitbench restore` writes it; its NAME-side-by-side is left out.
+    Raises InputError for a folder
     without pictures, a picture without a partner, and a pair of two sizes or of gray and colour.
     """
     own, targets = _by_name(restored), _by_name(clean)
+    own = {name: path for name, path in own.items() if not name.endswith(BESIDE)}
     found = {name if name in targets else name.removesuffix(RESTORED): path for name, path in own.items()}
     lonely = [sorted(found.keys() - targets.keys()), sorted(targets.keys() - found.keys())]
     if any(lonely) or len(found) < len(own):

@@ -6,8 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from kitbench.cli.options import DATA, DEVICE, LPIPS, METHOD_FILE, OUT, PRESET, RUN, SET
+from kitbench.cli.options import (
+    DATA,
+    DEVICE,
+    LPIPS,
+    METHOD_FILE,
+    OUT,
+    PRESET,
+    RUN,
+    SET,
+    TEST_SET,
+    RunPath,
+    overrides_of,
+)
 from kitbench.cli.output import give, make_console, one_run, show_tables
 from kitbench.errors import InputError, RunError
 
@@ -111,12 +124,14 @@ def submit(name: str, folder: Path, method_file: Path | None, data: Path | None,
 @click.option("--suite", help="A suite's name (kitbench list), or the path of a .toml file.")
 @PRESET
 @SET
-@click.option("--run", "stored", metavar="RUN", help="Score this stored run: its folder, or its short hash in --out.")
 @click.option(
-    "--test-set", "test_sets", multiple=True, metavar="SET|FOLDER",
-    help="With --run: a data set, or the path of a folder of pictures, with a slash. Repeatable.",
+    "--run", "stored", type=RunPath(), metavar="RUN",
+    help="Score this stored run: its folder, or the first digits of its key.",
 )  # fmt: skip
-@click.option("--protocol", metavar="NAME|FILE", help="With --run: by default the protocol of the run's scores.")
+@TEST_SET
+@click.option(
+    "--protocol", metavar="NAME|FILE", help="How to score; by default as the suite says, or as the run was scored."
+)
 @DATA
 @OUT
 @DEVICE
@@ -128,8 +143,8 @@ def eval_(
     suite: str | None,
     preset: str | None,
     overrides: tuple[str, ...],
-    stored: str | None,
-    test_sets: tuple[str, ...],
+    stored: Path | None,
+    test_set: tuple[str, ...],
     protocol: str | None,
     data: Path | None,
     out: Path,
@@ -145,20 +160,18 @@ def eval_(
 
     options = Options(out, data, device, 0, lpips_weights)
     if stored is not None:
-        given = {"weights": weights, "key": key, "suite": suite, "preset": preset, "set": overrides}
+        given: dict[str, object] = {"weights": weights, "key": key, "suite": suite, "preset": preset, "set": overrides}
+        given["out"] = click.get_current_context().get_parameter_source("out") is ParameterSource.COMMANDLINE
         if stray := next((name for name, value in given.items() if value), None):
-            raise InputError(f"--{stray} does not go with --run, which scores the run as it was trained.")
-        if not test_sets:
+            raise InputError(f"--{stray} does not go with --run: the run is scored as it was trained, in its folder.")
+        if not test_set:
             raise InputError("--run needs --test-set: the name of a data set, or the path of a folder of pictures.")
-        _eval_run(stored, test_sets, protocol, method, options)
+        _eval_run(stored, test_set, protocol, method, options)
         return
     if method is None or suite is None:
         raise InputError("eval needs --method and --suite, or --run and --test-set.")
-    if test_sets or protocol:
-        raise InputError(
-            "--test-set and --protocol go with --run; with --suite, change its sets and protocol by --set."
-        )
-    _eval_weights(suite, preset, (method, weights, key, overrides), options)
+    chosen = (*overrides_of(overrides, (), test_set), *([f"protocol={protocol}"] if protocol else []))
+    _eval_weights(suite, preset, (method, weights, key, chosen), options)
 
 
 def _eval_weights(suite: str, preset: str | None, given: tuple[Any, ...], options: Any) -> None:
@@ -178,16 +191,17 @@ def _eval_weights(suite: str, preset: str | None, given: tuple[Any, ...], option
 
 
 def _eval_run(
-    stored: str, test_sets: tuple[str, ...], protocol: str | None, method_file: str | None, options: Any
+    stored: Path, test_set: tuple[str, ...], protocol: str | None, method_file: str | None, options: Any
 ) -> None:
     from kitbench.apply.evaluate_run import Wanted, score_run
-    from kitbench.runs.initial import stored_run
     from kitbench.spec.loading import read_protocol
     from kitbench.spec.suite import SetNames
+    from kitbench.store.folder import find
     from kitbench.system.environment import how_to_go_on
 
-    folder, console = stored_run(stored, options.out), make_console()
-    names = SetNames(train=test_sets, test=test_sets).test  # one spelling of a path
+    [folder] = one_run(find([stored]))
+    console = make_console()
+    names = SetNames(train=test_set, test=test_set).test  # one spelling of a path
     wanted = Wanted(names, read_protocol(protocol) if protocol else None, Path(method_file) if method_file else None)
     try:
         complete = score_run(folder, wanted, options, console)

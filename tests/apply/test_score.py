@@ -22,7 +22,7 @@ from kitbench.cli.main import cli
 from kitbench.scoring import lpips, metrics
 from kitbench.scoring.lpips import LPIPS
 from kitbench.spec.loading import read_protocol
-from kitbench.store.folder import RunFolder
+from kitbench.store.folder import RunFolder, find
 
 
 def invoke(folder: Path, *arguments: str, code: int = 0) -> Result:
@@ -226,7 +226,8 @@ def test_what_a_run_cannot_be_scored_on_is_refused_in_one_sentence(results: Path
         ((str(run), "--test-set", "held"), "named by a path with a slash: ./held"),
         ((str(run), "--test-set", "./seen"), "Training and test images overlap: skimage-train/"),
         ((str(run), "--test-set", "./held", "--suite", "denoise"), "--suite does not go with --run"),
-        (("none", "--test-set", "./held"), "none is neither the folder of a run nor the beginning of the hash"),
+        (("none", "--test-set", "./held"), "none is not a folder"),
+        ((str(run), "--test-set", "./held", "--out", "there"), "--out does not go with --run"),
         (("renamed", "--test-set", "./held"), "renamed was renamed; name it denoise-colour-conv-s0-"),
         (("unscored", "--test-set", "./held"), "unscored has no scores; choose with --protocol"),
     ):
@@ -234,5 +235,10 @@ def test_what_a_run_cannot_be_scored_on_is_refused_in_one_sentence(results: Path
         last = done.stderr.splitlines()[-1]
         assert sentence in last, last
     assert "eval needs --method and --suite" in invoke(results, "eval", code=2).stderr
-    asked = ("eval", "--method", "input", "--suite", "denoise", "--test-set", "./held")
-    assert "--test-set and --protocol go with --run" in invoke(results, *asked, code=2).stderr
+
+
+def test_given_weights_and_references_are_scored_on_a_folder_too(results: Path) -> None:
+    asked = ("--suite", "denoise", "--preset", "smoke", "--test-set", "./held", "--protocol", "awgn8-seed0")
+    invoke(results, "eval", "--method", "input", *asked, "--out", "new")
+    [run] = find([results / "new"])
+    assert [(e.data_set, e.stamp) for e in run.evaluations()] == [("./held", "awgn8-seed0.v1")]
