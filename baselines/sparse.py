@@ -6,7 +6,8 @@ Operator: in every first block, window attention without shift (baselines/window
     attends those whose row and column differ from its own by multiples of I: the map falls into I x I groups of about
     H W / I^2 positions, each spread over the whole image.
 Cost: 4 H W C^2 for the projections; 2 M^2 H W C for the attention of a dense block, and 2 (H W)^2 C / I^2 for that of a
-    sparse one, which is quadratic in H W at a fixed I, as in the paper.  Memory is linear.
+    sparse one, which is quadratic in H W at a fixed I, as in the paper.  Memory is linear.  `kitbench scale` measures a
+    first block, in its scopes attention and block: compare first=dense and first=sparse.
 Parameters: q, k, v and proj as the others; a position bias in dense blocks only.
 Departures: no position bias in sparse blocks (the paper computes one by a small network, (H W / I^2)^2 numbers a head,
     and one for its windows too, which here have the table of the other window methods).  One interval serves all
@@ -17,6 +18,7 @@ Departures: no position bias in sparse blocks (the paper computes one by a small
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch.nn.functional as F
 from kitbench.baselines import window as dense
@@ -26,17 +28,28 @@ from kitbench.attention import layout
 
 
 class Attention(nn.Module):
-    """Dense (shift false) or sparse (shift true) attention: [B, H, W, C] normalised tokens -> [B, H, W, C].
+    """Dense or sparse attention, by turns: [B, H, W, C] normalised tokens -> [B, H, W, C].
 
     window: side M of a window of a dense block.  interval: stride I of the groups of a sparse block, in positions.
-    Raises ValueError for settings out of range.
+    first: the kind of a level's first block; shift, true in every second block, takes the other kind.  Raises
+    ValueError for settings out of range.
     """
 
-    def __init__(self, dim: int, heads: int, *, shift: bool = False, window: int = 8, interval: int = 4) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        shift: bool = False,
+        window: int = 8,
+        interval: int = 4,
+        first: Literal["dense", "sparse"] = "dense",
+    ) -> None:
         super().__init__()
         if interval < 1:
             raise ValueError(f"interval must be at least 1, but is {interval}")
-        self.attend = Strided(dim, heads, interval) if shift else dense.Attention(dim, heads, window=window)
+        strided = shift != (first == "sparse")
+        self.attend = Strided(dim, heads, interval) if strided else dense.Attention(dim, heads, window=window)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.attend(x)

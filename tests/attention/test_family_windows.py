@@ -171,6 +171,15 @@ def test_dense_blocks_of_sparse_equal_a_loop(size: tuple[int, int]) -> None:
     )
 
 
+def test_the_first_block_of_a_level_is_of_the_kind_asked_for_and_the_second_of_the_other() -> None:
+    kinds = {
+        (first, shift): type(sparse.Attention(4, 2, shift=shift, first=first).attend)
+        for first, shift in itertools.product(("dense", "sparse"), (False, True))
+    }
+    a, b = window.Attention, sparse.Strided
+    assert kinds == {("dense", False): a, ("dense", True): b, ("sparse", False): b, ("sparse", True): a}
+
+
 def test_an_interval_of_one_is_global_attention() -> None:
     module, plain = build(sparse.Attention, shift=True, interval=1), build(global_.Attention)
     plain.load_state_dict(module.attend.state_dict())
