@@ -207,8 +207,7 @@ def test_published_figures_stand_beside_a_table_in_every_format(tmp_path: Path, 
                     found = [
                         r for r in json.loads(text) if (r["method"], r["psnr_db"]) == (model.method, figure.psnr_db)
                     ]
-                if expected or (figure.data_set, figure.sigma) not in (("CBSD68", 15), ("Rain100L", None)):
-                    assert bool(found) == expected, (model.method, figure)
+                assert bool(found) == expected, (model.method, figure)
 
 
 def test_published_rows_of_the_long_form_say_where_they_were_read(tmp_path: Path) -> None:
