@@ -54,7 +54,7 @@ def test_copies_in_the_next_patch_are_adjacent() -> None:
 
 def test_where_every_patch_is_attended_a_loop_over_all_pairs_gives_the_same() -> None:
     x = torch.rand(1, 3, 5 * PATCH, 8 * PATCH)
-    [note] = measured(network("kit-random", k=40), [x] * 3).values()
+    [note] = measured(network(retrieval="exact", k=40, chunk=40), [x] * 3).values()
     patches = list(product(range(5), range(8)))
     apart = [max(abs(a - c), abs(b - d)) for a, b in patches for c, d in patches if (a, b) != (c, d)]
     assert note["distance"] == np.median(apart)
