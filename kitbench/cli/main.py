@@ -1,4 +1,5 @@
-"""The command line, put together: its commands are in run.py, score.py, results.py, scale.py and data.py.
+"""The command line, put together: its commands are in run.py, score.py, results.py, exchange.py,
+scale.py and data.py.
 
 Commands parse, call and print. Slow modules are imported inside the commands, so that --help answers at once.
 """
@@ -10,7 +11,7 @@ from typing import Any
 import click
 
 from kitbench import __version__
-from kitbench.cli import data, results, run, scale, score
+from kitbench.cli import data, exchange, results, run, scale, score
 from kitbench.errors import ExitCode, InputError, RunError
 
 
@@ -41,6 +42,6 @@ def cli() -> None:
 for command in (
     run.run, run.tune, run.status, run.reproduce, score.eval_, score.restore, score.submit, score.explain,
     results.table, results.check, results.report, results.claims, results.curves, results.anchors, results.diff,
-    scale.scale, data.data, data.list_,
+    exchange.export, exchange.import_, scale.scale, data.data, data.list_,
 ):  # fmt: skip
     cli.add_command(command)
