@@ -22,14 +22,16 @@ class Entry:
     run: Run
     training: Training | None
     evaluation: Evaluation
+    by: str | None = None
+    """Who made an imported run; None where it was made here."""
 
 
 def entries(runs: Sequence[RunFolder], protocol: str | None) -> list[Entry]:
     """All stored evaluations, of one protocol. Raises InputError where there are two and none was chosen."""
     found = [
-        Entry(record, folder.training, evaluation)
+        Entry(record, folder.training, evaluation, origin.by if origin else None)
         for folder in runs
-        for record in [folder.run]
+        for record, origin in [(folder.run, folder.origin)]
         for evaluation in folder.evaluations()
     ]
     stamps = sorted({entry.evaluation.stamp for entry in found})
