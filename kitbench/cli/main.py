@@ -41,6 +41,6 @@ def cli() -> None:
 for command in (
     run.run, run.tune, run.status, run.reproduce, score.eval_, score.restore, score.submit, score.explain,
     results.table, results.check, results.report, results.claims, results.curves, results.anchors, results.diff,
-    scale.scale, reach.retrieval, data.data, data.list_,
+    scale.scale, reach.retrieval, reach.pools, data.data, data.list_,
 ):  # fmt: skip
     cli.add_command(command)
