@@ -47,7 +47,8 @@ def network(model: nn.Module, device: torch.device, protocol: Protocol, precisio
     def restore(image: np.ndarray, sigma: float | None) -> np.ndarray:
         x = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None].to(device)
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            y = tiled(model, x, protocol.tile, protocol.overlap) if protocol.tile else model(x)
+            even = protocol.placement == "even"
+            y = tiled(model, x, protocol.tile, protocol.overlap, even) if protocol.tile else model(x)
         return y[0].float().permute(1, 2, 0).cpu().numpy()
 
     return restore

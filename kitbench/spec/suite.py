@@ -44,6 +44,10 @@ class Protocol(Frozen):
     tile: Annotated[int, Field(ge=0)] = 0
     """0: whole images. Otherwise the side of square tiles, the same for every method."""
     overlap: Annotated[int, Field(ge=0)] = 0
+    """Least overlap of neighbouring tiles, pixels."""
+    placement: Literal["edge", "even"] = "edge"
+    """edge: a tile every tile - overlap pixels, the last one moved back to end at the border. even: as many tiles as
+    the overlap needs, at equal distances."""
 
     @model_validator(mode="after")
     def _tiles(self) -> Self:
@@ -60,7 +64,10 @@ class Protocol(Frozen):
         shipped = builtin("protocols").get(self.id)
         if shipped is not None and Protocol.model_validate(tomllib.loads(shipped)) == self:
             return stamp
-        return f"{stamp}+{digest(self.model_dump(exclude={'id', 'version', 'summary'}))[:6]}"
+        keys = self.model_dump(exclude={"id", "version", "summary"})
+        if self.placement == "edge":  # what was done before this key existed: older stamps stay
+            del keys["placement"]
+        return f"{stamp}+{digest(keys)[:6]}"
 
 
 def _set_name(name: str) -> str:
