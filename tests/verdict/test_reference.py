@@ -109,7 +109,10 @@ def test_a_method_that_is_gone_fails(tmp_path: Path) -> None:
             {"protocol": "awgn8-seed0"},
             r"Run [0-9a-f]{10} was scored under awgn8-seed0\.v1, the reference under awgn8\.v1;",
         ),
-        ({"sha256": "bb"}, r"Run [0-9a-f]{10} \(kit\) was scored on other images of Set_A \(bb\) than the reference \(aa\)"),
+        (
+            {"sha256": "bb"},
+            r"Run [0-9a-f]{10} \(kit\) was scored on other images of Set_A \(bb\) than the reference \(aa\)",
+        ),
         (
             {"lr": 1e-4},
             r"Run [0-9a-f]{10} \(kit\) differs from kit of the reference \(run [0-9a-f]{10}\) in recipe\.lr "

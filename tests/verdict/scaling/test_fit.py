@@ -109,4 +109,6 @@ def test_training_never_fits_a_larger_image_than_inference():
     assert largest(sweep, "m", "train") == largest(sweep, "m", "infer")
     much = points(SIZES, lambda s: 7e6 * s**2)
     assert str(largest(swept(700 * 300**2, infer=infer, train=much), "m", "train")) == "below 64"
-    assert str(largest(swept(700 * 300**2, infer=infer, train=points(SIZES, lambda s: 1.0)), "m", "train")).startswith("3")
+    assert str(largest(swept(700 * 300**2, infer=infer, train=points(SIZES, lambda s: 1.0)), "m", "train")).startswith(
+        "3"
+    )
