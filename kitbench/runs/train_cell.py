@@ -79,11 +79,11 @@ def _train(work: CellWork, track: Log) -> tuple[UNet, list[LogLine]]:
         values = {"train/loss": line.loss, "train/psnr_db": line.psnr_db, "train/waiting": waiting}
         if line.validation_psnr_db is not None:
             values["validation/psnr_db"] = line.validation_psnr_db
-            validated = f", validation {line.validation_psnr_db:.2f} dB"
+            validated = f"validation {line.validation_psnr_db:.2f} dB, "
         beat(line.step)
         track(line.step, values)
-        data = f"  {waiting:.0%} waiting for data" if waiting > WAITING else ""
-        text = f"loss {line.loss:.4f}  {line.psnr_db:.2f} dB{validated}{data}"
+        data = f", {waiting:.0%} waiting for data" if waiting > WAITING else ""
+        text = f"{validated}training {line.psnr_db:.2f} dB, loss {line.loss:.4f}{data}"
         work.reporter.advance("training", line.step, suite.recipe.steps, text)
 
     crops = validation_crops(sets.validation, suite.task, prepared.protocols[cell.mode])

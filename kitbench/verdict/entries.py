@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,6 +73,12 @@ def mean_psnr(entry: Entry) -> float:
 def mean_ssim(entry: Entry) -> float:
     """Mean over images."""
     return entry.evaluation.mean_ssim
+
+
+def mean_lpips(evaluation: Evaluation) -> float | None:
+    """Mean over images; None where an image has none."""
+    known = [score.lpips for score in evaluation.scores if score.lpips is not None]
+    return math.fsum(known) / len(known) if len(known) == len(evaluation.scores) else None
 
 
 @cache

@@ -22,7 +22,7 @@ from kitbench.cost.sweep.options import SweepOptions
 from kitbench.cost.sweep.worker import Child, Failed, Memory, Spec, build, closed_form, needed_macs, step
 from kitbench.cost.timing import Sample, compare_times
 from kitbench.errors import InputError
-from kitbench.store.sweeps import Point, Sweep
+from kitbench.store.sweeps import BEYOND, Point, Sweep
 from kitbench.text import duration, gib
 
 MARGIN = 1.1  # over the prediction, for a point to be tried
@@ -33,7 +33,6 @@ WARM_UP_SECONDS = 20.0  # on top of what a call should take, before a child is c
 
 LARGEST_SIDE = 1 << 16
 PAST = 1.05  # times the budget: what a size beyond the sweep should need
-BEYOND = "beyond the sizes asked for: brackets the largest side within the budget"
 
 
 def measure(specs: Mapping[str, Spec], sweep: Sweep, options: SweepOptions) -> list[Point]:

@@ -16,14 +16,14 @@ from rich.console import Console
 
 from kitbench.cost.memory import free_bytes
 from kitbench.cost.sweep.options import SweepOptions, parse_bytes, parse_method, parse_sizes
-from kitbench.cost.sweep.points import BEYOND, beyond, measure
+from kitbench.cost.sweep.points import beyond, measure
 from kitbench.cost.sweep.worker import Spec, build
 from kitbench.errors import InputError
 from kitbench.model import methods
 from kitbench.spec.fields import digest
 from kitbench.spec.loading import load_suite
 from kitbench.store.files import writable, write_atomic
-from kitbench.store.sweeps import Point, Sweep
+from kitbench.store.sweeps import BEYOND, Point, Sweep
 from kitbench.system.environment import choose_device, environment
 from kitbench.system.progress import progress
 from kitbench.text import gib
@@ -52,7 +52,7 @@ def run_scale(options: SweepOptions, console: Console) -> Sweep:
     path = options.out / "scale.json"
     sweep = _resumed(sweep, path)
     console.print(
-        f"{len(sweep.methods)} methods, {options.scope} of {options.dim} channels, sides {sizes[0]} to {sizes[-1]} px, "
+        f"{len(sweep.methods)} methods, {sweep.subject}, sides {sizes[0]} to {sizes[-1]} px, "
         f"on {sweep.device} with {sweep.threads} threads; a point may take {gib(sweep.memory_limit)} and "
         f"{options.patience:g} s a call, larger ones are predicted",
         highlight=False,

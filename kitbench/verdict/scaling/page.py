@@ -62,16 +62,16 @@ def sweep_csv(sweep: Sweep) -> str:
 def sweep_markdown(sweep: Sweep) -> str:
     """The content of scale.md."""
     environment = sweep.environment
-    subject = {"attention": "attention alone", "block": "one block", "model": "whole model"}[sweep.scope]
     parts = [
         "# Cost against resolution",
-        f"{subject}, {sweep.dim} channels, {sweep.heads} head{'s' * (sweep.heads > 1)}, batch 1, float32; "
+        f"{sweep.subject}, batch 1, float32; "
         f"{environment.device}, {environment.host}, {sweep.threads} threads, torch {environment.versions['torch']}, "
         f"commit {environment.commit}. "
         f"Memory limit of a point: {gib(sweep.memory_limit)}. Memory is the peak above the module and its input. "
         "Exponents are in pixels (1: linear in the number of pixels), with their 95 % intervals; those of time are "
-        "fitted to measured points only, those of memory to measured and predicted ones. Of the largest side, the "
-        "interval is in parentheses: between the sizes of the sweep, as wide as predicted and measured memory differ.",
+        "fitted to measured points only, those of memory to measured and predicted ones. The interval "
+        "of the largest side, in parentheses, comes from the sizes of the sweep and from how much predicted and measured "
+        "memory differ.",
     ]
     for what in dict.fromkeys(what for _, what in curves(sweep)):
         parts += [f"## {WORDS[what].capitalize()}", _exponents(sweep, what), _points(sweep, what)]
