@@ -26,6 +26,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from PIL import Image
+
 REFERENCE = Path(__file__).parent.parent / "results" / "reference"
 SMOKE = ("run", "--suite", "denoise", "--preset", "smoke", "--method", "conv")
 
@@ -65,6 +67,13 @@ def other_recipe(folder: Path) -> None:
     """Runs of the quick preset, and a reference of the smoke preset."""
     stored("denoise-quick-cpu")(folder)
     shutil.copy(REFERENCE / "smoke.json", folder)
+
+
+def other_names(folder: Path) -> None:
+    """Two folders of a picture each, of two names."""
+    for place, name in (("restored", "sunrise"), ("clean", "sunset")):
+        (folder / place).mkdir()
+        Image.new("RGB", (64, 64)).save(folder / place / f"{name}.png")
 
 
 def other_weights(folder: Path) -> None:
@@ -127,6 +136,8 @@ CASES = {
     "key": Case(("run", "--suite", "denoise", "--set", "recipe.step=2000")),
     "data": Case(("run", "--suite", "denoise", "--data", "photos"), lambda folder: (folder / "photos").mkdir()),
     "data-folder": Case(("run", "--suite", "denoise", "--data", "photos")),
+    "own-set": Case(("run", "--suite", "denoise", "--train-set", "photos"), lambda folder: (folder / "photos").mkdir()),
+    "partners": Case(("score", "restored", "clean", "--protocol", "awgn8"), other_names),
     "method": Case(("run", "--suite", "denoise", "--method", "mine.py"), own_method),
     "method-setting": Case(
         ("run", "--suite", "denoise", "--method", "mine.py", "--set", "methods.mine.reduction=0"), own_method

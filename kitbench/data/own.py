@@ -68,7 +68,7 @@ def _card_of_folder(name: str) -> Card:
     for place, found in zip(there or [folder], files, strict=True):
         if not found:
             raise InputError(no_pictures(place))
-        _require_one_picture_a_name(found)
+        one_picture_a_name(found)
     patterns = [tuple(sorted({f"*{path.suffix}" for path in found})) for found in files]
     pairs: tuple[Pairs, ...] = ()
     if there:
@@ -81,8 +81,8 @@ def _card_of_folder(name: str) -> Card:
     )  # fmt: skip
 
 
-def _require_one_picture_a_name(files: list[Path]) -> None:
-    """Pictures are named without their suffix."""
+def one_picture_a_name(files: list[Path]) -> None:
+    """Pictures are named without their suffix. Raises InputError where two have one name."""
     twice = [stem for stem, count in Counter(path.stem for path in files).items() if count > 1]
     if twice:
         first = [path.name for path in files if path.stem == twice[0]]

@@ -95,6 +95,8 @@ def _setting(prepared: PreparedSuite, devices: Sequence[str]) -> list[tuple[str,
     lines.append(("backbone", f"width {width}, blocks {blocks}, attention at levels {levels} of {len(blocks)}"))
     steps = f"{recipe.steps} steps of {recipe.batch} crops of {recipe.crop} px, {recipe.precision}"
     lines.append(("recipe", f"{recipe.name}: {steps}; {recipe.card.time}"))
+    if recipe.init is not None:
+        lines.append(("init", f"training starts from the weights of {recipe.init}"))
     for protocol in {protocol.stamp: protocol for protocol in prepared.protocols.values()}.values():
         lines.append(("protocol", f"{protocol.stamp}: {protocol.summary}"))
     for net, note in prepared.lpips_notes.items():
@@ -127,8 +129,9 @@ def _said_before(prepared: PreparedSuite, net: str) -> bool:
 def cost_text(cost: Cost) -> str:
     """Parameters and multiply-adds of a method, for people."""
     macs = cost.stated_macs
+    needed = "" if cost.macs_needed is None else f" (its definition needs {cost.macs_needed / 1e9:.2f})"
     mark = f"; {cost.macs_note}" if cost.macs_note else ""
     return (
         f"{cost.parameters:,} parameters ({cost.attention_parameters:,} in the attention), "
-        f"{'n/a' if macs is None else f'{macs / 1e9:.2f}'} GMACs at {cost.resolution} px{mark}"
+        f"{'n/a' if macs is None else f'{macs / 1e9:.2f}'} GMACs at {cost.resolution} px{needed}{mark}"
     )

@@ -7,7 +7,7 @@ probe.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,12 +18,14 @@ from kitbench.data.batches import Batches
 from kitbench.data.locate import check_root, locate
 from kitbench.data.overlap import assert_disjoint
 from kitbench.data.own import card_of_set
-from kitbench.data.photograph import Photograph, read_set
+from kitbench.data.photograph import Photograph
+from kitbench.data.repetition import images_of
 from kitbench.errors import InputError
 from kitbench.model import methods
 from kitbench.model.backbone import UNet, attention_levels
 from kitbench.model.methods import Loaded
 from kitbench.runs.cell import Axes, Cell, axes
+from kitbench.runs.initial import InitialWeights, initial_weights
 from kitbench.scoring.lpips import LPIPS, available
 from kitbench.seeds import derive
 from kitbench.spec.fields import CHANNELS, Mode, digest
@@ -126,12 +128,16 @@ class PreparedSuite(PreparedScoring):
     settings: dict[str, dict[str, object]]
     """Of every trained method, defaults included."""
     cells: tuple[Cell, ...]
+    initial: InitialWeights | None
+    """What training starts from, where the recipe names a run."""
 
     def build(self, cell: Cell) -> UNet:
-        """The shared backbone with the cell's attention in it, initialised from the cell's seed."""
+        """The shared backbone with the cell's attention in it, its weights drawn from the cell's seed, or `initial`."""
         seed = derive(cell.seed, "model")
         model = UNet(CHANNELS[cell.mode], self.suite.backbone, self.methods[cell.method], cell.settings, seed)
         model.lay_out(torch.channels_last if self.suite.recipe.channels_last else torch.contiguous_format)
+        if self.initial is not None:
+            self.initial.put_into(model)
         return model
 
     def trackers(self) -> list[Tracker]:
@@ -163,6 +169,7 @@ def prepare(suite: Suite, options: Options, checked: bool = True, console: Conso
     """
     trackers(options.track)  # refuses unknown ones
     loaded, references, settings = load_methods(suite)
+    suite, initial = initial_weights(suite, options.out)
     scoring = prepare_scoring(suite, options, checked, training=True)
     if checked:
         check_methods(scoring, loaded, references, settings, console or Console(quiet=True))
@@ -170,7 +177,15 @@ def prepare(suite: Suite, options: Options, checked: bool = True, console: Conso
         _cell(place, scoring, loaded[place.method] if place.seed is not None else None, settings)
         for place in axes(suite, scoring.sets)
     )
-    return PreparedSuite(**vars(scoring), methods=loaded, references=references, settings=settings, cells=cells)
+    if initial is not None:
+        cells = tuple(replace(cell, init_sha256=initial.sha256) if cell.trained else cell for cell in cells)
+    prepared = PreparedSuite(
+        **vars(scoring), methods=loaded, references=references, settings=settings, cells=cells, initial=initial
+    )
+    if initial is not None and checked:
+        for cell in {(cell.mode, cell.method): cell for cell in cells if cell.trained}.values():
+            prepared.build(cell)  # refuses weights of another network
+    return prepared
 
 
 def prepare_scoring(suite: Suite, options: Options, checked: bool = True, training: bool = False) -> PreparedScoring:
@@ -265,7 +280,7 @@ def read_sets(mode: Mode, named: SetNames, root: Path | None, training: bool) ->
     """The images of one mode. Raises InputError, of training sets before the others are read."""
 
     def images(names: tuple[str, ...]) -> dict[str, list[Photograph]]:
-        return {name: read_set(card_of_set(name), root, mode) for name in names}
+        return {name: images_of(card_of_set(name), root, mode) for name in names}
 
     train = images(named.train) if training else {}
     return ImageSets(train, images(named.test), images(named.validation) if training else {})

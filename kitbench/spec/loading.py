@@ -34,6 +34,11 @@ def protocols() -> list[Protocol]:
     return [parse(Protocol, tomllib.loads(text), f"protocol {name}") for name, text in builtin("protocols").items()]
 
 
+def read_protocol(name: str) -> Protocol:
+    """A shipped protocol by its name, or the user's own by the path of its .toml file. Raises InputError."""
+    return parse(Protocol, read_toml(name, "protocols", Path()), f"protocol {name}")
+
+
 def read_toml(name: str, kind: Literal["suites", "recipes", "protocols"], base: Path) -> dict[str, Any]:
     """A shipped file by its name, or the user's own by its path (relative to `base`). Raises InputError."""
     what = kind.removesuffix("s")
@@ -215,6 +220,8 @@ def _set(raw: dict[str, Any], override: str, base: Path) -> None:
         if model is None or part not in model.model_fields:
             known = [".".join([*parts[:depth], field]) for field in (model.model_fields if model else ())]
             raise InputError(f"--set {key}: unknown key; {nearest(key.strip(), known)}")
+        if model.model_fields[part].annotation == (str | None) and not isinstance(value, str):
+            value = text  # the hash of a run may consist of digits
         inside = table.get(part) if isinstance(table, dict) else None
         model = model_of(model.model_fields[part].annotation, inside.get("kind") if isinstance(inside, dict) else None)
         if depth + 1 < len(parts):
