@@ -83,4 +83,4 @@ def test_the_commands_of_the_page_do_what_it_says(place: Path) -> None:
 
 
 def runs(place: Path) -> list[RunFolder]:
-    return find([place / "results"])
+    return find([path for path in (place / "results", place / "rain-results") if path.is_dir()])

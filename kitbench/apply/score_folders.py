@@ -20,7 +20,7 @@ from kitbench.data.own import no_pictures, one_picture_a_name, pictures_in
 from kitbench.data.photograph import Photograph
 from kitbench.errors import InputError
 from kitbench.scoring import evaluate
-from kitbench.scoring.lpips import LPIPS
+from kitbench.scoring.lpips import LPIPS, available
 from kitbench.spec.suite import Protocol
 from kitbench.store.records import Score
 
@@ -89,6 +89,14 @@ def _kind(path: Path) -> str:
             return f"{image.width} x {image.height} px, {'gray' if image.mode == 'L' else image.mode}"
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} is not a readable image ({error}); replace the file.") from error
+
+
+def network_of(protocol: Protocol, weights: str | None) -> tuple[LPIPS | None, str | None]:
+    """The protocol's LPIPS network, if it names one and its weights are here; and why not, where they are missing."""
+    if protocol.lpips == "none":
+        return None, None
+    why = available(protocol.lpips, weights)
+    return (LPIPS(protocol.lpips, weights), None) if why is None else (None, why)
 
 
 def scores_of(

@@ -227,19 +227,15 @@ def score(restored: Path, clean: Path, protocol: str, form: Any, out: Path | Non
     """
     from rich.console import Console
 
-    from kitbench.apply.score_folders import partners, scores_of, scores_table
-    from kitbench.scoring.lpips import LPIPS as Network
-    from kitbench.scoring.lpips import available
+    from kitbench.apply.score_folders import network_of, partners, scores_of, scores_table
     from kitbench.spec.loading import read_protocol
     from kitbench.system.progress import progress
 
-    chosen, network, console = read_protocol(protocol), None, Console(stderr=True)
+    chosen, console = read_protocol(protocol), Console(stderr=True)
     pairs = partners(restored, clean)
-    if chosen.lpips != "none":
-        why = available(chosen.lpips, lpips_weights)
-        network = Network(chosen.lpips, lpips_weights) if why is None else None
-        if why is not None:
-            console.print(f"without LPIPS: {why}", markup=False, highlight=False, soft_wrap=True)
+    network, why = network_of(chosen, lpips_weights)
+    if why is not None:
+        console.print(f"without LPIPS: {why}", markup=False, highlight=False, soft_wrap=True)
     with progress(console, chosen.stamp, len(pairs)) as update:
         scores = list(scores_of(pairs, chosen, network, update))
     give(scores_table(scores, form), out)

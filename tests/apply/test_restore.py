@@ -21,7 +21,7 @@ from kitbench.apply.explain import Pixel, choices
 from kitbench.apply.folders import Restoration, pictures_named, restore_all, targets_of
 from kitbench.apply.restore import Picture
 from kitbench.cli.main import cli
-from kitbench.errors import InputError, RunError
+from kitbench.errors import InputError, Interrupted, RunError
 from kitbench.scoring.tiles import starts
 from kitbench.store.folder import RunFolder
 from tests.conftest import run_kitbench
@@ -195,6 +195,26 @@ def test_a_network_that_fails_on_one_picture_does_not_stop_the_others(tmp_path) 
     with pytest.raises(RunError, match=r"1 of 3 pictures .*50.png: MemoryError: no room for 50 columns"):
         restore_all(Restoration(Fails(), CPU, None, False), paths, targets, Console(quiet=True))
     assert [target.exists() for target in targets] == [True, False, True]
+
+
+def test_ctrl_c_keeps_what_is_restored_and_says_how_much_that_is(tmp_path) -> None:
+    class Stops(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = torch.nn.Conv2d(3, 1, 1)
+
+        def forward(self, x):
+            if x.shape[-1] == 50:
+                raise KeyboardInterrupt
+            return x
+
+    paths = [tmp_path / f"{width}.png" for width in (40, 50, 60)]
+    for path in paths:
+        cv2.imwrite(str(path), photograph(20, int(path.stem), 3))
+    targets = targets_of(paths, None, overwrite=False)
+    with pytest.raises(Interrupted, match="stopped; 1 of 3 pictures are restored and written"):
+        restore_all(Restoration(Stops(), CPU, None, False), paths, targets, Console(quiet=True))
+    assert [target.exists() for target in targets] == [True, False, False]
 
 
 def test_folders_and_wildcards_name_the_pictures_in_them_but_not_earlier_results(tmp_path) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from PIL import Image
 from rich.console import Console
+from skimage import data as photographs
 
 from kitbench.apply import reproduce
 from kitbench.cli.main import cli
@@ -28,14 +30,18 @@ Invoke = Callable[..., Result]
 
 @pytest.fixture
 def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Invoke]:
-    """`run` in this process, of two steps that change nothing (rate 1e-12), in a folder with tiny.toml."""
+    """`run` in this process, of two steps that change nothing (rate 1e-12) on small crops, where tiny.toml lies."""
     (tmp_path / "tiny.toml").write_text(TINY)
+    for name, folder in (("coffee", "train"), ("chelsea", "test")):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(getattr(photographs, name)()[100:148, 100:148]).save(tmp_path / folder / "a.png")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("KITBENCH_DATA", raising=False)
 
     def run(*arguments: str, code: int = 0) -> Result:
         still = [word for key in ("steps=2", "lr=1e-12", "lr_min=0", "warmup=0") for word in ("--set", f"recipe.{key}")]
-        words = ["run", "--suite", "tiny.toml", "--seeds", "3", "--jobs", "1", "--set", "references=[]", *still]
+        sets = ["--train-set", "./train", "--test-set", "./test", "--set", "references=[]"]
+        words = ["run", "--suite", "tiny.toml", "--seeds", "3", "--jobs", "1", *sets, *still]
         done = CliRunner().invoke(cli, [*words, *arguments])
         assert done.exit_code == code, done.output
         return done
