@@ -191,6 +191,7 @@ def test_closed_form_equals_both_counts(name: str, size: tuple[int, int]) -> Non
     counted = count_module(module, (1, *size, 16))
     assert (counted.macs, counted.uncounted) == (module.macs(*size), {})
     if size == (13, 17):
+        assert count_module(module, (1, *size, 16), inside=True).macs == module.macs(*size)  # as the sweep does
         assert count_fvcore(module, torch.zeros(1, *size, 16)) == (module.macs(*size), set())
 
 
