@@ -1,4 +1,4 @@
-"""IPG, image processing graph: each position attends its most similar ones, more of them where there is more detail.
+"""IPG, image processing graph: the most similar positions, more of them where there is detail.
 
 Paper: "Image Processing GNN: Breaking Rigidity in Super-Resolution" (Tian et al., CVPR 2024).
 Question: do single positions, chosen exactly and more of them where there is detail, beat the whole patches of KiT?
