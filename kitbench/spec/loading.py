@@ -75,7 +75,7 @@ def load_suite(
     range, in one sentence.
     """
     base = Path(name).parent if name.endswith(".toml") else Path()
-    raw = read_toml(name, "suites", base)
+    raw = read_toml(name, "suites", Path())
     label = raw.get("name", name)
     presets = raw.pop("presets", {})
     default = raw.pop("default_preset", None)

@@ -16,18 +16,13 @@ import numpy as np
 from pydantic import ValidationError
 
 from kitbench.errors import InputError
-from kitbench.spec.shipped import suite_names
 from kitbench.spec.tasks import Kind
 from kitbench.store.folder import RunFolder, find
 from kitbench.store.records import Tuning, read_record
 from kitbench.store.sweeps import Sweep
 from kitbench.verdict.compare import Compared
 from kitbench.verdict.contrasts import (
-    ONE,
-    OWN,
-    SMOKE,
     UNDECIDED,
-    ComparedRuns,
     Contrast,
     Runs,
     Verdict,
@@ -37,6 +32,7 @@ from kitbench.verdict.contrasts import (
 )
 from kitbench.verdict.entries import entries, labels, under
 from kitbench.verdict.growth import Part, costly, linear_measured, linear_operations, quadratic
+from kitbench.verdict.proposals import contrast_command, run_command
 from kitbench.verdict.provenance import Deviation, deviation_text, deviations
 from kitbench.verdict.retrieval import Retrieval, noted
 from kitbench.verdict.statistics import mean_interval
@@ -173,7 +169,7 @@ def _part(question: str, contrast: Contrast, runs: Runs) -> Part:
     absent = "only smoke runs are stored, which settle no claim" if runs.smoke and not runs.blocks else contrast.reason
     return Part(
         question, contrast.verdict, f"{evidence}{_left_out(runs)}".removeprefix("; "), tuple(keys),
-        _command(contrast, runs) if contrast.verdict == UNDECIDED else "", absent,
+        contrast_command(contrast, runs) if contrast.verdict == UNDECIDED else "", absent,
     )  # fmt: skip
 
 
@@ -231,7 +227,7 @@ def _best_of_all(kind: Kind, contrasts: Sequence[Contrast], runs: Runs) -> Part:
     keys = dict.fromkeys(k for contrast in contrasts for compared in contrast.setups.values() for k in compared.runs)
     command = ""
     if verdict == UNDECIDED:
-        command = _command(undecided[0], runs) if steps >= FULL_STEPS else run_command(None, [], 5, kind)
+        command = contrast_command(undecided[0], runs) if steps >= FULL_STEPS else run_command(None, [], task=kind)
     evidence += _unlike(runs, keys)
     return Part(question, verdict, evidence + (_left_out(runs) if evidence else ""), tuple(keys), command, reason)
 
@@ -251,7 +247,7 @@ def _reach(runs: Runs) -> Part:
 def _noted(runs: Runs, question: str, value: Callable[[Retrieval], np.ndarray], what: str, bound: float) -> Part:
     """A part that is supported where the interval over seeds of a value that KiT's runs noted lies above a bound."""
     block = next(iter(runs.with_methods("kit")), None)
-    command = run_command(block, ["kit"], 5)
+    command = run_command(block, ["kit"])
     of_kit = [e for group in (block.methods["kit"] if block else {}).values() for e in group]
     found = noted(of_kit)
     if found is None:
@@ -269,37 +265,6 @@ def _noted(runs: Runs, question: str, value: Callable[[Retrieval], np.ndarray], 
     verdict: Verdict = "supported" if above else "not supported" if below else UNDECIDED
     reason = "" if above or below else "the interval holds the bound"
     return Part(question, verdict, words, tuple(found.runs), "" if above or below else command, reason)
-
-
-def _command(contrast: Contrast, runs: Runs) -> str:
-    """What would decide a contrast: first the search of rates, then another length of training, then more seeds."""
-    methods = [contrast.a, contrast.b]
-    block = next(iter(runs.with_methods(*methods)), next(iter(runs.blocks), None))
-    if block is None or not contrast.setups:
-        return run_command(block, methods, 5)
-    seeds = max(compared.found.seeds for compared in contrast.setups.values())
-    lengths = {
-        comparison: {s.steps for s in contrast.setups if s.comparison == comparison} for comparison in (ONE, OWN)
-    }
-    if lengths[OWN] != lengths[ONE]:
-        return f"python -m kitbench tune --suite {_suite(block)} --preset {block.first.run.preset} --data DIR --out OUT"
-    if len(lengths[ONE]) < 2:
-        return f"{run_command(block, methods, seeds)} --set recipe.steps={4 * block.steps}"
-    return run_command(block, methods, max(5, 2 * seeds))
-
-
-def _suite(block: ComparedRuns) -> str:
-    suite = block.first.run.suite
-    return suite if suite in suite_names() else f"{suite}.toml"  # the user's own file
-
-
-def run_command(block: ComparedRuns | None, methods: Sequence[str], seeds: int, task: str = "denoise") -> str:
-    """The command whose runs would decide: more seeds and the public test sets, of this recipe or the full one."""
-    suite, preset = (_suite(block), block.first.run.preset) if block else (task, "full")
-    assert preset != SMOKE
-    chosen = "".join(f" --method {name}" for name in methods if " " not in name)
-    seeds_text = ",".join(map(str, range(seeds)))
-    return f"python -m kitbench run --suite {suite} --preset {preset}{chosen} --seeds {seeds_text} --data DIR --out OUT"
 
 
 def markdown(found: Sequence[Claim]) -> str:
