@@ -14,6 +14,7 @@ from kitbench.data.locate import locate
 from kitbench.data.overlap import assert_disjoint, overlaps
 from kitbench.data.photograph import Photograph, read_set
 from kitbench.data.pixels import pixel_sha256
+from kitbench.data.repetition import images_of
 from kitbench.errors import InputError
 from kitbench.spec import fields, loading, shipped
 
@@ -113,7 +114,7 @@ def sets_of_suites(source: str) -> list[tuple[fields.Mode, str, tuple[str, ...]]
 
 @cache
 def photographs(name: str, root: Path | None, mode: fields.Mode) -> list[Photograph]:
-    return read_set(card(name), root, mode)
+    return images_of(card(name), root, mode)
 
 
 @pytest.mark.parametrize(("mode", "train", "tests"), sets_of_suites("embedded"))

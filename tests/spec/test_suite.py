@@ -176,3 +176,35 @@ def test_a_file_with_the_name_of_a_method_of_the_suite_is_refused() -> None:
         with pytest.raises(InputError, match="bears the name of the method"):
             loading.load_suite("denoise", methods=[file])
     assert list(loading.load_suite("denoise", methods=["mine.py", "kit"]).methods) == ["mine", "kit"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "patches"),
+    [("quick", [1024, 256]), ("standard", [1024, 256]), ("crops64", [256, 64]), ("crops256", [4096, 1024]),
+     ("levels123", [1024, 256, 64]), ("levels23", [256, 64])],
+)  # fmt: skip
+def test_the_suite_reach_trains_the_hashing(preset: str, patches: list[int]) -> None:
+    resolved = loading.load_suite("reach", preset)
+    recipe, kit = resolved.recipe, resolved.methods["kit"].settings
+    found = [(recipe.crop // 2 ** (level - 1) // kit["patch"]) ** 2 for level in resolved.backbone.attention_levels]
+    assert found == patches
+    assert max(found) > 96  # of three chunks of 32, up to which the search is exact
+    if preset != "quick":  # equal pixels in all
+        assert recipe.steps * recipe.batch * recipe.crop**2 == 8000 * 128**2
+    assert resolved.task.sigma_train == (25, 25)
+    assert resolved.task.sigma_test == (25,)
+
+
+def test_the_rows_of_the_suite_reach_have_equal_keys_or_as_equal_as_squares_are() -> None:
+    methods = loading.load_suite("reach").methods
+    settings = {name: method.settings for name, method in methods.items()}
+
+    def keys(name: str) -> int:
+        own = settings[name]
+        return own["k"] * own["patch"] ** 2 if "k" in own else 4 * own["patch"] ** 2  # 4 is the default
+
+    assert [keys(name) for name in ("kit", "kit-exact", "kit-random", "kit-nonadjacent")] == [64] * 4
+    assert [keys(name) for name in ("kit-k8", "kit-patch8", "kit-patch8-k8")] == [128, 256, 512]
+    assert settings["window"]["window"] ** 2 == 64
+    assert settings["window-11"]["window"] == settings["local-11"]["size"] == round(128**0.5)
+    assert settings["local"]["size"] == 9  # the odd side next above 8
