@@ -19,7 +19,7 @@ from kitbench.cost.sweep.points import guess_seconds
 from kitbench.cost.sweep.run import run_scale  # fmt: skip
 from kitbench.cost.sweep.worker import Child, Failed, Spec, build, closed_form
 from kitbench.errors import InputError
-from kitbench.store.sweeps import BEYOND, Sweep
+from kitbench.store.sweeps import BRACKET, Sweep
 from kitbench.text import gib
 from kitbench.verdict.scaling.fit import largest
 from kitbench.verdict.scaling.page import write_sweep
@@ -174,7 +174,8 @@ def test_a_short_sweep_brackets_the_budget_with_predicted_sizes_and_a_new_budget
     for what in ("infer", "train"):
         *_, last, past = sweep.curve("window", what)
         assert last.bytes <= 64 << 20 < past.bytes
-        assert (past.status, past.reason) == ("predicted", BEYOND)
+        assert past.size <= 2 * last.size
+        assert (past.status, past.reason) == ("predicted", BRACKET)
         found = largest(sweep, "window", what)
         assert last.size <= found.low <= found.side <= found.high <= past.size
     again = run_scale(options(tmp_path, ("window",), what=("infer", "train"), budget="256MiB"), quiet)
