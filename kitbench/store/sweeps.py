@@ -12,7 +12,7 @@ Scope = Literal["attention", "block", "model"]
 Outcome = Literal["oom", "timeout", "killed", "failed"]
 Status = Literal["measured", "predicted"] | Outcome
 
-BEYOND = "beyond the sizes asked for: brackets the largest side within the budget"
+BRACKET = "not asked for: brackets the largest side within the budget"
 """The `reason` of a point that was predicted to find the largest image within the budget."""
 
 

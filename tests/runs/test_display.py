@@ -13,7 +13,7 @@ from kitbench.runs.display import Display, leading
 from tests.stored import SUITE
 
 
-@pytest.mark.parametrize(("width", "whole"), [(80, False), (140, True)])
+@pytest.mark.parametrize(("width", "whole"), [(80, False), (160, True)])
 def test_the_latest_validation_and_the_steps_are_in_the_line_however_narrow_the_terminal(
     width: int, whole: bool
 ) -> None:

@@ -8,7 +8,7 @@ that does not fit, hangs or dies is a row like any other, and larger sizes are p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -22,7 +22,7 @@ from kitbench.cost.sweep.options import SweepOptions
 from kitbench.cost.sweep.worker import Child, Failed, Memory, Spec, build, closed_form, needed_macs, step
 from kitbench.cost.timing import Sample, compare_times
 from kitbench.errors import InputError
-from kitbench.store.sweeps import BEYOND, Point, Sweep
+from kitbench.store.sweeps import BRACKET, Point, Sweep
 from kitbench.text import duration, gib
 
 MARGIN = 1.1  # over the prediction, for a point to be tried
@@ -32,7 +32,8 @@ WARM_UP_SECONDS = 20.0  # on top of what a call should take, before a child is c
 
 
 LARGEST_SIDE = 1 << 16
-PAST = 1.05  # times the budget: what a size beyond the sweep should need
+WIDEST = 2
+PAST = 1.05  # times the budget: what a size above it should need
 
 
 def measure(specs: Mapping[str, Spec], sweep: Sweep, options: SweepOptions) -> list[Point]:
@@ -165,18 +166,31 @@ def _predicted(label: str, spec: Spec, sweep: Sweep) -> Point:
     )
 
 
-def beyond(label: str, spec: Spec, sweep: Sweep) -> list[Point]:
-    """Points predicted beyond the last size of a curve, until one passes the sweep's budget; none where one did.
+def bracket(label: str, spec: Spec, sweep: Sweep) -> list[Point]:
+    """Points predicted so that the sweep's budget lies between two sizes of a curve, at most WIDEST apart.
 
-    Each side is the one at which memory that grows with the pixels would pass it, and at most LARGEST_SIDE.
+    None where even the smallest size is above the budget; none above LARGEST_SIDE.
     """
-    last, found = sweep.curve(label, spec.what)[-1], []
-    while last.bytes <= sweep.budget and last.size < LARGEST_SIDE:
-        factor = max(1.01, (PAST * sweep.budget / last.bytes) ** 0.5)
-        size = min(LARGEST_SIDE, 64 * math.ceil(last.size * factor / 64))
-        last = _predicted(label, replace(spec, size=size), sweep).model_copy(update={"reason": BEYOND})
-        found.append(last)
+    curve, found = sweep.curve(label, spec.what), list[Point]()
+    while (size := _next_size(curve, sweep.budget)) is not None:
+        point = _predicted(label, replace(spec, size=size), sweep).model_copy(update={"reason": BRACKET})
+        found.append(point)
+        curve = sorted([*curve, point], key=lambda p: p.size)
     return found
+
+
+def _next_size(curve: Sequence[Point], budget: int) -> int | None:
+    """The size that narrows the bracket of the budget, a multiple of 64; None where it is narrow enough."""
+    within, above = [p for p in curve if p.bytes <= budget], [p for p in curve if p.bytes > budget]
+    if not within or (not above and within[-1].size >= LARGEST_SIDE):
+        return None
+    last = within[-1]
+    if not above:  # the size at which memory that grows with the pixels passes the budget
+        return min(LARGEST_SIDE, 64 * math.ceil(last.size * max(1.01, (PAST * budget / last.bytes) ** 0.5) / 64))
+    first = above[0]
+    share = math.log(budget / last.bytes) / math.log(first.bytes / last.bytes)
+    size = 64 * int(last.size * (first.size / last.size) ** share / 64)
+    return size if first.size > WIDEST * last.size and last.size < size < first.size else None
 
 
 def _raw_bytes(module: torch.nn.Module, spec: Spec) -> int:

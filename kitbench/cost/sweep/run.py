@@ -16,14 +16,14 @@ from rich.console import Console
 
 from kitbench.cost.memory import free_bytes
 from kitbench.cost.sweep.options import SweepOptions, parse_bytes, parse_method, parse_sizes
-from kitbench.cost.sweep.points import beyond, measure
+from kitbench.cost.sweep.points import bracket, measure
 from kitbench.cost.sweep.worker import Spec, build
 from kitbench.errors import InputError
 from kitbench.model import methods
 from kitbench.spec.fields import digest
 from kitbench.spec.loading import load_suite
 from kitbench.store.files import writable, write_atomic
-from kitbench.store.sweeps import BEYOND, Point, Sweep
+from kitbench.store.sweeps import BRACKET, Point, Sweep
 from kitbench.system.environment import choose_device, environment
 from kitbench.system.progress import progress
 from kitbench.text import gib
@@ -75,7 +75,7 @@ def run_scale(options: SweepOptions, console: Console) -> Sweep:
             update={"points": tuple(p for p in sweep.points if (p.method, p.what, p.size) in specs)}
         )
         ends = {(label, what): specs[label, what, sizes[-1]] for what in options.what for label in sweep.methods}
-        further = [point for (label, _), spec in ends.items() for point in beyond(label, spec, kept)]
+        further = [point for (label, _), spec in ends.items() for point in bracket(label, spec, kept)]
         stored = {(p.method, p.what, p.size) for p in sweep.points}
         new = [p for p in further if (p.method, p.what, p.size) not in stored]
         write_atomic(path, _with(sweep, new).model_dump_json(indent=1).encode())
@@ -130,7 +130,7 @@ def _resumed(sweep: Sweep, path: Path) -> Sweep:
         raise InputError(f"{path} is no sweep of this version of kitbench; move it away or change --out.") from error
     if stored.key != sweep.key:
         return sweep
-    points = tuple(point for point in stored.points if point.status != "failed" and point.reason != BEYOND)
+    points = tuple(point for point in stored.points if point.status != "failed" and point.reason != BRACKET)
     return stored.model_copy(update={"budget": sweep.budget, "points": points})
 
 

@@ -63,6 +63,8 @@ class Gallery:
     """The crops of one image under one condition."""
 
     title: str
+    comparison: str
+    """What its runs share, where the page has several comparisons; else empty."""
     whole: str
     place: tuple[float, float, float, float]
     panels: list[Panel]
@@ -164,28 +166,34 @@ def galleries_of(found: Sequence[Entry], folders: dict[str, RunFolder]) -> tuple
     A gallery shows the runs of one comparison, with the references that need no training.
     """
     names = labels(found)
-    comparisons: dict[str, dict[str, str]] = {}
-    for entry in sorted(found, key=lambda e: e.run.comparison):
-        if entry.run.comparison:
-            comparisons.setdefault(entry.run.mode, {}).setdefault(entry.run.comparison, caption_of(entry.run))
+    captions: dict[str, dict[str, tuple[int, str]]] = {}
+    for run in sorted((entry.run for entry in found), key=lambda run: run.key):
+        if run.recipe is not None:
+            captions.setdefault(run.mode, {})[run.comparison] = (run.recipe.steps, caption_of(run))
     groups: dict[tuple[Any, ...], dict[str, tuple[Path, Entry, int]]] = {}
     for entry in sorted(found, key=lambda e: (bool(e.run.comparison), names[e.run.key, e.run.method], e.run.seed or 0)):
-        evaluation, own = entry.evaluation, comparisons.get(entry.run.mode, {"": ""})
+        evaluation, own = entry.evaluation, captions.get(entry.run.mode, {"": (0, "")})
         for place in range(len(evaluation.scores)):
             path = folders[entry.run.key].crop_path(evaluation.data_set, evaluation.sigma, evaluation.stamp, place)
             if not path.is_file():
                 break
             for comparison in [entry.run.comparison] if entry.run.comparison else own:
-                title = own[comparison] if len(own) > 1 else ""
-                key = (_from_25(evaluation.sigma), entry.run.mode, evaluation.data_set, place, title, comparison)
+                image = (_from_25(evaluation.sigma), entry.run.mode, evaluation.data_set, place)
+                key = (*image, comparison, own[comparison] if len(own) > 1 else (0, ""))
                 name = names[entry.run.key, entry.run.method]
                 groups.setdefault(key, {}).setdefault(name, (path, entry, place))
+    # A comparison whose runs have no crops of an image gets no gallery of references alone.
+    groups = {
+        key: methods
+        for key, methods in groups.items()
+        if key[-1] == (0, "") or any(entry.run.comparison for _, entry, _ in methods.values())
+    }
     galleries, size, left_out = [], 0, 0
-    for (*_, title, _), methods in sorted(groups.items(), key=lambda item: item[0]):
+    for (*_, (_, caption)), methods in sorted(groups.items(), key=lambda item: (*item[0][:4], item[0][5], item[0][4])):
         if size > CROP_BYTES:
             left_out += 1
             continue
-        gallery = _gallery(methods, title)
+        gallery = _gallery(methods, caption)
         size += sum(len(p.image) + len(p.error or "") for p in gallery.panels)
         galleries.append(gallery)
     return galleries, left_out
@@ -203,8 +211,8 @@ def _gallery(methods: dict[str, tuple[Path, Entry, int]], comparison: str) -> Ga
         panels.append(Panel(name, shown, own.run.key[:10], _png(cut[name].restored), _png(cut[name].error)))
     evaluation = entry.evaluation
     image = f"{evaluation.scores[place].image} {evaluation.condition}".strip()
-    title = f"{evaluation.data_set}: {image} ({entry.run.mode})" + (f"; {comparison}" if comparison else "")
-    return Gallery(title, _png(first.whole), first.place, panels)
+    title = f"{evaluation.data_set}: {image} ({entry.run.mode})"
+    return Gallery(title, comparison, _png(first.whole), first.place, panels)
 
 
 def scaling(sweep: Sweep) -> EmbeddedFigure:

@@ -69,8 +69,8 @@ def sweep_markdown(sweep: Sweep) -> str:
         f"commit {environment.commit}. "
         f"Memory limit of a point: {gib(sweep.memory_limit)}. Memory is the peak above the module and its input. "
         "Exponents are in pixels (1: linear in the number of pixels), with their 95 % intervals; those of time are "
-        "fitted to measured points only, those of memory to measured and predicted ones. The interval "
-        "of the largest side, in parentheses, comes from the sizes of the sweep and from how much predicted and measured "
+        "fitted to measured points only, those of memory to measured and predicted ones. The interval of "
+        "the largest side, in parentheses, comes from the sizes of the sweep and from how much predicted and measured "
         "memory differ.",
     ]
     for what in dict.fromkeys(what for _, what in curves(sweep)):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kitbench.store.sweeps import BEYOND, Point, Sweep
+from kitbench.store.sweeps import BRACKET, Point, Sweep
 from kitbench.verdict.scaling.fit import WORDS, curves
 
 _STYLES: tuple[tuple[str, str, Any], ...] = (
@@ -39,7 +39,7 @@ def draw_sweep(sweep: Sweep, folder: Path) -> list[Path]:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    asked = tuple(p for p in sweep.points if p.reason != BEYOND)
+    asked = tuple(p for p in sweep.points if p.reason != BRACKET)
     sweep = sweep.model_copy(update={"points": asked})
     whats = list(dict.fromkeys(what for _, what in curves(sweep)))
     sizes = sorted({p.size for p in sweep.points})

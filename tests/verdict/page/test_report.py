@@ -259,7 +259,7 @@ def test_a_gallery_shows_the_runs_of_one_comparison(tiny_runs: Path, tmp_path: P
         for e in f.evaluations()
     ]
     galleries, left_out = galleries_of(found, {f.run.key: f for f in find([tmp_path / "runs"])})
-    shown = {(g.title.partition(" σ25")[0], len(g.panels), "99 steps" in g.title) for g in galleries}
+    shown = {(g.title.partition(" σ25")[0], len(g.panels), "99 steps" in g.comparison) for g in galleries}
     assert left_out == 0
     assert shown == {
         (f"skimage-test: {name}", count, long)
