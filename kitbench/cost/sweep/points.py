@@ -186,7 +186,7 @@ def _next_size(curve: Sequence[Point], budget: int) -> int | None:
         return None
     last = within[-1]
     if not above:  # the size at which memory that grows with the pixels passes the budget
-        return min(LARGEST_SIDE, 64 * math.ceil(last.size * max(1.01, (PAST * budget / last.bytes) ** 0.5) / 64))
+        return min(LARGEST_SIDE, 64 * math.ceil(last.size * max(1.01, math.sqrt(PAST * budget / last.bytes)) / 64))
     first = above[0]
     share = math.log(budget / last.bytes) / math.log(first.bytes / last.bytes)
     size = 64 * int(last.size * (first.size / last.size) ** share / 64)
