@@ -54,9 +54,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def describe_error(error: BaseException) -> str:
-    """One line for a failure that kitbench did not expect: its type, the first line of its message, and where in the
-    user's own code it was raised, if it was raised there.
+    """One line for a failure: the sentence of kitbench's own errors; of others the type, the first line of the message,
+    and where in the user's own code it was raised, if it was raised there.
     """
+    if isinstance(error, InputError | RunError):
+        return str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "no space is left on the disk; free some, or choose another --out"
     message = str(error.msg if isinstance(error, SyntaxError) else error)

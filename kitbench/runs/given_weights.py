@@ -19,7 +19,7 @@ from rich.markup import escape
 from torch import Tensor, nn
 
 from kitbench.cost.agreement import state_macs
-from kitbench.errors import InputError, RunError, describe_error
+from kitbench.errors import InputError, Interrupted, RunError, describe_error
 from kitbench.model import methods
 from kitbench.model.noise_level import at_noise_level
 from kitbench.model.weights import fit, given_file_sha256, read_state
@@ -145,7 +145,7 @@ def score_all(
                 begin(folder, records[one.cell])
                 try:
                     score_cell(scoring, one.cell, one.restore, CellReporter(display, one.cell), stop)
-                except (RunError, InputError):
+                except (Interrupted, InputError):
                     raise
                 except Exception as error:  # a network may be a stranger's code, and raise anything
                     raise RunError(f"{one.cell.folder}: {describe_error(error)}") from error

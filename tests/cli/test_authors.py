@@ -195,6 +195,23 @@ def test_an_exception_in_a_worker_process_is_told_alike(kitbench: Kitbench, tmp_
     assert 'raise KeyError("late")' in json.loads(failed.read_text())["traceback"]
 
 
+@pytest.mark.parametrize(
+    ("late", "expected"),
+    [
+        ("image * float('nan')", "NaN or infinite for image"),
+        ("image[1:]", "it must keep the size"),
+        ("image['x']", "IndexError: only integers"),
+    ],
+)
+def test_what_cannot_be_scored_names_method_and_image(here: Path, late: str, expected: str) -> None:
+    (here / "filter.py").write_text(f"def restore(image, sigma):\n    return image if len(image) < 100 else {late}\n")
+    found = sentence(call("eval", "--method", "filter.py", "--suite", "tiny.toml", code=3))
+    assert "denoise-colour-filter-" in found
+    assert expected in found
+    assert "skimage-test" in found or "filter.py:2 in restore" in found
+    assert "RunError" not in found
+
+
 def test_probing_is_announced_before_the_first_forward(here: Path) -> None:
     (here / "mine.py").write_text(GOOD.replace(FORWARD, "        print('forward is called')\n" + FORWARD))
     said = call("run", "--suite", "tiny.toml", "--method", "mine.py", "--dry-run", code=0).stdout.splitlines()
