@@ -60,7 +60,8 @@ def where(names: tuple[str, ...], data: Path | None) -> None:
     for card in _cards(names):
         folder = locate(card, data)
         places = [str((data or Path("DIR")) / f) for f in ([card.own] if card.own else card.folders)]
-        places = [f"package {card.package}"] if card.package else places
+        if card.package or card.generated:
+            places = [f"package {card.package}" if card.package else "nowhere: kitbench generates it"]
         found = str(folder) if folder else "not found"
         if folder and (other := described(card, folder)).name != card.name:
             found = f"not found; {folder} holds {other.name}"
@@ -157,6 +158,12 @@ def _cards(names: tuple[str, ...]) -> list[Any]:
     return [card_of_set(name) for name in names] if names else list(cards().values())
 
 
+def _presence(card: Any, present: bool) -> str:
+    if card.generated:
+        return "generated"
+    return "with scikit-image" if card.package and present else "yes" if present else "no"
+
+
 @click.command(name="list")
 @DATA
 def list_(data: Path | None) -> None:
@@ -191,10 +198,7 @@ def list_(data: Path | None) -> None:
     show(
         f"Data sets (data folder: {data or 'none; give one with --data or KITBENCH_DATA'})",
         ["name", "images", "present", "about"],
-        [
-            [n, str(c.count), "with scikit-image" if c.package and where[n] else "yes" if where[n] else "no", c.title]
-            for n, c in cards().items()
-        ],
+        [[n, str(c.count), _presence(c, where[n] is not None), c.title] for n, c in cards().items()],
     )
     show(
         "Recipes",

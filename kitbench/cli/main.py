@@ -1,4 +1,5 @@
-"""The command line, put together: its commands are in run.py, score.py, results.py, scale.py and data.py.
+"""The command line, put together: its commands are in run.py, score.py, results.py, exchange.py,
+scale.py and data.py.
 
 Commands parse, call and print. Slow modules are imported inside the commands, so that --help answers at once.
 """
@@ -11,7 +12,7 @@ from typing import Any
 import click
 
 from kitbench import __version__
-from kitbench.cli import data, results, run, scale, score
+from kitbench.cli import data, exchange, reach, results, run, scale, score
 from kitbench.cli.group import Group
 from kitbench.cli.options import TRACEBACK, traceback_option
 from kitbench.errors import ExitCode, InputError, RunError, describe_error, own_place
@@ -57,7 +58,7 @@ def cli() -> None:
 for command in (
     run.run, run.tune, run.status, run.reproduce, score.eval_, score.restore, score.score, score.submit, score.explain,
     results.table, results.check, results.report, results.claims, results.curves, results.anchors, results.diff,
-    scale.scale, data.data, data.list_,
+    exchange.export, exchange.import_, scale.scale, reach.retrieval, reach.pools, data.data, data.list_,
 ):  # fmt: skip
     for one in (*command.commands.values(),) if isinstance(command, click.Group) else (command,):
         one.params.append(traceback_option())

@@ -57,14 +57,6 @@ def listed(context: click.Context, parameter: click.Parameter, words: tuple[str,
     return tuple(name.strip() for word in words for name in word.split(",") if name.strip())
 
 
-def _sets(part: str) -> Any:
-    return click.option(
-        f"--{part}-set", multiple=True, metavar="SET", callback=listed,
-        help=f"Instead of the suite's {'training' if part == 'train' else part} sets: a name (kitbench list), or a "
-             "folder of pictures with a / in its path. Several: repeat, or A,B.",
-    )  # fmt: skip
-
-
 def overrides_of(overrides: tuple[str, ...], train_set: tuple[str, ...], test_set: tuple[str, ...]) -> tuple[str, ...]:
     """What --set, --train-set and --test-set change, as values of --set."""
     chosen = {"data.train": train_set, "data.test": test_set}
@@ -76,7 +68,14 @@ METHODS = click.option(
     help="Only this method: a name (kitbench list), or the path of a .py file; by default all of the suite. "
          "Several: repeat, or A,B.",
 )  # fmt: skip
-TRAIN_SET, TEST_SET = _sets("train"), _sets("test")
+TRAIN_SET = click.option(
+    "--train-set", multiple=True, metavar="SET", callback=listed,
+    help="Instead of the suite's training sets: a name (kitbench list), or a folder of pictures with a / in its path. "
+         "Several: repeat, or A,B.",
+)  # fmt: skip
+TEST_SET = click.option(
+    "--test-set", multiple=True, metavar="SET", callback=listed, help="Likewise instead of the suite's test sets."
+)
 DATA = click.option(
     "--data", type=click.Path(path_type=Path), envvar="KITBENCH_DATA", show_envvar=True,
     help="Folder that contains data sets; by default, photographs that ship with scikit-image.",

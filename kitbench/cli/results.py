@@ -43,7 +43,7 @@ def table(paths: tuple[Path, ...], form: Any, protocol: str | None, out: Path | 
 @PROTOCOL
 @click.option("--time-tolerance", type=click.FloatRange(0), default=0.5, show_default=True,
               help="Allowed increase of the time of a step, as a share: 0.5 is 50 %.")  # fmt: skip
-@click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML here.")
+@click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML here, whatever the outcome.")
 @click.option("--summary", type=click.Path(path_type=Path), help="Write a Markdown summary here.")
 def check(
     paths: tuple[Path, ...],
@@ -62,8 +62,8 @@ def check(
     from kitbench.store.folder import find
     from kitbench.verdict import reference
 
-    runs = find(paths)
     if update:
+        runs = find(paths)
         new = reference.collect(runs, protocol)
         writable(against.parent)
         changed = [f"new: {len(new.rows)} rows"]
@@ -76,7 +76,13 @@ def check(
         write_atomic(against, (new.model_dump_json(indent=1) + "\n").encode())
         click.echo(f"wrote {against}")
         return
-    lines = reference.compare_with_reference(runs, reference.read_reference(against), time_tolerance)
+    try:
+        lines = reference.compare_with_reference(find(paths), reference.read_reference(against), time_tolerance)
+    except InputError as error:
+        if junit is not None:  # a CI system shows this file: without it the step fails for no visible reason
+            writable(junit.parent)
+            write_atomic(junit, reference.junit_error(str(error)))
+        raise
     for path, data in ((junit, reference.junit(lines)), (summary, reference.check_summary(lines).encode())):
         if path is not None:
             writable(path.parent)

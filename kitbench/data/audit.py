@@ -18,6 +18,7 @@ from kitbench.data.layout import ImageFiles, glob, layout_of_pairs, match, unnum
 from kitbench.data.locate import described, files_of_set, instead
 from kitbench.data.photograph import check_averaging, key_of, sample, verify
 from kitbench.data.pixels import file_sha256, load_pixels, pixel_sha256, pixels_of
+from kitbench.data.repetition import generated_set
 from kitbench.errors import InputError
 
 LISTED = 10
@@ -35,7 +36,12 @@ class File:
 
 
 def audit(card: Card, folder: Path) -> list[str]:
-    """All differences, sorted; empty where the folder agrees with the card. Reads every file."""
+    """All differences, sorted; empty where the folder agrees with the card. Reads every file.
+
+    The images of a generated set are made, and compared with the card's checksums.
+    """
+    if card.generated:
+        return _audit_generated(card)
     paths, halves = _files(card, folder)
     if not paths:
         return [f"missing: all of it; expected {card.count} files as {card.tree}"]
@@ -68,6 +74,14 @@ def _whole(card: Card, folder: Path) -> list[str]:
     except InputError as error:
         return [f"altered: {_short(card, error)}"]
     return lines
+
+
+def _audit_generated(card: Card) -> list[str]:
+    try:
+        generated_set(card, "colour")
+    except InputError as error:
+        return [f"altered: {error}"]
+    return []
 
 
 def _of_another_set(card: Card, files: Sequence[File]) -> bool:

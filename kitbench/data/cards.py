@@ -63,6 +63,8 @@ class Card(Frozen):
     """An installed Python package that contains the files; empty: they are in the data folder."""
     own: str = ""
     """The folder of a user's own pictures, wherever the data folder is (own.py); empty in every shipped card."""
+    generated: bool = False
+    """The images are made by repetition.py, not read from files."""
     folders: Patterns = (".",)
     """Possible names of the set's folder inside the data folder."""
     layouts: tuple[tuple[str, ...], ...] = ()
@@ -90,8 +92,8 @@ class Card(Frozen):
 
     @model_validator(mode="after")
     def _one_layout(self) -> Self:
-        if bool(self.layouts) == bool(self.pairs):
-            raise ValueError("give either layouts (clean images) or pairs (inputs and targets)")
+        if bool(self.layouts) + bool(self.pairs) + self.generated != 1:
+            raise ValueError("give either layouts (clean images) or pairs (inputs and targets), or generated = true")
         return self
 
     @property
@@ -102,7 +104,7 @@ class Card(Frozen):
     @property
     def tree(self) -> str:
         """The layouts, as messages show them."""
-        return " or ".join(" + ".join(patterns) for patterns in self.trees)
+        return " or ".join(" + ".join(patterns) for patterns in self.trees) or "no files: it is generated"
 
     @property
     def advice(self) -> str:

@@ -20,12 +20,15 @@ def check_root(root: Path | None) -> None:
 
 
 def locate(card: Card, root: Path | None) -> Path | None:
-    """The folder of a set: inside an installed package, or below `root`; None where no folder contains a file of it.
+    """The folder of a set: inside an installed package (of a generated set, that of its source), or below `root`; None
+    where no folder contains a file of it.
 
     An empty folder of the set's name is returned too: the user has begun to put the set there.
     """
     if card.own:
         return Path(card.own)
+    if card.generated:
+        return Path(__file__).parent
     if card.package:
         spec = find_spec(card.package)
         return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
@@ -62,7 +65,7 @@ def files_of_set(card: Card, folder: Path) -> list[ImageFiles]:
 
 def described(card: Card, folder: Path) -> Card:
     """The card that describes the contents of a folder: the given one, or that of another version of the set."""
-    if card.own or fits(card, folder):
+    if card.own or card.generated or fits(card, folder):
         return card
     others = (other for other in cards().values() if set(other.folders) & set(card.folders))
     return next((other for other in others if other.name != card.name and fits(other, folder)), card)

@@ -157,8 +157,9 @@ def _import_file(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # an import may raise anything
         del sys.modules[name]
-        beside = isinstance(error, ModuleNotFoundError) and path.with_name(f"{error.name}.py").is_file()
-        advice = f"; move what it needs of {error.name}.py into it: a method is one file" if beside else ""  # type: ignore[attr-defined]
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        beside = missing is not None and path.with_name(f"{missing}.py").is_file()
+        advice = f"; move what it needs of {missing}.py into it: a method is one file" if beside else ""
         raise InputError(f"Method file {path} cannot be imported: {describe_error(error)}{advice}.") from error
     return module
 

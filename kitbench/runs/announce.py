@@ -129,8 +129,9 @@ def _said_before(prepared: PreparedSuite, net: str) -> bool:
 def cost_text(cost: Cost) -> str:
     """Parameters and multiply-adds of a method, for people."""
     macs = cost.stated_macs
+    needed = "" if cost.macs_needed is None else f" (its definition needs {cost.macs_needed / 1e9:.2f})"
     mark = f"; {cost.macs_note}" if cost.macs_note else ""
     return (
         f"{cost.parameters:,} parameters ({cost.attention_parameters:,} in the attention), "
-        f"{'n/a' if macs is None else f'{macs / 1e9:.2f}'} GMACs at {cost.resolution} px{mark}"
+        f"{'n/a' if macs is None else f'{macs / 1e9:.2f}'} GMACs at {cost.resolution} px{needed}{mark}"
     )

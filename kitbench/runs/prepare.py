@@ -18,7 +18,8 @@ from kitbench.data.batches import Batches
 from kitbench.data.locate import check_root, locate
 from kitbench.data.overlap import assert_disjoint
 from kitbench.data.own import card_of_set
-from kitbench.data.photograph import Photograph, read_set
+from kitbench.data.photograph import Photograph
+from kitbench.data.repetition import images_of
 from kitbench.errors import InputError
 from kitbench.model import methods
 from kitbench.model.backbone import UNet, attention_levels
@@ -279,7 +280,7 @@ def read_sets(mode: Mode, named: SetNames, root: Path | None, training: bool) ->
     """The images of one mode. Raises InputError, of training sets before the others are read."""
 
     def images(names: tuple[str, ...]) -> dict[str, list[Photograph]]:
-        return {name: read_set(card_of_set(name), root, mode) for name in names}
+        return {name: images_of(card_of_set(name), root, mode) for name in names}
 
     train = images(named.train) if training else {}
     return ImageSets(train, images(named.test), images(named.validation) if training else {})

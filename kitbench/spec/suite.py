@@ -27,8 +27,9 @@ class Protocol(Frozen):
     summary: str
     noise_seed: Literal["hash", "numpy0"]
     """hash: drawn from (data set, image, sigma). numpy0: NumPy's legacy generator, seed 0 before every image."""
-    rounding: Literal["8bit", "none"] = "8bit"
-    """8bit: prediction clipped to [0, 1] and rounded to the nearest of 256 levels; none: clipped only."""
+    rounding: Literal["8bit", "8bit-truncated", "none"] = "8bit"
+    """8bit: prediction clipped to [0, 1] and rounded to the nearest of 256 levels; 8bit-truncated: to the next lower
+    one; none: clipped only."""
     border: Annotated[int, Field(ge=0, le=64)] = 0
     """Pixels cut from each side before scoring."""
     space: Literal["native", "y"] = "native"
@@ -43,6 +44,10 @@ class Protocol(Frozen):
     tile: Annotated[int, Field(ge=0)] = 0
     """0: whole images. Otherwise the side of square tiles, the same for every method."""
     overlap: Annotated[int, Field(ge=0)] = 0
+    """Least overlap of neighbouring tiles, pixels."""
+    placement: Literal["edge", "even"] = "edge"
+    """edge: a tile every tile - overlap pixels, the last one moved back to end at the border. even: as many tiles as
+    the overlap needs, at equal distances."""
 
     @model_validator(mode="after")
     def _tiles(self) -> Self:
@@ -59,7 +64,10 @@ class Protocol(Frozen):
         shipped = builtin("protocols").get(self.id)
         if shipped is not None and Protocol.model_validate(tomllib.loads(shipped)) == self:
             return stamp
-        return f"{stamp}+{digest(self.model_dump(exclude={'id', 'version', 'summary'}))[:6]}"
+        keys = self.model_dump(exclude={"id", "version", "summary"})
+        if self.placement == "edge":  # what was done before this key existed: older stamps stay
+            del keys["placement"]
+        return f"{stamp}+{digest(keys)[:6]}"
 
 
 def _set_name(name: str) -> str:

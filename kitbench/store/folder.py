@@ -9,6 +9,7 @@
         training.json         what the training cost; it exists if and only if training is done
         eval/SET-sigma-PROTOCOL.json   scores of every image of one test set, one sigma (if there is one), one protocol
         failed.json           why the run failed, if it did
+        origin.json           who made the run, if it was imported
         crops/SET-sigma-PROTOCOL-NUMBER.png   pictures of the first images of the set: whole, input, restored, clean
 
 A file is written under another name, synced and renamed: a reader sees the old file or the new one, never part of one.
@@ -31,7 +32,18 @@ from kitbench.errors import InputError, RunError
 from kitbench.spec.fields import Frozen, digest
 from kitbench.store.files import write_atomic
 from kitbench.store.log import LogLine, parse_log
-from kitbench.store.records import Evaluation, Failure, Owner, Progress, Run, Training, host_name, now, read_record
+from kitbench.store.records import (
+    Evaluation,
+    Failure,
+    Origin,
+    Owner,
+    Progress,
+    Run,
+    Training,
+    host_name,
+    now,
+    read_record,
+)
 
 
 class RunLocked(RunError):
@@ -113,6 +125,15 @@ class RunFolder:
     def progress(self) -> Progress | None:
         path = self.path / "progress.json"
         return read_record(Progress, path) if path.is_file() else None
+
+    @property
+    def origin(self) -> Origin | None:
+        """Who made the run; None where it was made here. Raises InputError where the record is of another run."""
+        path = self.path / "origin.json"
+        found = read_record(Origin, path) if path.is_file() else None
+        if found is not None and found.key != self.run.key:
+            raise InputError(f"{path} belongs to another run; restore it, or import the run again.")
+        return found
 
     @property
     def failed(self) -> Failure | None:

@@ -175,3 +175,8 @@ def _unequal(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[tuple[str, 
     for key in dict.fromkeys([*a, *b]):
         if a.get(key) != b.get(key):
             yield key, a.get(key), b.get(key)
+
+
+def unequal_fields(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """The fields in which two identities differ, each with both values: `recipe.steps (700 and 20)`."""
+    return [f"{name} ({_short(one)} and {_short(two)})" for name, one, two in _unequal(_flat(a), _flat(b))]

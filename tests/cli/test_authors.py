@@ -9,6 +9,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from kitbench.cli.main import cli
+from kitbench.errors import InputError
+from kitbench.model import methods
 from tests.conftest import TINY, Kitbench
 
 GOOD = '''"""mine: scaled channels."""
@@ -103,30 +105,32 @@ def test_an_exception_of_the_own_file_is_told_with_its_line_before_anything_is_w
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "arguments", "expected"),
+    ("old", "new", "expected"),
     [
-        ("", "", ["--set", "methods.mine.reduction=0"], "reduction"),
-        ("reduction: int = 4", "reduction: int", [], "the setting 'reduction' has no default"),
-        ("reduction: int = 4", "reduction: int = None", [], "the default of 'reduction' is None"),
-        ("reduction: int = 4", "reduction=(1, 2)", [], "the default of 'reduction' is (1, 2)"),
-        ("reduction: int = 4", "reduction: 'Nothing' = 4", [], "name 'Nothing' is not defined"),
-        ("reduction: int = 4", "reduction: torch.Tensor = 4", [], "the annotation of 'reduction'"),
-        ("(nn.Module)", "", [], "must be a torch.nn.Module"),
-        ("return self.mix(x)", "with torch.no_grad():\n            return self.mix(x)", [], "without a gradient"),
-        (FORWARD, f"{FORWARD}\n    def macs(self, h, w):\n        return None\n", [], "macs"),
-        (FORWARD, f"{FORWARD}\n    def report(self, x):\n        return {{'r': x}}\n", [], "report"),
-        ("def forward", "def foward", [], "forward"),
+        ("reduction: int = 4", "reduction: int", "the setting 'reduction' has no default"),
+        ("reduction: int = 4", "reduction: int = None", "the default of 'reduction' is None"),
+        ("reduction: int = 4", "reduction=(1, 2)", "the default of 'reduction' is (1, 2)"),
+        ("reduction: int = 4", "reduction: 'Nothing' = 4", "name 'Nothing' is not defined"),
+        ("reduction: int = 4", "reduction: torch.Tensor = 4", "the annotation of 'reduction'"),
+        ("(nn.Module)", "", "must be a torch.nn.Module"),
+        ("return self.mix(x)", "with torch.no_grad():\n            return self.mix(x)", "without a gradient"),
+        (FORWARD, f"{FORWARD}\n    def macs(self, h, w):\n        return None\n", "macs(height, width) returned None"),
+        (FORWARD, f"{FORWARD}\n    def report(self, x):\n        return {{'r': x}}\n", "report(x) must return"),
+        ("def forward", "def foward", 'missing the required "forward" function'),
+        ("import torch\n", "import torch\nimport beside\n", "move what it needs of beside.py into it"),
     ],
 )
 def test_a_wrong_guess_about_the_contract_is_mended_by_one_sentence(
-    here: Path, old: str, new: str, arguments: list[str], expected: str
+    here: Path, old: str, new: str, expected: str
 ) -> None:
     assert old in GOOD
     (here / "mine.py").write_text(GOOD.replace(old, new, 1))
-    found = sentence(call("run", "--suite", "tiny.toml", "--method", "mine.py", *arguments, code=2))
-    assert expected in found
-    assert "mine" in found
-    assert not (here / "results").exists()
+    (here / "beside.py").write_text("")
+    with pytest.raises(InputError) as refused:
+        methods.check_method(methods.load_method("mine.py", "mine"), {1: (8, 1, 16)}, {})
+    assert expected in str(refused.value)
+    assert "mine" in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_setting_of_zero_names_the_line_that_divides_by_it(here: Path) -> None:

@@ -78,8 +78,13 @@ def test_the_recall_of_the_hashing_is_kept_with_the_run(finished: Path) -> None:
     record = json.loads((runs(finished / "results")["denoise-colour-kit-s0"] / "training.json").read_text())
     notes = record["notes"]
     assert list(notes) == ["bottom.0.attention"]
-    assert notes["bottom.0.attention"]["retrieval"] == "lsh"
-    assert notes["bottom.0.attention"]["chance"] < notes["bottom.0.attention"]["recall"] <= 1
+    [note] = notes.values()
+    assert note["retrieval"] == "lsh"
+    assert note["chance"] < note["recall"] <= 1
+    assert 0 <= note["adjacent"] < 1
+    assert note["distance"] >= 1
+    assert (note["crops"], note["images"], note["level"]) == (20, 2, 2)
+    assert (note["sets"], note["condition"], note["side"]) == ("skimage-test", "σ25", 128)
 
 
 def test_a_finished_cell_is_not_run_again(finished: Path, tmp_path: Path) -> None:

@@ -321,7 +321,13 @@ def test_every_card_states_what_people_need() -> None:
     for found in cards.cards().values():
         assert found.home.startswith("http"), found.name
         assert found.licence, found.name
-        assert found.urls or found.ask or found.package or found.name in {"CBSD68", "McMaster", "Urban100"}, found.name
+        assert (
+            found.urls
+            or found.ask
+            or found.package
+            or found.generated
+            or found.name in {"CBSD68", "McMaster", "Urban100"}
+        ), found.name
         assert sorted(found.sha256) == sorted(set(found.sha256)), found.name
         assert not found.sha256 or len(found.sha256) >= found.count, found.name
 

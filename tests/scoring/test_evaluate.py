@@ -79,6 +79,17 @@ def test_conventions_move_the_number_in_the_direction_that_they_are_known_for(ph
     assert psnr(border=8) == inner.psnr
 
 
+def test_truncation_takes_the_next_lower_level(photo: Photograph) -> None:
+    truncated = PROTOCOL.model_copy(update={"rounding": "8bit-truncated"})
+    below = Photograph("x", np.minimum(photo.pixels, 254), "")
+    restored = ((below.pixels + 0.7) / 255).astype(np.float32)
+    assert evaluate.score(restored, below, truncated, None, 0.0).psnr is None  # equal
+    assert evaluate.score(restored, below, PROTOCOL, None, 0.0).psnr == pytest.approx(20 * np.log10(255))  # off by 1
+    for levels in np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, 3):  # all of them survive
+        exact = Photograph("x", levels, "")
+        assert evaluate.score(levels / np.float32(255), exact, truncated, None, 0.0).psnr is None
+
+
 def test_a_perfect_restoration_is_infinite_and_kept_as_null(photo: Photograph) -> None:
     found = evaluate.score(photo.pixels / np.float32(255), photo, PROTOCOL, None, 0.0)
     assert (found.psnr, found.ssim) == (None, pytest.approx(1.0))
@@ -112,3 +123,27 @@ def test_starts_cover_every_pixel_with_the_least_number_of_tiles() -> None:
     assert tiles.starts(64, 64, 16) == [0]
     assert tiles.starts(112, 64, 16) == [0, 48]
     assert tiles.starts(113, 64, 16) == [0, 48, 49]
+
+
+@pytest.mark.parametrize("tile", [64, 100])
+@pytest.mark.parametrize("overlap", [0, 16, 32])
+def test_even_starts_cover_every_pixel_at_equal_distances(tile: int, overlap: int) -> None:
+    for size in range(1, 500):
+        found = tiles.even_starts(size, tile, overlap)
+        assert found[0] == 0
+        assert found[-1] + min(tile, size) == size
+        steps = np.diff(found)
+        assert (steps <= tile - overlap).all()
+        assert np.ptp(steps) <= 1 if len(steps) else True
+        fewest = next(n for n in range(1, 500) if (n == 1 and size <= tile) or n * tile - (n - 1) * overlap >= size)
+        assert len(found) == fewest
+
+
+def test_no_even_tile_nearly_repeats_another() -> None:
+    assert tiles.starts(481, 256, 32) == [0, 224, 225]  # as awgn8-tile places them
+    assert tiles.even_starts(481, 256, 32) == [0, 112, 225]
+
+
+def test_even_tiles_show_no_seam() -> None:
+    x = torch.rand(1, 3, 130, 97, dtype=torch.float64)
+    torch.testing.assert_close(tiles.tiled(lambda part: part, x, 64, 16, even=True), x)

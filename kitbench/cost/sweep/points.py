@@ -7,8 +7,10 @@ that does not fit, hangs or dies is a row like any other, and larger sizes are p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,16 +19,20 @@ from kitbench.cost.agreement import reconcile
 from kitbench.cost.flops import count_module
 from kitbench.cost.memory import predict_peak_bytes
 from kitbench.cost.sweep.options import SweepOptions
-from kitbench.cost.sweep.worker import Child, Failed, Memory, Spec, build, closed_form, step
+from kitbench.cost.sweep.worker import Child, Failed, Memory, Spec, build, closed_form, needed_macs, step
 from kitbench.cost.timing import Sample, compare_times
 from kitbench.errors import InputError
-from kitbench.store.sweeps import Point, Sweep
+from kitbench.store.sweeps import BEYOND, Point, Sweep
 from kitbench.text import duration, gib
 
 MARGIN = 1.1  # over the prediction, for a point to be tried
 INSIDE_UP_TO = 512  # side up to which predictions follow the loops inside own operators
 RESIDENT_SECONDS = 1.0  # longest call whose resident set is cross-checked
 WARM_UP_SECONDS = 20.0  # on top of what a call should take, before a child is called hung
+
+
+LARGEST_SIDE = 1 << 16
+PAST = 1.05  # times the budget: what a size beyond the sweep should need
 
 
 def measure(specs: Mapping[str, Spec], sweep: Sweep, options: SweepOptions) -> list[Point]:
@@ -149,6 +155,7 @@ def _predicted(label: str, spec: Spec, sweep: Sweep) -> Point:
         status="predicted",
         macs=counted.macs,
         macs_closed=closed,
+        macs_needed=needed_macs(module, spec),
         macs_note=None if closed is None else reconcile(closed, forward.macs, forward.uncounted),
         comparisons=counted.comparisons,
         exponentials=counted.exponentials,
@@ -156,6 +163,20 @@ def _predicted(label: str, spec: Spec, sweep: Sweep) -> Point:
         raw_bytes=raw,
         predicted_bytes=round(raw * _correction(label, spec, sweep)),
     )
+
+
+def beyond(label: str, spec: Spec, sweep: Sweep) -> list[Point]:
+    """Points predicted beyond the last size of a curve, until one passes the sweep's budget; none where one did.
+
+    Each side is the one at which memory that grows with the pixels would pass it, and at most LARGEST_SIDE.
+    """
+    last, found = sweep.curve(label, spec.what)[-1], []
+    while last.bytes <= sweep.budget and last.size < LARGEST_SIDE:
+        factor = max(1.01, (PAST * sweep.budget / last.bytes) ** 0.5)
+        size = min(LARGEST_SIDE, 64 * math.ceil(last.size * factor / 64))
+        last = _predicted(label, replace(spec, size=size), sweep).model_copy(update={"reason": BEYOND})
+        found.append(last)
+    return found
 
 
 def _raw_bytes(module: torch.nn.Module, spec: Spec) -> int:
