@@ -8,7 +8,7 @@ Operator: all positions attend the entries of a learned dictionary by scaled cos
     attends those of its chunk, in heads.  The two results are added.
 Cost: 4 H W C^2 for the projections, 2 chunk H W C for the attention in chunks, and E H W (C + r) + H W C r + E C (C +
     r) for the dictionary of E entries with queries of r = C / heads numbers.  Linear in H and W.
-Departures, our reading where the paper leaves it open: its third branch, window attention, is left out (baseline
+Departures: our reading where the paper leaves it open: its third branch, window attention, is left out (baseline
     `window`); the dictionary belongs to one block and is not refined from block to block, because an attention knows
     no other block; the last chunk is filled from the first instead of with mirrored positions.
 """

@@ -9,7 +9,7 @@ Operator: each position belongs to the centre of highest cosine; the positions a
     sphere, and a moving average of the refined ones is kept; evaluation takes it as it is.
 Cost: 4 H W C^2 + 2 m C^2 for the projections, 4 group H W C + 2 m H W C for the attention and m H W C for the grouping
     with m centres; in training another 2 iterations m H W C.  Linear in H and W.
-Departures, our reading where the paper leaves it open: the keys of the centres and the grouping come from the moving
+Departures: our reading where the paper leaves it open: the keys of the centres and the grouping come from the moving
     average in training too (the paper: the refined centres), so that both modes compute the same; no gradient flows
     through the centres; decay is .99, for recipes of some hundred steps (its code: .999); the last group is filled from
     the first instead of mirrored, and its next one is the first; no convolution behind the attention.

@@ -7,7 +7,7 @@ Operator: the candidates of a position are a square around its tile (local sampl
     degree, growing with its detail, the difference from the mean of its 2 x 2 block summed over channels.
 Cost: 4 H W C^2 for the projections and 3 S H W C for similarities and attention over the S = (tile + 2 halo)^2 +
     grid^2 candidates: what is not attended is masked.  Linear in H and W.
-Departures, our reading where the paper leaves it open: both samples in one softmax (its code: in turn, block by block);
+Departures: our reading where the paper leaves it open: both samples in one softmax (its code: in turn, block by block);
     the degree grows with the rank of the detail in the image, from 1 to 2 k - 1, so that its mean is k on every image
     (its code: in proportion to the detail, with a budget for each window); detail against a mean and not a bilinear
     copy of half the size; no convolutions and gates around the aggregation.  Candidates as similar as the last attended

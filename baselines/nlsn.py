@@ -7,7 +7,7 @@ Operator: spherical locality sensitive hashing gives each position a code; the p
     length, and the logits are not scaled.  Several rounds with other hashes are weighted by their log-sum-exp.
 Cost: 3 H W C^2 for the projections; for each round 3 chunk H W (2 C + 2 heads) for the attention and (nb / 2) H W C for
     the hashing into nb <= 128 buckets.  Linear in H and W.
-Departures, our reading where the paper leaves it open: linear maps instead of its 3 x 3 and 1 x 1 convolutions, and an
+Departures: our reading where the paper leaves it open: linear maps instead of its 3 x 3 and 1 x 1 convolutions, and an
     output projection; an embedding of C instead of C / 4 numbers, in heads, with one hashing for all of them; an even
     number of buckets, rounded down; the chunks lie on a circle instead of being padded with repeated positions; on a
     map of at most 3 chunk positions each attends all, once.  Evaluation takes stored hashes, training draws new ones.
