@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from kitbench.spec.shipped import builtin
 from kitbench.store.folder import find
 from kitbench.verdict import published
 from kitbench.verdict.compare import equal_seeds, paired_scores
@@ -195,6 +196,7 @@ def test_every_published_figure_has_a_source_and_a_plausible_value() -> None:
     for model in published.published():
         assert model.source
         assert all(20 < figure.psnr_db < 45 for figure in model.figures)
+        assert (model.protocol in builtin("protocols")) == bool(model.weights_sha256)
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex here: install texlive-latex-recommended")
