@@ -6,12 +6,13 @@ CSV and null in Parquet. Means are over the images of the set.
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 from pydantic import ValidationError
@@ -20,7 +21,7 @@ from kitbench.errors import InputError
 from kitbench.spec.fields import Frozen, Mode
 from kitbench.store.files import replace_with
 from kitbench.store.folder import RunFolder
-from kitbench.store.records import By, Evaluation, Run
+from kitbench.store.records import By, Evaluation
 
 
 class Result(Frozen):
@@ -91,26 +92,22 @@ def _rows(folder: RunFolder) -> Iterator[Result]:
         yield Result(
             run=run.key, comparison=run.comparison, run_by=origin.by if origin else None, suite=run.suite,
             preset=run.preset, task=run.task.kind, mode=run.mode, method=run.method, attention=run.attention,
-            settings=json.dumps(run.settings, sort_keys=True), seed=run.seed,
+            settings=json.dumps(run.settings, sort_keys=True), seed=run.seed, device=run.device,
             recipe=run.recipe.name if run.recipe else None, steps=run.recipe.steps if run.recipe else None,
-            device=run.device, data_set=evaluation.data_set, data_sha256=evaluation.data_sha256,
-            sigma=evaluation.sigma, protocol=evaluation.stamp, images=len(evaluation.scores),
-            psnr_db=psnr if math.isfinite(psnr) else None, ssim=evaluation.mean_ssim,
-            lpips=_lpips(evaluation), parameters=cost.parameters if cost else None,
+            data_set=evaluation.data_set, data_sha256=evaluation.data_sha256, sigma=evaluation.sigma,
+            protocol=evaluation.stamp, images=len(evaluation.scores), psnr_db=psnr if math.isfinite(psnr) else None,
+            ssim=evaluation.mean_ssim, lpips=_lpips(evaluation), parameters=cost.parameters if cost else None,
             macs=cost.stated_macs if cost else None, resolution=cost.resolution if cost else None,
             train_peak_bytes=cost.train_peak_bytes if cost else None, step_seconds=cost.step_seconds if cost else None,
             training_seconds=training.seconds if training else None, commit=environment.commit,
-            torch=_torch(run), threads=environment.threads, host=environment.host, started=environment.started,
+            torch=environment.versions.get("torch"), threads=environment.threads, host=environment.host,
+            started=environment.started,
         )  # fmt: skip
 
 
 def _lpips(evaluation: Evaluation) -> float | None:
     known = [score.lpips for score in evaluation.scores if score.lpips is not None]
     return math.fsum(known) / len(known) if len(known) == len(evaluation.scores) else None
-
-
-def _torch(run: Run) -> str | None:
-    return run.environment.versions.get("torch")
 
 
 def write_results(found: Sequence[Result], path: Path) -> None:
@@ -130,31 +127,39 @@ def write_results(found: Sequence[Result], path: Path) -> None:
 def read_results(path: Path) -> list[Result]:
     """The rows of a results file. Raises InputError where it is none, or has another version."""
     try:
-        if path.suffix == ".parquet":
-            _require_pyarrow()
-            table = pd.read_parquet(path, engine="pyarrow", dtype_backend="numpy_nullable")
-        else:
-            table = pd.read_csv(path, dtype_backend="numpy_nullable", keep_default_na=False, na_values=[""],
-                                dtype=dict.fromkeys(_texts(), "string"), float_precision="round_trip")  # fmt: skip
-    except (OSError, ValueError) as error:
+        rows = _parquet(path) if path.suffix == ".parquet" else _csv(path)
+    except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as a results file ({error}); give another file.") from error
-    rows = [{key: None if pd.isna(value) else value for key, value in row.items()} for row in table.to_dict("records")]
     for number, row in enumerate(rows, 1):
-        if row.get("schema_version") != 1:
+        if (version := str(row.get("schema_version"))) != "1":
             raise InputError(
-                f"{path}, row {number}, has schema version {row.get('schema_version')}, this kitbench reads 1; "
-                "update kitbench, or give another file."
+                f"{path}, row {number}, has schema version {version[:20]}, this kitbench reads 1; update kitbench, or "
+                "give another file."
             )
     try:
-        return [Result.model_validate(row | {"comparison": row.get("comparison") or ""}) for row in rows]
+        return [Result.model_validate(row | {"schema_version": 1}) for row in rows]
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         place = ".".join(map(str, fault["loc"]))
         raise InputError(f"{path} is not a results file: {place}: {fault['msg']}; give another file.") from error
 
 
-def _texts() -> list[str]:
-    return [name for name, field in Result.model_fields.items() if "str" in str(field.annotation)]
+def _csv(path: Path) -> list[dict[str, Any]]:
+    """The rows as text; None for what is empty and may be."""
+    may_be_empty = {name for name, field in Result.model_fields.items() if "None" in str(field.annotation)}
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            {key: None if value == "" and key in may_be_empty else value for key, value in row.items()}
+            for row in csv.DictReader(file)
+        ]
+
+
+def _parquet(path: Path) -> list[dict[str, Any]]:
+    _require_pyarrow()
+    table = pd.read_parquet(path, engine="pyarrow", dtype_backend="numpy_nullable")
+    return [
+        {str(key): None if pd.isna(value) else value for key, value in row.items()} for row in table.to_dict("records")
+    ]
 
 
 def _fractions() -> list[str]:

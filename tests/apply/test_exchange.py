@@ -16,8 +16,11 @@ from click.testing import CliRunner, Result
 from kitbench.cli.main import cli
 from kitbench.runs.source import source_digests
 from kitbench.spec.fields import digest
+from kitbench.spec.loading import load_suite
 from kitbench.store.archive import MANIFEST
 from kitbench.store.folder import RunFolder, find
+from kitbench.store.records import Origin
+from kitbench.verdict.claims import claims
 from kitbench.verdict.page.report import report
 from kitbench.verdict.render import Format, render
 from tests.conftest import ROOT
@@ -82,7 +85,7 @@ def repacked(archive: Path, change: Callable[[Contents], object]) -> Path:
     return archive
 
 
-def test_imported_runs_stand_in_the_same_table_marked_in_every_format_in_the_report_and_in_claims(
+def test_imported_runs_stand_in_the_same_table_marked_in_every_format_and_in_the_report(
     stranger: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "ours"
@@ -106,6 +109,20 @@ def test_imported_runs_stand_in_the_same_table_marked_in_every_format_in_the_rep
     invoke("export", out, "--out", tmp_path / "again.zip", "--by", "us")
     invoke("import", tmp_path / "again.zip", "--out", tmp_path / "third")
     assert {f.run.method: f.origin.by for f in find([tmp_path / "third"]) if f.origin} == {"kit": BY, "local": "us"}
+
+
+def test_claims_say_who_made_imported_runs(tmp_path: Path) -> None:
+    quick = load_suite("denoise")
+    for method, gain in (("conv", 0.0), ("kit", 1.0), ("window", 0.5)):
+        for seed in range(3):
+            folder = store(tmp_path, method, [30 + gain, 31 + gain] * 4, seed, of=quick)
+            if (method, seed) == ("kit", 1):
+                folder.write("origin.json", Origin(key=folder.run.key, by=BY, archive_sha256="0", imported="2026"))
+    found = [part.evidence for claim in claims(find([tmp_path]), []) for part in claim.parts]
+    of_kit = [text for text in found if "kit - window" in text]
+    assert of_kit
+    assert all(f"runs of kit were made unlike most: imported, run by {BY}" in text for text in of_kit)
+    assert not [text for text in found if "imported" in text and "kit" not in text]
 
 
 def test_a_local_run_is_never_replaced(stranger: Path, tmp_path: Path) -> None:

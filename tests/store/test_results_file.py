@@ -82,8 +82,8 @@ def test_parquet_without_pyarrow_is_refused_before_anything_is_written(
     ("old", "new", "expected"),
     [
         ("\n1,", "\n2,", "row 1, has schema version 2, this kitbench reads 1"),
-        ("psnr_db", "psnr", "is not a results file: psnr: Extra inputs are not permitted"),
-        ("0.5", "half", "is not a results file: ssim|cannot be read as a results file"),
+        ("psnr_db", "psnr", "is not a results file: psnr_db: Field required"),
+        ("0.5", "half", "is not a results file: ssim: Input should be a valid number"),
     ],
 )
 def test_another_table_is_refused(old: str, new: str, expected: str, runs: list[RunFolder], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from kitbench.spec.shipped import builtin
 from kitbench.store.folder import find
 from kitbench.verdict import published
 from kitbench.verdict.compare import equal_seeds, paired_scores
