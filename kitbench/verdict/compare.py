@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -17,6 +18,16 @@ Column = tuple[str, str]
 Columns = Mapping[Column, Sequence[Entry]]
 """The entries of one method, an entry per seed in each column."""
 K = TypeVar("K", bound=Hashable)
+SCENES = {
+    "Levin09": r"(im\d+)_kernel",
+    "GoPro": r"([^/]+)/blur/",
+    "GoPro-gamma": r"([^/]+)/blur_gamma/",
+    "RealBlur-J": r".*/([^/]+)/blur/",
+    "RealBlur-R": r".*/([^/]+)/blur/",
+    "SIDD-validation": r".*/(\d+)_\d+$",
+}
+"""Sets that hold several images of one scene (kernels, frames of a video, shots, blocks of a picture), with what names
+the scene in an image's name. Such images are no independent images."""
 
 
 def heading(column: Column) -> str:
@@ -50,14 +61,15 @@ class Scores:
     values: Array
     seeds: tuple[int, ...]
     images: tuple[tuple[str, str], ...]
-    """Data set and image."""
+    """Data set and image, or scene."""
 
 
 def paired_scores(methods: Sequence[Columns]) -> Scores | None:
     """Scores of methods over the columns, seeds and images that all have; None where there are none.
 
-    The conditions (noise levels) of an image are averaged, because they are no independent images. An image that any
-    method restored exactly has no finite PSNR and is left out.
+    The conditions (noise levels) of an image are averaged, because they are no independent images; so are the images of
+    one scene (`SCENES`), which stand for one image. An image that any method restored exactly has no finite PSNR and is
+    left out.
     """
     columns = sorted(set.intersection(*(set(columns) for columns in methods)))
     tables = [{column: _by_seed(of[column]) for column in columns} for of in methods]
@@ -71,8 +83,18 @@ def paired_scores(methods: Sequence[Columns]) -> Scores | None:
                 values = np.array([[of[column][seed][image] for seed in seeds] for of in tables])
                 averaged.setdefault((column[0], image), []).append(values)
     means = {image: np.mean(values, 0) for image, values in averaged.items()}
-    finite = {image: mean for image, mean in means.items() if np.isfinite(mean).all()}
-    return Scores(np.stack(list(finite.values()), -1), tuple(seeds), tuple(finite)) if finite else None
+    by_scene: dict[tuple[str, str], list[Array]] = {}
+    for (data_set, image), mean in means.items():
+        if np.isfinite(mean).all():
+            by_scene.setdefault((data_set, scene(data_set, image)), []).append(mean)
+    stacked = [np.mean(values, 0) for values in by_scene.values()]
+    return Scores(np.stack(stacked, -1), tuple(seeds), tuple(by_scene)) if stacked else None
+
+
+def scene(data_set: str, image: str) -> str:
+    """What an image of a set shows: the image itself, except in a set of `SCENES`."""
+    found = re.match(SCENES[data_set], image) if data_set in SCENES else None
+    return found[1] if found else image
 
 
 def _by_seed(entries: Iterable[Entry]) -> dict[int, dict[str, float]]:

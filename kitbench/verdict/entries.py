@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib import resources
 from typing import Any
 
 from kitbench.errors import InputError
@@ -83,8 +84,10 @@ def mean_lpips(evaluation: Evaluation) -> float | None:
 
 @cache
 def _shipped_methods() -> frozenset[str]:
-    """Names of the methods of the shipped suites."""
-    return frozenset(name for text in builtin("suites").values() for name in tomllib.loads(text)["methods"])
+    """Names of the methods of the shipped suites, and of the shipped files of methods."""
+    files = [file.name for file in resources.files("kitbench.baselines").iterdir() if file.name.endswith(".py")]
+    named = {name.removesuffix(".py").rstrip("_").replace("_", "-") for name in files}
+    return frozenset({name for text in builtin("suites").values() for name in tomllib.loads(text)["methods"]} | named)
 
 
 def from_file(run: Run) -> bool:

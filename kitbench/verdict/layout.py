@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from kitbench.store.records import Run
-from kitbench.verdict.compare import Column, heading
+from kitbench.verdict.compare import SCENES, Column, heading
 
 NOT_MEASURED = "n/a"
 SLOWED = 0.05
@@ -155,6 +155,8 @@ def notes_of(block: pd.DataFrame) -> list[str]:
             "over all pairs of the table)."
         )
         notes.append(f"{star} {detects(compared['detectable_db'].max())}")
+    together = [str(name) for name in dict.fromkeys(compared["data_set"]) if name in SCENES]
+    notes += [f"{name}: the images of one scene are averaged and count as one image." for name in together]
     others = block[[unranked(row) for _, row in block.iterrows()]]
     if len(others):
         seeds = "; ".join(dict.fromkeys(block[block["ranked"]]["seeds"]))

@@ -19,7 +19,7 @@ from scipy import stats
 from kitbench.spec.shipped import builtin
 from kitbench.store.folder import find
 from kitbench.verdict import published
-from kitbench.verdict.compare import equal_seeds, paired_scores
+from kitbench.verdict.compare import compare, equal_seeds, paired_scores, scene
 from kitbench.verdict.contrasts import blocks
 from kitbench.verdict.entries import entries
 from kitbench.verdict.render import render
@@ -168,6 +168,52 @@ def test_a_column_that_cannot_decide_is_marked_in_a_table_that_can(three: Path) 
     assert table.loc[("CBSD68", "conv"), "within_noise"] == False  # noqa: E712
     assert table.loc[("Set_B", "kit"), "within_noise"] == True  # noqa: E712
     assert "3 images are too few to decide a difference, at least 6 are needed" in render(find([three]), "markdown")
+
+
+SEVERAL_OF_A_SCENE = {
+    "Levin09": [[f"im{i}_kernel{k}_img" for k in range(1, 9)] for i in range(1, 5)],
+    "GoPro": [[f"GOPR0{v}_11_00/blur/{f:06d}" for f in range(v)] for v in (3, 4)],
+    "GoPro-gamma": [[f"GOPR0{v}_11_00/blur_gamma/{f:06d}" for f in range(v)] for v in (3, 4)],
+    "RealBlur-J": [[f"RealBlur-J_ECC_IMCORR/scene{s:03d}/blur/blur_{n}" for n in range(5)] for s in (1, 2)],
+    "RealBlur-R": [[f"RealBlur-R_BM3D_ECC_IMCORR/scene{s:03d}/blur/blur_{n}" for n in range(5)] for s in (1, 2)],
+    "SIDD-validation": [[f"ValidationNoisyBlocksSrgb/{p:02d}_{b:02d}" for b in range(1, 33)] for p in range(1, 41)],
+    "CBSD68": [["101085"], ["101087"], ["102061"]],
+    "Rain100L": [["input/1"], ["input/10"]],
+}
+
+
+@pytest.mark.parametrize("data_set", SEVERAL_OF_A_SCENE)
+def test_images_of_one_scene_count_as_one_image(data_set: str) -> None:
+    scenes = SEVERAL_OF_A_SCENE[data_set]
+    named = [{scene(data_set, image) for image in images} for images in scenes]
+    assert [len(names) for names in named] == [1] * len(scenes)
+    assert len(set.union(*named)) == len(scenes)
+
+
+def test_what_differs_between_scenes_alone_decides_nothing_however_many_images_show_them(tmp_path: Path) -> None:
+    """Four pictures under eight kernels: the methods differ by what suits the picture, alike for all its kernels."""
+    images = [image for images in SEVERAL_OF_A_SCENE["Levin09"] for image in images]
+    of_scene = np.repeat([0.9, 1.1, 1.0, 1.2], 8)
+    random = np.random.default_rng(0)
+    for method, gain in (("kit", of_scene), ("conv", 0 * of_scene)):
+        for seed in range(5):
+            scores = 28 + gain + 0.05 * random.standard_normal(32)
+            run = store(tmp_path, method, scores, seed, data_set="Levin09", sigma=None)
+            [file] = (run.path / "eval").glob("*.json")
+            record = json.loads(file.read_text())
+            record.pop("sha256")
+            record["scores"] = [s | {"image": image} for s, image in zip(record["scores"], images, strict=True)]
+            file.write_text(json.dumps(record))
+    [block] = blocks(entries(find([tmp_path]), None))
+    found = compare("kit", "conv", block.methods["kit"], block.methods["conv"])
+    assert (found.found.seeds, found.found.images, found.found.p) == (5, 4, None)
+    row = rows(find([tmp_path])).set_index("method").loc["conv"]
+    assert row["images"] == 32
+    assert row["to_best_db"] == pytest.approx(found.found.mean * -1, abs=1e-12)
+    assert row["to_best_db"] == pytest.approx(row["psnr_db"] - rows(find([tmp_path]))["psnr_db"].max(), abs=1e-9)
+    text = render(find([tmp_path]), "markdown")
+    assert "4 images are too few to decide a difference" in text
+    assert "Levin09: the images of one scene are averaged and count as one image." in text
 
 
 def test_every_table_names_the_runs_of_every_row(three: Path) -> None:

@@ -11,7 +11,7 @@ from kitbench.spec import loading
 from kitbench.store.folder import RunFolder, find
 from kitbench.store.records import Tuning
 from kitbench.verdict.contrasts import ONE, OWN, UNDECIDED, Setup, combined, decide, decide_contrasts, select
-from kitbench.verdict.entries import entries
+from kitbench.verdict.entries import entries, labels
 from tests.conftest import Kitbench
 from tests.stored import store
 
@@ -174,6 +174,13 @@ def test_a_file_with_a_shipped_name_is_another_method(tmp_path: Path) -> None:
     chosen = select(entries(find([tmp_path]), None), [])
     assert list(chosen.blocks[0].methods) == ["kit (file abababab)", "local"]
     assert chosen.compare("kit", "local") == {}
+
+
+@pytest.mark.parametrize("name", ["san", "neighbourhood", "kit-exact", "global"])
+def test_no_file_passes_for_a_shipped_method_that_its_suite_does_not_name(tmp_path: Path, name: str) -> None:
+    runs(tmp_path, {name: 1.0, "mine": 1.0}, attention="ab" * 32)
+    found = entries(find([tmp_path]), None)
+    assert set(labels(found).values()) == {f"{name} (file abababab)", "mine"}
 
 
 def test_smoke_runs_decide_nothing(tmp_path: Path) -> None:
