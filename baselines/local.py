@@ -53,3 +53,7 @@ class Attention(nn.Module):
         rows, columns = layout.grid(height, width, TILE)
         keys = (TILE + self.size - 1) ** 2
         return 4 * height * width * self.dim**2 + 2 * rows * columns * TILE**2 * keys * self.dim
+
+    def needed_macs(self, height: int, width: int) -> int:
+        """Multiply-adds of one image that the definition needs: size^2 keys a position."""
+        return height * width * self.dim * (4 * self.dim + 2 * self.size**2)

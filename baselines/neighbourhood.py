@@ -66,6 +66,11 @@ class Attention(nn.Module):
         keys = min(height, TILE + self.size - 1) * min(width, TILE + self.size - 1)
         return total + 2 * rows * columns * TILE**2 * keys * self.dim
 
+    def needed_macs(self, height: int, width: int) -> int:
+        """Multiply-adds of one image that the definition needs: size^2 keys a position, fewer on a smaller map."""
+        keys = min(self.size, height) * min(self.size, width)
+        return height * width * self.dim * (4 * self.dim + 2 * keys)
+
 
 def neighbourhood(q: Tensor, k: Tensor, v: Tensor, size: int) -> Tensor:
     """Attention of each position over its footprint: [B, H, W, h, d] each -> [B, H, W, h * d]."""

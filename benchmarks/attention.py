@@ -17,6 +17,8 @@ operators of a case are timed in shuffled, interleaved rounds; ratios are median
     window no bias  the same without a bias: torch's fused kernel forward and backward, the fastest there is
     window cudnn    the same by cuDNN's kernel, on CUDA where it takes the tables
     global sdpa     every position attends every position, through the fused kernel; it and the reference in float32
+    channel, overlap, sparse (a sparse block), nlsn, centres, categories, graph: the attentions of the suite `family` up
+                    to 512 px, forward and training, with about 64 k keys a query (attention_family.py)
     retrieval       the search of kit alone
     cut and join    a map cut into the patches of kit and joined again
 

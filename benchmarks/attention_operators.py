@@ -1,4 +1,7 @@
-"""What benchmarks/attention.py measures: KiT, windows and global attention as modules and as bare operators."""
+"""What benchmarks/attention.py measures: KiT, windows and global attention as modules and as bare operators.
+
+The attentions of the suite `family`, as modules, are made in attention_family.py.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+import attention_family
 import torch
 import torch.nn.functional as F
 from kitbench.baselines import global_
@@ -148,6 +152,8 @@ class Operator:
     """Torch's kernels that it may use, the fastest first; none where it uses its own."""
     optional: bool = False
     """Whether it is no failure where the backends do not take it."""
+    keys: int | None = None
+    """Keys a query, where they are not those of the case."""
     backend: SDPBackend | None = None
     """The one that it uses, once `prepared`."""
 
@@ -215,6 +221,11 @@ def modules(case: Case, x: Tensor) -> dict[str, Operator]:
         built["reference"] = (ReadableKit(case.dim, case.heads, k=case.k), ())
     if case.dtype == "float32" and case.pixels <= GLOBAL_UP_TO:
         built["global sdpa"] = (global_.Attention(case.dim, case.heads), FUSED)
+    number: dict[str, int | None] = {}
+    if case.pixels <= attention_family.UP_TO:
+        for name in attention_family.NAMES:
+            module, number[name] = attention_family.build(name, case.dim, case.heads, keys, case.pixels)
+            built[name] = (module, ())
 
     def running(module: nn.Module) -> Callable[[], Tensor]:
         def run() -> Tensor:
@@ -226,7 +237,8 @@ def modules(case: Case, x: Tensor) -> dict[str, Operator]:
 
     found, leaf = {}, x.clone().requires_grad_()
     for name, (module, backends) in built.items():
-        found[name] = Operator(running(module.to(x.device)), [leaf, *module.parameters()], backends)
+        leaves = [leaf, *module.parameters()]
+        found[name] = Operator(running(module.to(x.device)), leaves, backends, keys=number.get(name))
     return found
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import attention_family
 import torch
 from attention_operators import (
     DTYPES,
@@ -26,6 +27,7 @@ from kitbench.cost import memory, timing
 from kitbench.system.environment import gpu_state
 
 SECONDS = {"cpu": 40, "cuda": 8}  # at most, for the rounds of one case, scope and pass
+WITHOUT_BACKWARD = ("reference", "global sdpa", *attention_family.NAMES)  # modules, measured forward and in training
 MAPS_AT_ONCE = 40  # float32 maps that a case may hold: where so much is not free, it is not run
 
 
@@ -74,13 +76,15 @@ def measure_case(
         operators = modules(case, x) if scope == "module" else bare(case, x, scope)
         for mode in modes:
             if mode == "backward":
-                operators = {name: one for name, one in operators.items() if name not in ("reference", "global sdpa")}
+                operators = {name: one for name, one in operators.items() if name not in WITHOUT_BACKWARD}
             wanted = operators | ({"retrieval": searching(case, x)} if (scope, mode) == ("module", "forward") else {})
             calls, reasons, peaks = prepare(wanted, mode, device, with_memory=scope == "module" and mode != "backward")
             times = timed(calls, rounds, device, reasons)
             floor = case.macs(scope, mode, "kit") / product_rate + case.least_bytes(scope, mode) / copy_rate
             for name, operator in wanted.items():
                 row = head(case, scope, mode, name) | {"backend": operator.backend and operator.backend.name}
+                if name in attention_family.NAMES:
+                    row["keys"] = operator.keys
                 if name in reasons:
                     status, row["reason"] = reasons[name]
                     row["status"] = status

@@ -94,6 +94,7 @@ def markdown(stored: dict[str, Any]) -> str:
         rate = stored["product_macs_per_second"][dtype]
         reached = f"products {rate / 1e9:.1f} GMAC/s, copies {stored['copy_bytes_per_second'] / 1e9:.1f} GB/s"
         lines += ["", f"In {dtype}; {reached}:", "", *kit_table(stored["rows"], dtype)]
+        lines += family_table(stored["rows"], dtype)
     lines += operator_table(stored["rows"])
     if stored["exponents"]:
         lines += ["", "Growth of KiT from 256 px on, exponent in the number of pixels:", ""]
@@ -164,6 +165,33 @@ def kit_table(rows: list[Row], dtype: str) -> list[str]:
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def family_table(rows: list[Row], dtype: str) -> list[str]:
+    """Of whole modules: the attentions of the suite `family`, against window attention with as many keys."""
+    lines = []
+    for row in measured(rows, "module"):
+        if row["dtype"] != dtype or "keys" not in row:
+            continue
+        with_memory = row["peak_bytes"] is not None
+        cells = [
+            row["operator"], "none" if row["keys"] is None else str(row["keys"]), str(row["dim"]), str(row["k"]),
+            str(row["pixels"]), PASSES[row["mode"]], milliseconds(row), over(row, "time over window"),
+            over(row, "time over window no bias"), f"{row['peak_maps']:.1f}" if with_memory else "",
+            over(row, "memory over window") if with_memory else "",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    if not lines:
+        return []
+    return [
+        "",
+        "The attentions of the suite `family`, against window attention with 64 k keys a query. Keys: what a query of "
+        "theirs is compared with, as near to that as their settings come.",
+        "",
+        "| attention | keys | C | k | px | pass | ms | x window | x window, no bias | peak, maps | memory x window |",
+        "|---" * 11 + "|",
+        *lines,
+    ]
 
 
 def operator_table(rows: list[Row]) -> list[str]:

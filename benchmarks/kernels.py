@@ -1,6 +1,7 @@
 """What the Triton kernels take of a GPU that is not here: shared memory, registers, spills, from the compiled code.
 
-    python benchmarks/kernels.py                # compiles every variant: kernels.json; takes minutes
+    python benchmarks/kernels.py                # compiles what is not stored yet into kernels.json; all takes minutes
+    python benchmarks/kernels.py --heaviest     # compiles, of each kernel, what took most, and nothing else
     python benchmarks/kernels.py --markdown     # prints the table of the stored JSON
     python benchmarks/kernels.py --list         # writes which variants there are, and compiles none
 
@@ -24,7 +25,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -273,6 +274,25 @@ def source_sha256() -> str:
     return digest.hexdigest()
 
 
+def heaviest(rows: list[dict[str, Any]]) -> list[Variant]:
+    """Of each kernel, GPU and kind of numbers, the variant that took most of the registers and of the shared memory."""
+    most: dict[tuple[str, int, str], dict[str, Any]] = {}
+    for row in rows:
+        group = row["kernel"], row["sm"], row["kind"]
+        most[group] = max(row, most.get(group, row), key=lambda r: (r["spilled"], r["registers"], r["shared"]))
+    return [Variant(Shape(**r["shape"]), r["kind"], r["sm"], (f"_{r['kernel']}_kernel",)) for r in most.values()]
+
+
+def missing(todo: list[Variant], rows: list[dict[str, Any]]) -> list[Variant]:
+    """What of `todo` is not among the rows."""
+    stored = {(Shape(**row["shape"]), row["kind"], row["sm"], f"_{row['kernel']}_kernel") for row in rows}
+    left = (
+        replace(one, kernels=tuple(k for k in one.kernels if (one.shape, one.kind, one.sm, k) not in stored))
+        for one in todo
+    )
+    return [one for one in left if one.kernels]
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The most that each kernel takes over the variants of a width, and how many variants there are."""
     groups: dict[tuple[str, str, int, int], list[dict[str, Any]]] = {}
@@ -295,6 +315,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="write which variants there are, and compile none")
     parser.add_argument("--sm", default="80,90", help="compute capabilities to compile for, without the point")
     parser.add_argument("--kinds", default=",".join(DTYPES), help="kinds of numbers: float32, tf32, bfloat16")
+    parser.add_argument("--heaviest", action="store_true", help="compile of each kernel what took most, as stored")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile side by side")
     parser.add_argument("--json", type=Path, default=HERE / "kernels.json", help="where the figures are kept")
     options = parser.parse_args()
@@ -306,7 +327,18 @@ def main() -> None:
     if options.list:
         options.json.write_text(json.dumps(head | {"variants": [asdict(variant) for variant in todo]}, indent=1) + "\n")
         return
-    rows = []
+    stored = json.loads((HERE / "kernels.json").read_text())
+    rows: list[dict[str, Any]] = []
+    if options.heaviest:
+        todo = heaviest(stored["rows"])
+    elif {key: stored[key] for key in head} == head:
+        wanted = {(one.shape, one.kind, one.sm, kernel) for one in todo for kernel in one.kernels}
+        rows = [
+            row
+            for row in stored["rows"]
+            if (Shape(**row["shape"]), row["kind"], row["sm"], f"_{row['kernel']}_kernel") in wanted
+        ]
+        todo = missing(todo, rows)
     # Spawned: a fork of a process whose threads have computed may hang.
     with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
         for done, found in enumerate(pool.map(compiled, todo), 1):

@@ -28,7 +28,7 @@ def store(
     out: Path, method: str, psnr: float | Sequence[float] | np.ndarray, seed: int | None = 0, protocol: str = "awgn8",
     sha256: str = "aa", note: str | None = None, settings: Settings = None, lr: float = 1e-3, ssim: float = 0.5,
     sigma: float | None = 25, data_set: str = "Set_A", macs: int = 2_500_000_000, peak: int = 3 * 2**20,
-    seconds_per_step: float = 0.25, calibration: float | None = 0.1, steps: int | None = None, notes: Settings = None,
+    needed: int | None = None, seconds_per_step: float = 0.25, calibration: float | None = 0.1, steps: int | None = None, notes: Settings = None,
     of: suite.Suite = SUITE, changed: Sequence[str] = (), attention: str | None = None,
     curve: Mapping[int, float | None] | None = None, step_seconds: float | None = 0.5,
     validation_sets: Mapping[str, str] = VALIDATION, lpips: float | None = None,
@@ -53,7 +53,7 @@ def store(
     folder.write("run.json", record)
     if trained:
         cost = Cost(
-            parameters=1234, attention_parameters=234, resolution=256, macs=macs, macs_counted=macs, macs_note=note,
+            parameters=1234, attention_parameters=234, resolution=256, macs=macs, macs_counted=macs, macs_needed=needed, macs_note=note,
             train_peak_bytes=peak, memory_note=None, calibration_seconds=calibration, step_seconds=step_seconds,
         )  # fmt: skip
         training = Training(

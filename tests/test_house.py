@@ -34,6 +34,7 @@ ROOMS: dict[str, set[str]] = {
     "runs": {"spec", "store", "data", "model", "system", "scoring", "cost"},
     "launch": {"spec", "store", "system", "runs"},
     "apply": {"spec", "store", "data", "attention", "model", "scoring", "system", "runs", "verdict"},
+    "api": {"spec", "store", "model", "scoring", "runs", "verdict"},
     "cli": {
         "spec", "store", "verdict.scaling", "verdict", "verdict.page", "data", "model", "system", "cost.sweep", "runs",
         "launch", "apply",

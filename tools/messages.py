@@ -26,6 +26,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from PIL import Image
+
 REFERENCE = Path(__file__).parent.parent / "results" / "reference"
 SMOKE = ("run", "--suite", "denoise", "--preset", "smoke", "--method", "conv")
 
@@ -67,6 +69,13 @@ def other_recipe(folder: Path) -> None:
     shutil.copy(REFERENCE / "smoke.json", folder)
 
 
+def other_names(folder: Path) -> None:
+    """Two folders of a picture each, of two names."""
+    for place, name in (("restored", "sunrise"), ("clean", "sunset")):
+        (folder / place).mkdir()
+        Image.new("RGB", (64, 64)).save(folder / place / f"{name}.png")
+
+
 def other_weights(folder: Path) -> None:
     """The 20 convolutions of the blind DnCNN, instead of the 17 for one sigma."""
     import safetensors.torch
@@ -78,6 +87,16 @@ def other_weights(folder: Path) -> None:
         state[f"model.{2 * layer}.weight"] = torch.zeros(after, before, 3, 3)
         state[f"model.{2 * layer}.bias"] = torch.zeros(after)
     safetensors.torch.save_file(state, folder / "dncnn_color_blind.safetensors")
+
+
+def own_method(folder: Path) -> None:
+    """A method file with a misspelt name in its forward pass."""
+    (folder / "mine.py").write_text(
+        "from torch import nn\n\n\nclass Attention(nn.Module):\n"
+        "    def __init__(self, dim, heads, *, shift=False, reduction: int = 4):\n"
+        "        super().__init__()\n        self.mix = nn.Linear(dim, dim // reduction)\n\n"
+        "    def forward(self, x):\n        return self.mxi(x)\n"
+    )
 
 
 # Faults
@@ -117,6 +136,12 @@ CASES = {
     "key": Case(("run", "--suite", "denoise", "--set", "recipe.step=2000")),
     "data": Case(("run", "--suite", "denoise", "--data", "photos"), lambda folder: (folder / "photos").mkdir()),
     "data-folder": Case(("run", "--suite", "denoise", "--data", "photos")),
+    "own-set": Case(("run", "--suite", "denoise", "--train-set", "photos"), lambda folder: (folder / "photos").mkdir()),
+    "partners": Case(("score", "restored", "clean", "--protocol", "awgn8"), other_names),
+    "method": Case(("run", "--suite", "denoise", "--method", "mine.py"), own_method),
+    "method-setting": Case(
+        ("run", "--suite", "denoise", "--method", "mine.py", "--set", "methods.mine.reduction=0"), own_method
+    ),
     "gpu": Case(("run", "--suite", "denoise", "--device", "cuda")),
     "disk-before": Case(SMOKE, fault="little-space"),
     "disk": Case(SMOKE, fault="full-disk"),

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from kitbench.spec.fields import Frozen
-from kitbench.store.records import Evaluation, Failure, Run, Training, Tuning
+from kitbench.store.archive import Manifest
+from kitbench.store.records import Evaluation, Failure, Origin, Run, Training, Tuning
+from kitbench.store.results_file import Result
 from kitbench.store.sweeps import Sweep
 from kitbench.verdict.reference import Reference
 
@@ -22,10 +24,13 @@ RECORDS: dict[str, tuple[type[Frozen], str]] = {
     "evaluation": (Evaluation, "eval/*.json of a run's folder: scores of one test set"),
     "failed": (Failure, "failed.json of a run's folder: why it is not complete"),
     "tuning": (Tuning, "tuning.json of a folder of runs: learning rates tried for every method, and the best of each"),
+    "origin": (Origin, "origin.json of a run's folder: who made a run that was imported"),
+    "manifest": (Manifest, "manifest.json of an archive of runs"),
+    "result": (Result, "a row of a results file: one run on one test set under one condition"),
     "sweep": (Sweep, "scale.json: cost against resolution"),
     "reference": (Reference, "what `kitbench check` compares with"),
 }
-WITH_CHECKSUM = ("run", "training", "evaluation", "failed", "tuning")
+WITH_CHECKSUM = ("run", "training", "evaluation", "failed", "tuning", "origin")
 
 
 def schema(name: str) -> dict[str, Any]:

@@ -20,14 +20,13 @@ from typing import Literal
 import torch
 from rich.console import Console
 
+from kitbench.apply.stored_suite import suite_of
 from kitbench.errors import InputError, RunError
 from kitbench.model import methods
 from kitbench.runs.prepare import Options, PreparedSuite, prepare, set_sha256
 from kitbench.runs.queue import run_suite
 from kitbench.spec.fields import digest
-from kitbench.spec.loading import load_suite
-from kitbench.spec.suite import Data, Method, SetNames, Source, Suite
-from kitbench.spec.tasks import Denoise
+from kitbench.spec.suite import Suite
 from kitbench.store.folder import RunFolder, find
 from kitbench.store.records import Evaluation, Run
 from kitbench.system.environment import commit, device_name
@@ -207,36 +206,8 @@ def _by_protocol(evaluations: Sequence[Evaluation]) -> list[list[Evaluation]]:
 
 def _suite(record: Run, evaluations: Sequence[Evaluation], method_file: Path | None) -> Suite:
     """A suite of the record's cell alone, scored under one protocol."""
-    blank = load_suite("denoise", "smoke")
-    task = record.task
-    if isinstance(task, Denoise):
-        task = task.model_copy(update={"sigma_test": tuple(dict.fromkeys(e.sigma for e in evaluations))})
-    # A suite must name training sets, also where its only method is training-free.
-    train = tuple(record.train_sets) or blank.data.embedded.colour.train  # type: ignore[union-attr]
-    sets = SetNames(train=train, test=tuple(dict.fromkeys(e.data_set for e in evaluations)))
-    source = Source.model_validate({"modes": (record.mode,), record.mode: sets})
-    changes = {
-        "name": record.suite, "preset": record.preset, "title": "one run again", "task": task,
-        "data": Data(embedded=source, folder=source), "protocol": evaluations[0].protocol,
-    }  # fmt: skip
-    if record.seed is None:
-        return blank.model_copy(update=changes | {"methods": {}, "references": (record.method,)})
-    attention = record.attention
-    if attention not in methods.shipped():
-        if method_file is None:
-            raise InputError(f"{record.method} is not a shipped method; give its Python file with --method FILE.")
-        if methods.load_method(str(method_file)).source_sha256 != attention:
-            raise InputError(f"{method_file} is not the version that the run was made with; give that one.")
-        attention = str(method_file)
-    own = {key: value for key, value in record.settings.items() if key not in record.changed}
-    method = Method(attention=attention, settings=record.settings, own=own)
-    return blank.model_copy(
-        update=changes
-        | {
-            "methods": {record.method: method}, "references": (), "seeds": (record.seed,),
-            "backbone": record.backbone, "recipe": record.recipe,
-        }
-    )  # fmt: skip
+    names, sigmas = [e.data_set for e in evaluations], [e.sigma for e in evaluations]
+    return suite_of(record, names, sigmas, evaluations[0].protocol, method_file)
 
 
 def _data(record: Run, evaluations: Sequence[Evaluation], prepared: PreparedSuite) -> RunDifference | None:
@@ -245,6 +216,9 @@ def _data(record: Run, evaluations: Sequence[Evaluation], prepared: PreparedSuit
     for name, photographs in sets.train.items():
         if name in record.train_sets and set_sha256(photographs) != record.train_sets[name]:
             return RunDifference("data", f"training set {name}", record.train_sets[name], set_sha256(photographs))
+    first, now = record.identity.get("init_sha256"), prepared.initial.sha256 if prepared.initial else None
+    if first != now:
+        return RunDifference("data", "weights that training starts from", first, now)
     for evaluation in evaluations:
         if evaluation.data_set not in sets.test:
             raise InputError(f"Test set {evaluation.data_set} was not found; give the data folder with --data.")

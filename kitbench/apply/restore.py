@@ -7,17 +7,19 @@ restores each channel of a colour picture separately. The result is written in t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+from torch import Tensor
 
 from kitbench.errors import InputError
 from kitbench.model.backbone import UNet
-from kitbench.scoring.tiles import tiled
+from kitbench.scoring.tiles import starts, tiled
 from kitbench.store.files import replace_with
 
 WHOLE = 1024 * 1024
@@ -25,6 +27,8 @@ WHOLE = 1024 * 1024
 TILE, OVERLAP = 512, 64
 """Side and overlap in pixels of the tiles of larger pictures, which are blended by linear ramps."""
 JPEG_QUALITY = 95
+GAP = 8
+"""Pixels between two pictures side by side."""
 
 
 @dataclass(frozen=True)
@@ -64,23 +68,37 @@ def write_picture(path: Path, picture: Picture) -> None:
     if picture.alpha is not None:
         image = np.concatenate([np.repeat(image, 3, 2) if image.shape[2] == 1 else image, picture.alpha], 2)
     options = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY] if path.suffix.lower() in (".jpg", ".jpeg") else []
-    done, data = cv2.imencode(path.suffix, np.ascontiguousarray(image), options)
+    try:
+        done, data = cv2.imencode(path.suffix, np.ascontiguousarray(image), options)
+    except cv2.error:  # too wide or too high for the format
+        done, data = False, np.empty(0, np.uint8)
     if not done:
         raise InputError(f"{path} cannot be written in this format; convert the picture to PNG or TIFF first.")
     replace_with(path, lambda aside: aside.write_bytes(data.tobytes()))
 
 
-def restore_picture(model: UNet, picture: Picture, device: torch.device, tile: int | None) -> Picture:
-    """Restore a picture; its alpha channel is kept. tile: side in pixels, 0: no tiles, None: chosen by size."""
+def restore_picture(
+    model: UNet, picture: Picture, device: torch.device, tile: int | None, tick: Callable[[], None] = lambda: None
+) -> Picture:
+    """Restore a picture; its alpha channel is kept. tile: side in pixels, 0: no tiles, None: chosen by size.
+
+    tick: called after each of the `calls` of the network.
+    """
     full = np.float32(np.iinfo(picture.pixels.dtype).max)
     x = torch.from_numpy(picture.pixels.astype(np.float32) / full).permute(2, 0, 1)  # [1 or 3, H, W]
     channels = model.head.in_channels
     # A batch of pictures with as many channels as the network has.
     batch = x.expand(channels, -1, -1)[None] if x.shape[0] == 1 else x[None] if channels == 3 else x[:, None]
-    side = tile if tile is not None else 0 if x[0].numel() <= WHOLE else TILE
+    side = _side(x[0].numel(), tile)
+
+    def restored(part: Tensor) -> Tensor:
+        result: Tensor = model(part)
+        tick()
+        return result
+
     with torch.inference_mode():
         parts = [
-            tiled(model, one.to(device), side, min(OVERLAP, side // 4)) if side else model(one.to(device))
+            tiled(restored, one.to(device), side, _overlap(side)) if side else restored(one.to(device))
             for one in batch.split(1)
         ]
     y = torch.cat(parts).float().cpu()
@@ -89,24 +107,32 @@ def restore_picture(model: UNet, picture: Picture, device: torch.device, tile: i
     return Picture(pixels, picture.alpha)
 
 
-def targets_of(images: Sequence[Path], out: Path | None, overwrite: bool) -> list[Path]:
-    """Where the restored pictures go: NAME-restored.SUFFIX, in the folder of the input or in `out`.
-
-    Raises InputError where a picture cannot be read, two would be written to one file, or a file exists that may not
-    be overwritten.
-    """
-    targets = [(out or path.parent) / f"{path.stem}-restored{path.suffix}" for path in images]
-    twice = next((t for t in targets if targets.count(t) > 1), None)
-    if twice is not None:
-        raise InputError(f"Two pictures would be written to {twice}; restore them into different folders.")
-    for path in images:
-        read_picture(path)
-    for target in targets:
-        if target.exists() and not overwrite:
-            raise InputError(f"{target} exists; move it away, or allow its replacement with --overwrite.")
-    return targets
+def _side(pixels: int, tile: int | None) -> int:
+    return tile if tile is not None else 0 if pixels <= WHOLE else TILE
 
 
-def restore_file(model: UNet, path: Path, target: Path, device: torch.device, tile: int | None) -> None:
-    """Read a picture, restore it and write it to `target`. tile: as in `restore_picture`."""
-    write_picture(target, restore_picture(model, read_picture(path), device, tile))
+def _overlap(side: int) -> int:
+    return min(OVERLAP, side // 4)
+
+
+def calls(model: UNet, shape: tuple[int, int, int], tile: int | None) -> int:
+    """How often `restore_picture` calls the network for [H, W, C]: once for each tile of each picture of its batch."""
+    height, width, channels = shape
+    side = _side(height * width, tile)
+    split = channels if model.head.in_channels == 1 and channels >= 3 else 1
+    tiles = math.prod(len(starts(size, side, _overlap(side))) for size in (height, width)) if side else 1
+    return min(split, 3) * tiles
+
+
+def side_by_side(left: Picture, right: Picture) -> Picture:
+    """Two pictures of one size, depth and number of channels beside each other, a white gap of GAP pixels between."""
+
+    def joined(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        gap = np.full((a.shape[0], GAP, a.shape[2]), np.iinfo(a.dtype).max, a.dtype)
+        return np.concatenate([a, gap, b], axis=1)
+
+    both = left.alpha is not None and right.alpha is not None
+    return Picture(
+        joined(left.pixels, right.pixels),
+        joined(left.alpha, right.alpha) if both else None,  # type: ignore[arg-type]
+    )

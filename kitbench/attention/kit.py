@@ -162,6 +162,25 @@ class Attention(nn.Module):
         """What a run's record keeps of the retrieval: see `retrieval_report`."""
         return retrieval_report(self, x)
 
+    def attended(self, x: Tensor) -> tuple[Tensor, int]:
+        """Which patches the forward pass attends on x [B, H, W, C]: int64 [B, N, k], each patch itself first; columns.
+
+        Patches are numbered row by row, in so many columns, on the rolled grid where the block has one.
+        """
+        if self.roll:
+            x = x.roll((-self.roll, -self.roll), (1, 2))
+        real = layout.real_positions(x.shape[1], x.shape[2], self.patch, 0, x.device)
+        found = self.neighbours(layout.cut(x, self.patch), real).neighbours
+        return found, layout.grid(x.shape[1], x.shape[2], self.patch)[1]
+
+    def needed_macs(self, height: int, width: int) -> int:
+        """Multiply-adds of one image that the definition needs: with aligned support, the keys of the footprints."""
+        rows, columns = layout.grid(height, width, self.patch)
+        footprint = (2 * self.margin + 1) ** 2 if self.support == "aligned" else self.patch**2
+        excess = (self.patch + 2 * self.margin) ** 2 - footprint
+        queries, k = rows * columns * self.patch**2, min(self.k, rows * columns)
+        return self.macs(height, width) - 2 * queries * k * excess * self.dim
+
     def macs(self, height: int, width: int) -> int:
         """Multiply-adds of one forward pass of one image: projections, attention, retrieval."""
         rows, columns = layout.grid(height, width, self.patch)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kitbench.cli.group import Group
 from kitbench.cli.options import DATA
 from kitbench.cli.output import make_console
 from kitbench.errors import ExitCode
@@ -22,7 +23,7 @@ SETS_AT_A_TIME = 4
 """Sets that are fetched at the same time."""
 
 
-@click.group()
+@click.group(cls=Group)
 def data() -> None:
     """Data sets: list them, see where they are looked for, check their files, download those that may be downloaded."""
 
@@ -58,7 +59,7 @@ def where(names: tuple[str, ...], data: Path | None) -> None:
 
     for card in _cards(names):
         folder = locate(card, data)
-        places = [str((data or Path("DIR")) / f) for f in card.folders]
+        places = [str((data or Path("DIR")) / f) for f in ([card.own] if card.own else card.folders)]
         if card.package or card.generated:
             places = [f"package {card.package}" if card.package else "nowhere: kitbench generates it"]
         found = str(folder) if folder else "not found"
@@ -93,8 +94,11 @@ def data_check(names: tuple[str, ...], data: Path | None) -> None:
         what = "pairs" if card.pairs else "images"
         proof = f"checksums of {card.checksum.removesuffix('s')}s" if card.sha256 else "number and size only"
         if problems:
-            click.secho(f"{card.name}: {len(problems)} differences from its card in {folder}", fg="red")
+            faults = f"{len(problems)} fault{'s' * (len(problems) > 1)}"
+            click.secho(f"{card.name}: {faults} in {folder}", fg="red")
             click.echo("\n".join(f"  {problem}" for problem in problems))
+        elif card.own:
+            click.echo(f"{card.name}: {card.count} {what}, all readable")
         else:
             click.echo(f"{card.name}: {card.count} {what} in {folder}, as its card states (compared: {proof})")
     if failed:
@@ -148,9 +152,10 @@ def _bars(progress: Progress) -> Callable[[str, int, int | None], None]:
 
 
 def _cards(names: tuple[str, ...]) -> list[Any]:
-    from kitbench.data.cards import card, cards
+    from kitbench.data.cards import cards
+    from kitbench.data.own import card_of_set
 
-    return [card(name) for name in names] if names else list(cards().values())
+    return [card_of_set(name) for name in names] if names else list(cards().values())
 
 
 def _presence(card: Any, present: bool) -> str:

@@ -1,31 +1,48 @@
-"""The command line, put together: its commands are in run.py, score.py, results.py, scale.py and data.py.
+"""The command line, put together: its commands are in run.py, score.py, results.py, exchange.py,
+scale.py and data.py.
 
 Commands parse, call and print. Slow modules are imported inside the commands, so that --help answers at once.
 """
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 import click
 
 from kitbench import __version__
-from kitbench.cli import data, reach, results, run, scale, score
-from kitbench.errors import ExitCode, InputError, RunError
+from kitbench.cli import data, exchange, reach, results, run, scale, score
+from kitbench.cli.group import Group
+from kitbench.cli.options import TRACEBACK, traceback_option
+from kitbench.errors import ExitCode, InputError, RunError, describe_error, own_place
 
 
-class Cli(click.Group):
-    """Prints the message of an InputError or RunError instead of a traceback, and exits with its code."""
+class Cli(Group):
+    """Prints one sentence instead of a traceback, unless --traceback was given, and exits with the code of its kind."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
+            raise  # click's own
         except InputError as error:
-            click.secho(f"kitbench: {error}", fg="red", err=True)
-            ctx.exit(ExitCode.BAD_INPUT)
+            _leave(ctx, error, str(error), ExitCode.BAD_INPUT)
         except RunError as error:
-            click.secho(f"kitbench: {error}", fg="red", err=True)
-            ctx.exit(ExitCode.RUN_FAILED)
+            _leave(ctx, error, str(error), ExitCode.RUN_FAILED)
+        except Exception as error:  # noqa: BLE001 - of a method file, or a fault of kitbench
+            whose = "" if own_place(error) else "; kitbench did not expect this: please report it"
+            shown = "" if ctx.meta.get(TRACEBACK) else "; --traceback shows where"
+            _leave(ctx, error, f"{describe_error(error)}{whose}{shown}", ExitCode.RUN_FAILED)
+
+
+def _leave(context: click.Context, error: Exception, sentence: str, code: ExitCode) -> None:
+    """Print a sentence, and the traceback where it is wanted and tells more than the sentence."""
+    expected = isinstance(error, InputError | RunError)
+    if context.meta.get(TRACEBACK) and (cause := error.__cause__ if expected else error) is not None:
+        click.echo("".join(traceback.format_exception(cause)), err=True)
+    click.secho(f"kitbench: {sentence}", fg="red", err=True)
+    context.exit(code)
 
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -39,8 +56,10 @@ def cli() -> None:
 
 
 for command in (
-    run.run, run.tune, run.status, run.reproduce, score.eval_, score.restore, score.submit, score.explain,
+    run.run, run.tune, run.status, run.reproduce, score.eval_, score.restore, score.score, score.submit, score.explain,
     results.table, results.check, results.report, results.claims, results.curves, results.anchors, results.diff,
-    scale.scale, reach.retrieval, reach.pools, data.data, data.list_,
+    exchange.export, exchange.import_, scale.scale, reach.retrieval, reach.pools, data.data, data.list_,
 ):  # fmt: skip
+    for one in (*command.commands.values(),) if isinstance(command, click.Group) else (command,):
+        one.params.append(traceback_option())
     cli.add_command(command)

@@ -2,16 +2,89 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import click
 
+from kitbench.errors import InputError
+
+
+class RunPath(click.Path):
+    """The path of a run's folder or of a folder of runs, or the first digits of a run's key.
+
+    Digits are looked for in results/ and the present folder; behind a folder (other/4583f247fe), in that one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(value)
+        if not path.exists() and re.fullmatch(r"[0-9a-f]{4,64}", path.name):
+            return _run_of_key(path.parent, path.name)
+        return super().convert(value, param, ctx)
+
+
+def _run_of_key(root: Path, digits: str) -> Path:
+    """The one run below a folder whose key begins with these digits. Raises InputError for none and for several."""
+    roots = [Path("results"), Path()] if root == Path() else [root]
+    patterns = [f"{below}*-{digits[:10]}*/run.json" for below in ("", "*/", "*/*/")]
+    found = {path.resolve(): path.parent for root in roots for pattern in patterns for path in root.glob(pattern)}
+    named = [folder for folder in found.values() if _key_begins(folder, digits)]
+    if not named:
+        where = " or ".join(f"{root}/" if root != Path() else "the present folder" for root in roots)
+        raise InputError(f"No run whose key begins with {digits} is in {where}; give the folder of the run.")
+    if len(named) > 1:
+        listed = ", ".join(map(str, sorted(named)[:5]))
+        raise InputError(f"The digits {digits} begin the keys of {len(named)} runs ({listed}); give a folder.")
+    return named[0]
+
+
+def _key_begins(folder: Path, digits: str) -> bool:
+    stated = folder.name.rpartition("-")[2]
+    if len(digits) <= len(stated):
+        return stated.startswith(digits)
+    from kitbench.store.folder import RunFolder
+
+    return RunFolder(folder).run.key.startswith(digits)
+
+
+def listed(context: click.Context, parameter: click.Parameter, words: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of an option that may be repeated, and may hold several with commas between them."""
+    return tuple(name.strip() for word in words for name in word.split(",") if name.strip())
+
+
+def overrides_of(overrides: tuple[str, ...], train_set: tuple[str, ...], test_set: tuple[str, ...]) -> tuple[str, ...]:
+    """What --set, --train-set and --test-set change, as values of --set."""
+    chosen = {"data.train": train_set, "data.test": test_set}
+    return (*overrides, *(f"{key}={json.dumps(names)}" for key, names in chosen.items() if names))
+
+
+METHODS = click.option(
+    "--method", "--methods", "method", multiple=True, metavar="NAME|FILE", callback=listed,
+    help="Only this method: a name (kitbench list), or the path of a .py file; by default all of the suite. "
+         "Several: repeat, or A,B.",
+)  # fmt: skip
+TRAIN_SET = click.option(
+    "--train-set", multiple=True, metavar="SET", callback=listed,
+    help="Instead of the suite's training sets: a name (kitbench list), or a folder of pictures with a / in its path. "
+         "Several: repeat, or A,B.",
+)  # fmt: skip
+TEST_SET = click.option(
+    "--test-set", multiple=True, metavar="SET", callback=listed, help="Likewise instead of the suite's test sets."
+)
 DATA = click.option(
     "--data", type=click.Path(path_type=Path), envvar="KITBENCH_DATA", show_envvar=True,
     help="Folder that contains data sets; by default, photographs that ship with scikit-image.",
 )  # fmt: skip
 SUITE = click.option("--suite", required=True, help="A suite's name (kitbench list), or the path of a .toml file.")
-PRESET = click.option("--preset", help="smoke, quick or full; by default the one that the suite names.")
+PRESET = click.option(
+    "--preset",
+    help="smoke, quick, standard, gpu-hour or full; by default the one that the suite names (quick in shipped suites).",
+)
 SET = click.option(
     "--set",
     "overrides",
@@ -34,9 +107,26 @@ JOBS = click.option(
     "--jobs", type=click.IntRange(1), envvar="KITBENCH_JOBS", show_envvar=True,
     help="Runs at a time; by default as many as cores and memory, GPUs, or Slurm allow. 1: one after another.",
 )  # fmt: skip
-PATHS = click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+PATHS = click.argument("paths", nargs=-1, required=True, type=RunPath(), metavar="RUNS...")
 PROTOCOL = click.option("--protocol", help="Only rows of this protocol (id, or id.vN).")
-RUN = click.option("--run", "folder", required=True, type=click.Path(path_type=Path), help="Folder of a trained run.")
+RUN = click.option(
+    "--run", "folder", required=True, type=RunPath(), metavar="RUN",
+    help="A trained run: its folder, or the first digits of its key.",
+)  # fmt: skip
 METHOD_FILE = click.option(
     "--method", "method_file", type=click.Path(path_type=Path), help="Python file of a method that is not shipped."
 )
+TRACEBACK = "kitbench.traceback"
+"""Key of click's `meta` under which it is kept whether tracebacks are wanted."""
+
+
+def traceback_option() -> click.Option:
+    """The option --traceback, which every command has."""
+
+    def keep(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+        context.meta[TRACEBACK] = value
+
+    return click.Option(
+        ["--traceback"], is_flag=True, expose_value=False, callback=keep,
+        help="Print the Python traceback of an error too.",
+    )  # fmt: skip

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from kitbench.cli.options import TRACEBACK
 from kitbench.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,6 +30,19 @@ def show_tables(complete: list[Any], stamps: list[str], out: Path, console: Cons
     for stamp in shown:
         again = shlex.join(["python", "-m", "kitbench", "table", str(out), "--protocol", stamp])
         click.echo(f"To print this table again: {again}")
+
+
+def wants_traceback() -> bool:
+    """Whether the command was called with --traceback."""
+    return bool(click.get_current_context().meta.get(TRACEBACK))
+
+
+def show_tracebacks(out: Path, sentences: Sequence[str]) -> None:
+    """Print the stored tracebacks of the failures that these sentences tell of, equal ones once."""
+    from kitbench.runs.failure import stored_tracebacks
+
+    for text in dict.fromkeys(stored_tracebacks(out, sentences)):
+        click.echo(text, err=True)
 
 
 def one_run(found: list[Any]) -> list[Any]:

@@ -7,19 +7,20 @@ from typing import Any
 
 import click
 
-from kitbench.cli.options import PATHS, PROTOCOL
+from kitbench.cli.options import PATHS, PROTOCOL, RunPath
 from kitbench.cli.output import give, one_run
 from kitbench.errors import ExitCode, InputError
 
 
 @click.command()
-@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@PATHS
 @click.option(
     "--format",
     "form",
     type=click.Choice(["markdown", "latex", "csv", "json", "terminal"]),
     default="terminal",
     show_default=True,
+    help="Form of the table.",
 )
 @click.option("--protocol", help="Only rows of this protocol (id, or id.vN).")
 @click.option("--out", type=click.Path(path_type=Path), help="Write to this file instead of the terminal.")
@@ -42,7 +43,7 @@ def table(paths: tuple[Path, ...], form: Any, protocol: str | None, out: Path | 
 @PROTOCOL
 @click.option("--time-tolerance", type=click.FloatRange(0), default=0.5, show_default=True,
               help="Allowed increase of the time of a step, as a share: 0.5 is 50 %.")  # fmt: skip
-@click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML here.")
+@click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML here, whatever the outcome.")
 @click.option("--summary", type=click.Path(path_type=Path), help="Write a Markdown summary here.")
 def check(
     paths: tuple[Path, ...],
@@ -61,8 +62,8 @@ def check(
     from kitbench.store.folder import find
     from kitbench.verdict import reference
 
-    runs = find(paths)
     if update:
+        runs = find(paths)
         new = reference.collect(runs, protocol)
         writable(against.parent)
         changed = [f"new: {len(new.rows)} rows"]
@@ -75,7 +76,13 @@ def check(
         write_atomic(against, (new.model_dump_json(indent=1) + "\n").encode())
         click.echo(f"wrote {against}")
         return
-    lines = reference.compare_with_reference(runs, reference.read_reference(against), time_tolerance)
+    try:
+        lines = reference.compare_with_reference(find(paths), reference.read_reference(against), time_tolerance)
+    except InputError as error:
+        if junit is not None:  # a CI system shows this file: without it the step fails for no visible reason
+            writable(junit.parent)
+            write_atomic(junit, reference.junit_error(str(error)))
+        raise
     for path, data in ((junit, reference.junit(lines)), (summary, reference.check_summary(lines).encode())):
         if path is not None:
             writable(path.parent)
@@ -91,7 +98,8 @@ def check(
 @click.command()
 @PATHS
 @PROTOCOL
-@click.option("--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True,
+              help="File to write.")  # fmt: skip
 def report(paths: tuple[Path, ...], protocol: str | None, out: Path) -> None:
     """Write one self-contained HTML file: verdict, claims, tables, figures, settings, how to reproduce."""
     from kitbench.store.files import writable, write_atomic
@@ -142,8 +150,8 @@ def anchors(paths: tuple[Path, ...], out: Path | None) -> None:
 
 
 @click.command()
-@click.argument("a", type=click.Path(path_type=Path))
-@click.argument("b", type=click.Path(path_type=Path))
+@click.argument("a", type=RunPath(), metavar="RUN")
+@click.argument("b", type=RunPath(), metavar="RUN2")
 def diff(a: Path, b: Path) -> None:
     """Explain how two stored runs differ: data, code, settings, device, versions, flags, and their numbers."""
     from kitbench.store.folder import find

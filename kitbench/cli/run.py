@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from kitbench.cli.options import DATA, DEVICE, JOBS, LPIPS, METHOD_FILE, OUT, PATHS, PRESET, SET, SUITE
-from kitbench.cli.output import make_console, show_tables
+from kitbench.cli.options import (
+    DATA,
+    DEVICE,
+    JOBS,
+    LPIPS,
+    METHOD_FILE,
+    METHODS,
+    OUT,
+    PATHS,
+    PRESET,
+    SET,
+    SUITE,
+    TEST_SET,
+    TRAIN_SET,
+    overrides_of,
+)
+from kitbench.cli.output import make_console, show_tables, show_tracebacks, wants_traceback
 from kitbench.errors import ExitCode, InputError, RunError
 
 
 @click.command()
 @SUITE
 @PRESET
-@click.option(
-    "--method", "method", multiple=True, help="Run only this method: a name, or the path of a .py file. Repeatable."
-)
+@METHODS
 @SET
-@click.option("--seeds", help="Seeds, e.g. 0,1,2.")
+@TRAIN_SET
+@TEST_SET
+@click.option("--seeds", help="Seeds, e.g. 0,1,2; by default those of the preset (0 in quick and smoke).")
 @DATA
 @OUT
 @DEVICE
@@ -55,6 +71,8 @@ def run(
     preset: str | None,
     method: tuple[str, ...],
     overrides: tuple[str, ...],
+    train_set: tuple[str, ...],
+    test_set: tuple[str, ...],
     seeds: str | None,
     out: Path,
     tuned: bool,
@@ -67,12 +85,10 @@ def run(
     **given: Any,
 ) -> None:
     """Train and compare the methods of a suite; what is stored already is not run again."""
-    from kitbench.spec.loading import load_suite
-
     for name, value in (("--cpus", cpus), ("--partition", partition), ("--time", minutes)):
         if value is not None and not launcher:
             raise InputError(f"{name} needs --launcher slurm.")
-    resolved = load_suite(suite, preset, overrides, method, _seeds(seeds))
+    resolved = _suite(suite, preset, overrides_of(overrides, train_set, test_set), method, _seeds(seeds))
     from kitbench.launch import commands, slurm
     from kitbench.runs import plan, queue
     from kitbench.runs.prepare import Options
@@ -90,11 +106,22 @@ def run(
         for part in parts:
             _submitted(slurm.slurm(part, options, cluster, again, dry_run, console), out)
     elif dry_run:
-        labels = [cell.label for part in parts for cell in queue.planned_cells(part, options)]
+        labels = [cell.label for part in parts for cell in queue.planned_cells(part, options, console)]
         console.print(f"{len(labels)} cells are to be run", highlight=False)
         commands.show(labels, again, console)
     else:
         _run_here(parts, options, console, shown=not only)  # the table of a Slurm job would show one run
+
+
+def _suite(
+    name: str, preset: str | None, overrides: tuple[str, ...], methods: tuple[str, ...], seeds: Sequence[int] = ()
+) -> Any:
+    """The suite with all choices applied; any shipped method may be among them."""
+    from kitbench.model.methods import method_cards
+    from kitbench.spec.loading import load_suite
+
+    kinds = {method: kind for method, (kind, _) in method_cards().items()} if methods else {}
+    return load_suite(name, preset, overrides, methods, seeds, kinds)
 
 
 def _run_here(parts: list[Any], options: Any, console: Any, shown: bool) -> None:
@@ -113,6 +140,8 @@ def _run_here(parts: list[Any], options: Any, console: Any, shown: bool) -> None
     if complete and shown:
         show_tables(complete, parts[0].stamps, options.out, console)
     if failed:
+        if wants_traceback():
+            show_tracebacks(options.out, failed)
         raise RunError(f"{len(failed)} of the suite's runs failed: " + "; ".join(failed))
 
 
@@ -125,10 +154,10 @@ def _submitted(jobs: list[str], out: Path) -> None:
 @click.command()
 @SUITE
 @PRESET
-@click.option(
-    "--method", "method", multiple=True, help="Tune only this method: a name, or the path of a .py file. Repeatable."
-)
+@METHODS
 @SET
+@TRAIN_SET
+@TEST_SET
 @DATA
 @OUT
 @DEVICE
@@ -145,7 +174,7 @@ def _submitted(jobs: list[str], out: Path) -> None:
     type=click.IntRange(0),
     default=1000,
     show_default=True,
-    help="Of all trials; no compared run may have it.",
+    help="Seed of all trials; no compared run may have it.",
 )
 @JOBS
 @click.option("--gpus", help="Which GPUs to use, e.g. 0,1.")
@@ -154,6 +183,8 @@ def tune(
     preset: str | None,
     method: tuple[str, ...],
     overrides: tuple[str, ...],
+    train_set: tuple[str, ...],
+    test_set: tuple[str, ...],
     data: Path | None,
     out: Path,
     device: str,
@@ -169,11 +200,10 @@ def tune(
     """
     from kitbench.runs import tune as job
     from kitbench.runs.prepare import Options
-    from kitbench.spec.loading import load_suite
     from kitbench.system.environment import how_to_go_on
     from kitbench.verdict.tuning import tuning_table
 
-    resolved = load_suite(suite, preset, overrides, method)
+    resolved = _suite(suite, preset, overrides_of(overrides, train_set, test_set), method)
     search = job.Search(_rates(rates) or job.rate_grid(resolved.recipe.lr, 5), seed)
     options = Options(out, data, device, workers, None, jobs=jobs, gpus=gpus)
     try:

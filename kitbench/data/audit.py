@@ -1,9 +1,12 @@
-"""The differences between a set's folder and its card: one line for every missing, extra and altered file."""
+"""The differences between a set's folder and its card: one line a cause.
+
+A cause is a missing, extra or altered file, half of a pair without the other, or a folder that contains another set.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +15,14 @@ import numpy as np
 
 from kitbench.data.cards import Card
 from kitbench.data.layout import ImageFiles, glob, layout_of_pairs, match, unnumbered
-from kitbench.data.locate import files_of_set
+from kitbench.data.locate import described, files_of_set, instead
 from kitbench.data.photograph import check_averaging, key_of, sample, verify
 from kitbench.data.pixels import file_sha256, load_pixels, pixel_sha256, pixels_of
 from kitbench.data.repetition import generated_set
 from kitbench.errors import InputError
+
+LISTED = 10
+"""Names that are listed, where a cause concerns many files."""
 
 
 @dataclass(frozen=True)
@@ -36,25 +42,37 @@ def audit(card: Card, folder: Path) -> list[str]:
     """
     if card.generated:
         return _audit_generated(card)
-    paths, lines = _files(card, folder)
+    paths, halves = _files(card, folder)
     if not paths:
         return [f"missing: all of it; expected {card.count} files as {card.tree}"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         files = list(pool.map(lambda path: _inspect(card, folder, path), paths))
-    lines += [f"altered: {file.fault}" for file in files if file.fault]
-    lines += _by_name(card, [file for file in files if not file.fault]) if card.sha256 else []
-    if card.numbered and not card.sha256:
-        lines += [f"missing: {name}" for name in unnumbered(card, [ImageFiles(path.stem, path) for path in paths])]
-    if lines:
-        return sorted(lines)
+    lines = [f"altered: {file.fault}" for file in files if file.fault]
+    if len(lines) == len(files) > 1:
+        return [_alike(lines)]
+    if card.sha256:
+        if _of_another_set(card, files):
+            return [*lines, f"another set: no file has a checksum of the card; {instead(card, folder)}"]
+        lines += _by_name(card, files)
+    elif card.numbered and described(card, folder).name == card.name:
+        lines += _each("missing", unnumbered(card, [ImageFiles(path.stem, path) for path in paths]))
+    # A half whose other half is missing or extra by the names on the card is no cause of its own.
+    lines += [] if card.sha256 and any(line.startswith(("missing", "extra")) for line in lines) else halves
+    return sorted(lines) or _whole(card, folder)
+
+
+def _whole(card: Card, folder: Path) -> list[str]:
+    """What is wrong with a set whose files are all readable: their number, sizes and averaging."""
     try:
         found = files_of_set(card, folder)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             lines = [line for line in pool.map(lambda entry: _verify(card, folder, entry), found) if line]
+        if len(lines) == len(found) > 1:
+            return [_alike(lines)]
         if not card.blind:
             check_averaging(card, (load_pixels(card, entry) for entry in sample(found)))
     except InputError as error:
-        lines.append(f"altered: {_short(card, error)}")
+        return [f"altered: {_short(card, error)}"]
     return lines
 
 
@@ -62,8 +80,26 @@ def _audit_generated(card: Card) -> list[str]:
     try:
         generated_set(card, "colour")
     except InputError as error:
-        return [f"altered: {_short(card, error)}"]
+        return [f"altered: {error}"]
     return []
+
+
+def _of_another_set(card: Card, files: Sequence[File]) -> bool:
+    """Whether several files were read, and none of them is a file of the set under any name."""
+    read = [file for file in files if not file.fault]
+    return len(read) > 1 and set(card.sha256.values()).isdisjoint(file.sha256 for file in read)
+
+
+def _alike(lines: Sequence[str]) -> str:
+    """One line, where every file of the folder has one: its cause is not in the files."""
+    return f"{lines[0].rstrip('.')} (and so on for all {len(lines)})"
+
+
+def _each(kind: str, names: Sequence[str]) -> list[str]:
+    """A line for each name, or one line for more than LISTED, which have one cause."""
+    if len(names) <= LISTED:
+        return [f"{kind}: {name}" for name in names]
+    return [f"{kind}: {len(names)} files: {', '.join(names[:LISTED])} and {len(names) - LISTED} more"]
 
 
 def _files(card: Card, folder: Path) -> tuple[list[Path], list[str]]:
@@ -103,16 +139,18 @@ def _inspect(card: Card, folder: Path, path: Path) -> File:
 def _by_name(card: Card, files: list[File]) -> list[str]:
     """Missing, extra and altered files, by names and checksums of the card; a renamed file counts as present."""
     known, there = set(card.sha256.values()), {file.sha256 for file in files}
-    lines = []
+    lines, extra = [], []
     for file in files:
         expected = card.sha256.get(file.key)
+        if file.fault:  # has its line
+            continue
         if expected is None and file.sha256 not in known:
-            lines.append(f"extra: {file.key}")
+            extra.append(file.key)
         elif expected is not None and file.sha256 != expected:
             lines.append(f"altered: {file.key}, {card.checksum} checksum {file.sha256}, expected {expected}")
     names = {file.key for file in files}
-    lines += [f"missing: {key}" for key, value in card.sha256.items() if key not in names and value not in there]
-    return lines
+    missing = [key for key, value in card.sha256.items() if key not in names and value not in there]
+    return [*lines, *_each("extra", extra), *_each("missing", missing)]
 
 
 def _verify(card: Card, folder: Path, entry: ImageFiles) -> str | None:

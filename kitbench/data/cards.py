@@ -61,6 +61,8 @@ class Card(Frozen):
     note: str = ""
     package: str = ""
     """An installed Python package that contains the files; empty: they are in the data folder."""
+    own: str = ""
+    """The folder of a user's own pictures, wherever the data folder is (own.py); empty in every shipped card."""
     generated: bool = False
     """The images are made by repetition.py, not read from files."""
     folders: Patterns = (".",)
@@ -103,6 +105,13 @@ class Card(Frozen):
     def tree(self) -> str:
         """The layouts, as messages show them."""
         return " or ".join(" + ".join(patterns) for patterns in self.trees) or "no files: it is generated"
+
+    @property
+    def advice(self) -> str:
+        """What to do where a file of the set is missing."""
+        if self.own:
+            return "add it, or remove the other one"
+        return f"restore the set as its authors publish it ({self.home})"
 
     @property
     def blind(self) -> bool:

@@ -78,12 +78,12 @@ def _pair_up(card: Card, pairs: Pairs, folder: Path) -> list[ImageFiles]:
         if target is None and pairs.targets:
             raise InputError(
                 f"Data set {card.name}: {path} has no target; expected one of that name as "
-                f"{' or '.join(pairs.targets)}: restore the set as its authors publish it ({card.home})."
+                f"{' or '.join(pairs.targets)}: {card.advice}."
             )
     if lonely:
         raise InputError(
             f"Data set {card.name}: {lonely[0]} has no input; expected one of that name as "
-            f"{' or '.join(pairs.inputs)}: restore the set as its authors publish it ({card.home})."
+            f"{' or '.join(pairs.inputs)}: {card.advice}."
         )
     return [block for path, target in found for block in _blocks_of(ImageFiles(name_in(path, folder), target, path))]
 

@@ -25,6 +25,8 @@ def locate(card: Card, root: Path | None) -> Path | None:
 
     An empty folder of the set's name is returned too: the user has begun to put the set there.
     """
+    if card.own:
+        return Path(card.own)
     if card.generated:
         return Path(__file__).parent
     if card.package:
@@ -63,7 +65,7 @@ def files_of_set(card: Card, folder: Path) -> list[ImageFiles]:
 
 def described(card: Card, folder: Path) -> Card:
     """The card that describes the contents of a folder: the given one, or that of another version of the set."""
-    if card.generated or fits(card, folder):
+    if card.own or card.generated or fits(card, folder):
         return card
     others = (other for other in cards().values() if set(other.folders) & set(card.folders))
     return next((other for other in others if other.name != card.name and fits(other, folder)), card)
@@ -84,5 +86,5 @@ def instead(card: Card, folder: Path) -> str:
     """Advice where a folder does not contain the set of the card."""
     other = described(card, folder)
     if other.name == card.name:
-        return f"restore the set as its authors publish it ({card.home})"
+        return card.advice
     return f"the folder contains {other.name} ({other.title}): use that name, or get {card.name} ({card.home})"

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import safetensors
+
 from kitbench.errors import InputError
 from kitbench.runs.plan import Plan, work_of
 from kitbench.store.folder import RunFolder, find
@@ -59,7 +61,7 @@ def survey(paths: Sequence[Path], now: Callable[[], float] = time.time) -> list[
         for cell in plan.cells:
             if cell.work not in begun:
                 begun.add(cell.work)
-                note = "its launcher is gone" if plan.abandoned else ""
+                note = "not begun; the command that was to run it is gone" if plan.abandoned else ""
                 lines.append(Line(cell.name, state, cell.work, None, None, None, note))
     return sorted(lines, key=lambda line: STATES.index(line.state))
 
@@ -75,14 +77,25 @@ def _line(folder: RunFolder, run: Run, now: float) -> Line:
         state: State = "running" if running else "failed" if failure else "stopped"
         note = failure if state == "failed" and failure else what
         left = progress.seconds_left if running else None
-        return Line(folder.path.name, state, work, progress.done, progress.total, left, note)
+        done = progress.done if running or progress.phase == "scoring" else _saved(folder)
+        return Line(folder.path.name, state, work, done, progress.total, left, note)
     if failure:
-        return Line(folder.path.name, "failed", work, None, steps, None, failure)
+        return Line(folder.path.name, "failed", work, _saved(folder), steps, None, failure)
     if folder.held():
         return Line(folder.path.name, "running", work, None, steps, None, "preparing")
     if not any((folder.path / "eval").glob("*.json")):
-        return Line(folder.path.name, "stopped", work, steps if folder.trained else None, steps, None, "not scored")
+        done = steps if folder.trained else _saved(folder)
+        return Line(folder.path.name, "stopped", work, done, steps, None, "not scored")
     return Line(folder.path.name, "done", work, steps, steps, None, "")
+
+
+def _saved(folder: RunFolder) -> int | None:
+    """The step that the run would go on from, by its last checkpoint; None without a readable one."""
+    try:
+        with safetensors.safe_open(folder.checkpoint, "np") as file:
+            return int((file.metadata() or {})["steps"])
+    except (safetensors.SafetensorError, OSError, KeyError, ValueError):
+        return None
 
 
 def status_rows(lines: Sequence[Line]) -> Iterator[list[str]]:

@@ -151,6 +151,22 @@ class UNet(nn.Module):
                 total += h * w * dim * dim * (8 + 2 + 2)
         return total
 
+    def needed_macs(self, height: int, width: int) -> int | None:
+        """As `macs`, with what the attention's definition needs where its implementation executes more; None: no more.
+
+        An attention states it by a method `needed_macs(height, width)`.
+        """
+        stride = 1 << (len(self.config.blocks) - 1)
+        excess = 0
+        for level, stages in enumerate(self._stages()):
+            h, w = (-(-side // stride) * stride >> level for side in (height, width))
+            for block in stages:
+                needed = getattr(block.attention, "needed_macs", None)
+                if block.attention is not None and needed is not None:
+                    excess += block.attention.macs(h, w) - needed(h, w)  # type: ignore[operator]
+        executed = self.macs(height, width)
+        return executed - excess if executed is not None and excess else None
+
     def _stages(self) -> Iterator[list[Block]]:
         for encoder, decoder in zip(self.encoder, self.decoder, strict=True):
             yield [block for stage in (encoder, decoder) for block in _blocks(stage)]

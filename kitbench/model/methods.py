@@ -13,8 +13,13 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import json
+import re
+import sys
 import typing
+import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -24,7 +29,8 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from kitbench.errors import InputError, nearest
+from kitbench.errors import InputError, describe_error, nearest, own_place, short_path
+from kitbench.spec.fields import Setting
 
 if typing.TYPE_CHECKING:
     import torch
@@ -91,21 +97,21 @@ class Loaded:
         return resolved
 
     def build(self, dim: int, heads: int, shift: bool, **settings: Any) -> nn.Module:
-        """An attention for `dim` channels and `heads` heads. Raises InputError where a setting is out of range."""
+        """An attention for `dim` channels and `heads` heads. Raises InputError where it cannot be built so."""
         assert self.attention is not None, f"{self.name} is training-free"
         try:
             return self.attention(dim, heads, shift=shift, **settings)
-        except (ValueError, TypeError) as error:
-            raise InputError(f"Method {self.name!r} cannot be built with {settings}: {error}") from error
+        except Exception as error:  # a stranger's code may raise anything
+            raise InputError(f"Method {self.name!r} cannot be built with {settings}: {_told(error)}") from error
 
     def build_network(self, channels: int, **settings: Any) -> nn.Module:
         """The whole network for gray (1) or colour (3) images. Raises InputError where it cannot be built so."""
         assert self.network is not None, f"{self.name} is no whole network"
         try:
             return self.network(channels, **settings)
-        except (ValueError, TypeError) as error:
+        except Exception as error:  # a stranger's code may raise anything
             raise InputError(
-                f"Method {self.name!r} cannot be built for {channels} channels with {settings}: {error}"
+                f"Method {self.name!r} cannot be built for {channels} channels with {settings}: {_told(error)}"
             ) from error
 
 
@@ -146,64 +152,161 @@ def _import_file(path: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # an import may raise anything
-        raise InputError(f"Method file {path} cannot be imported: {type(error).__name__}: {error}.") from error
+    except (Exception, SystemExit) as error:  # an import may raise anything
+        del sys.modules[name]
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        beside = missing is not None and path.with_name(f"{missing}.py").is_file()
+        advice = f"; move what it needs of {missing}.py into it: a method is one file" if beside else ""
+        raise InputError(f"Method file {path} cannot be imported: {describe_error(error)}{advice}.") from error
     return module
 
 
+def _told(error: Exception) -> str:
+    """What a constructor raised; of a shipped one that refuses a setting, its sentence alone."""
+    refusal = isinstance(error, ValueError | TypeError) and own_place(error) is None
+    return str(error) if refusal else f"{describe_error(error)}."
+
+
 def _settings(method: type, word: str, name: str) -> dict[str, tuple[Any, Any]]:
-    """Keyword-only arguments of the constructor, also of those that a subclass passes on by `**settings`."""
-    if not inspect.isclass(method):
-        raise InputError(f"Method {name}: `{word}` must be a class (a torch.nn.Module), found {type(method).__name__}.")
+    """Arguments of the constructor behind the required ones, also of those that a subclass passes on by `**settings`.
+
+    Raises InputError where the class does not keep the contract.
+    """
+    from torch import nn
+
+    if not (inspect.isclass(method) and issubclass(method, nn.Module)):
+        found = f"a class of {', '.join(b.__name__ for b in method.__bases__)}" if inspect.isclass(method) else method
+        raise InputError(f"Method {name}: `{word}` must be a torch.nn.Module, found {found}; derive it from nn.Module.")
     signature = inspect.signature(method)
     try:
         signature.bind_partial(8, 1, shift=False) if word == "Attention" else signature.bind_partial(3)
     except TypeError as error:
         expected = "dim, heads, *, shift=False, ..." if word == "Attention" else "channels, *, ..."
         raise InputError(f"Method {name}: {word}.__init__ must take ({expected}), found {signature}.") from error
-    found: dict[str, tuple[Any, Any]] = {}
+    required = 2 if word == "Attention" else 1
+    settings: dict[str, tuple[Any, Any]] = {}
+    inherited = False
     for owner in method.__mro__:
         if "__init__" not in vars(owner) or owner.__module__.startswith("torch."):
             continue
-        hints, signature = typing.get_type_hints(vars(owner)["__init__"]), inspect.signature(vars(owner)["__init__"])
-        for parameter in signature.parameters.values():
-            if parameter.kind is parameter.KEYWORD_ONLY and parameter.name != "shift" and parameter.name not in found:
-                default = None if parameter.default is parameter.empty else parameter.default
-                found[parameter.name] = (hints.get(parameter.name, Any), default)
-        if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+        init = vars(owner)["__init__"]
+        _, *parameters = inspect.signature(init).parameters.values()
+        for parameter in parameters[required:]:
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or parameter.name == "shift":
+                continue
+            passed = parameter.name in settings or (inherited and parameter.default is parameter.empty)
+            if passed:  # by the subclass, as it likes
+                continue
+            settings[parameter.name] = _setting(parameter, init, f"Method {name}: in {owner.__name__}.__init__")
+        inherited = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        if not inherited:
             break
-    return found
+    return settings
+
+
+def _setting(parameter: inspect.Parameter, init: Callable[..., None], where: str) -> tuple[Any, Any]:
+    """Annotation and default of a setting. Raises InputError where it has none that a run can record."""
+    if parameter.default is parameter.empty:
+        raise InputError(
+            f"{where}, the setting {parameter.name!r} has no default; give it one, as in {parameter.name}: int = 4."
+        )
+    if not isinstance(parameter.default, Setting):
+        raise InputError(
+            f"{where}, the default of {parameter.name!r} is {parameter.default!r}; settings are true or false, numbers "
+            "or text, for which a constructor can choose objects."
+        )
+    try:
+        annotation = typing.get_type_hints(init).get(parameter.name, Any)
+        TypeAdapter(annotation)
+    except Exception as error:  # an annotation may be any expression
+        first = str(error).splitlines()[0].split(". Set ")[0]
+        raise InputError(
+            f"{where}, the annotation of {parameter.name!r} cannot be checked ({type(error).__name__}: {first}); use "
+            "bool, int, float, str or a Literal."
+        ) from error
+    return annotation, parameter.default
 
 
 def check_method(method: Loaded, levels: Mapping[int, tuple[int, int, int]], settings: Mapping[str, Any]) -> None:
-    """Run the attention forward and backward at each level's (channels, heads, side) before any training.
+    """Run the attention forward and backward at each level's (channels, heads, side) before any training, and what else
+    a run will call of it: `macs` and `report`.
 
     Raises InputError where it fails, returns another shape or dtype than its input's or values that are not finite, or
     has trainable parameters without a gradient: DistributedDataParallel would wait for them forever.
     """
-    import torch
-
     for level, (dim, heads, side) in levels.items():
         for shift in (False, True):
             module = method.build(dim, heads, shift, **settings)
             where = f"Method {method.name!r}, level {level} (input [2, {side}, {side + 1}, {dim}], {heads} heads)"
-            x = torch.randn(2, side, side + 1, dim, generator=torch.Generator().manual_seed(0), requires_grad=True)
             try:
-                y = module(x)
-                if fault := _fault(y, x):
-                    raise InputError(f"{where}: {fault}; return one value per position and channel.")
-                y.square().mean().backward()
-                if idle := [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]:
-                    raise InputError(
-                        f"{where}, shift={shift}: no gradient reaches {', '.join(idle)}; remove parameters that do not "
-                        f"affect the result, or register them as buffers."
-                    )
+                if fault := _trial(module, _tokens(side, dim)) or _extras(module, _tokens(side, dim)):
+                    raise InputError(f"{where}, shift={shift}: {fault}.")
             except InputError:
                 raise
-            except Exception as error:  # a user's code: report its error, no traceback
-                raise InputError(f"{where} failed: {type(error).__name__}: {error}.") from error
+            except Exception as error:  # a stranger's code may raise anything
+                told = describe_error(error)
+                if own_place(error) is None:
+                    told += _forward_of(module, _tokens(side, dim))
+                raise InputError(f"{where} failed: {told}.") from error
+
+
+def _tokens(side: int, dim: int) -> torch.Tensor:
+    import torch
+
+    return torch.randn(2, side, side + 1, dim, generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+
+def _trial(module: nn.Module, x: torch.Tensor) -> str | None:
+    """What is wrong with a forward and a backward pass; None where nothing is."""
+    y = module(x)
+    if fault := _fault(y, x):
+        return f"{fault}; return one value per position and channel"
+    if not y.requires_grad:
+        return (
+            "forward returned values without a gradient; compute them by torch operators, without no_grad, detach, "
+            ".data or NumPy"
+        )
+    y.square().mean().backward()
+    if idle := [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]:
+        return (
+            f"no gradient reaches {', '.join(idle)}; remove parameters that do not affect the result, or register them "
+            "as buffers"
+        )
+    return None
+
+
+def _extras(module: Any, x: torch.Tensor) -> str | None:
+    """What is wrong with the results of `macs` and `report`, where the module has them; None where nothing is."""
+    import torch
+
+    if hasattr(module, "macs"):
+        macs = module.macs(x.shape[1], x.shape[2])
+        if type(macs) is not int:
+            return f"macs(height, width) returned {macs!r}, expected a whole number (int) of multiply-adds of one image"
+    if hasattr(module, "report"):
+        with torch.inference_mode():
+            report = module.eval().report(x.detach())
+        try:
+            json.dumps(dict(report))
+        except (TypeError, ValueError) as error:
+            return f"report(x) must return a dictionary of numbers and texts, which JSON can hold: {error}"
+    return None
+
+
+def _forward_of(module: nn.Module, x: torch.Tensor) -> str:
+    """The line of the forward pass whose gradient failed, found by torch's anomaly mode; empty where it finds none."""
+    import torch
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with suppress(Exception), torch.autograd.detect_anomaly():  # it fails again; the warning before it is wanted
+            module(x).square().mean().backward()
+    file = inspect.getfile(type(module))
+    lines = re.findall(rf'File "{re.escape(file)}", line (\d+)', "\n".join(str(warning.message) for warning in caught))
+    return f", in the gradient of {short_path(file)}:{lines[-1]}" if lines else ""
 
 
 def check_network(method: Loaded, network: nn.Module, channels: int, device: torch.device) -> None:
@@ -215,8 +318,8 @@ def check_network(method: Loaded, network: nn.Module, channels: int, device: tor
     try:
         with torch.inference_mode():
             fault = _fault(network(x), x)
-    except Exception as error:  # a user's code: report its error, no traceback
-        raise InputError(f"{where} failed: {type(error).__name__}: {error}.") from error
+    except Exception as error:  # a stranger's code may raise anything
+        raise InputError(f"{where} failed: {describe_error(error)}.") from error
     if fault:
         raise InputError(f"{where}: {fault}; pad inside forward where the network needs multiples.")
 
@@ -242,8 +345,8 @@ def check_restore(method: Loaded, channels: int, sigma: float | None) -> None:
     image = np.random.default_rng(0).random((32, 33, channels), dtype=np.float32)
     try:
         restored = method.restore(image, sigma)
-    except Exception as error:  # a user's code: report its error, no traceback
-        raise InputError(f"Method {method.name!r} failed on {image.shape}: {type(error).__name__}: {error}.") from error
+    except Exception as error:  # a stranger's code may raise anything
+        raise InputError(f"Method {method.name!r} failed on {image.shape}: {describe_error(error)}.") from error
     if getattr(restored, "shape", None) != image.shape or not np.isfinite(restored).all():
         found = getattr(restored, "shape", type(restored).__name__)
         raise InputError(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from rich.console import Console
 
+from kitbench.errors import InputError
 from kitbench.runs.cell import Cell
 from kitbench.runs.prepare import PreparedSuite
 from kitbench.runs.probe import Probe
@@ -93,9 +95,13 @@ def _setting(prepared: PreparedSuite, devices: Sequence[str]) -> list[tuple[str,
     lines.append(("backbone", f"width {width}, blocks {blocks}, attention at levels {levels} of {len(blocks)}"))
     steps = f"{recipe.steps} steps of {recipe.batch} crops of {recipe.crop} px, {recipe.precision}"
     lines.append(("recipe", f"{recipe.name}: {steps}; {recipe.card.time}"))
+    if recipe.init is not None:
+        lines.append(("init", f"training starts from the weights of {recipe.init}"))
     for protocol in {protocol.stamp: protocol for protocol in prepared.protocols.values()}.values():
         lines.append(("protocol", f"{protocol.stamp}: {protocol.summary}"))
-    lines += [("lpips", f"{net} is n/a: {note}") for net, note in prepared.lpips_notes.items()]
+    for net, note in prepared.lpips_notes.items():
+        if not _said_before(prepared, net):
+            lines.append(("lpips", f"{net} is n/a, said once: {note} On this command line: --lpips-weights FILE."))
     world, pieces = prepared.world, prepared.pieces
     shared = f", {world.size} processes" if world.size > 1 else ""
     at_a_time = f", {len(pieces[0])} crops at a time on each" if len(pieces) > 1 else ""
@@ -110,11 +116,22 @@ def _setting(prepared: PreparedSuite, devices: Sequence[str]) -> list[tuple[str,
     return lines
 
 
+def _said_before(prepared: PreparedSuite, net: str) -> bool:
+    """Whether a stored run of the suite was scored without this network of LPIPS."""
+    for cell in prepared.cells:
+        with suppress(InputError):  # a damaged record is reported when the cell's turn comes
+            evaluations = prepared.folder(cell).evaluations()
+            if any(one.lpips_note is not None and one.protocol.lpips == net for one in evaluations):
+                return True
+    return False
+
+
 def cost_text(cost: Cost) -> str:
     """Parameters and multiply-adds of a method, for people."""
     macs = cost.stated_macs
+    needed = "" if cost.macs_needed is None else f" (its definition needs {cost.macs_needed / 1e9:.2f})"
     mark = f"; {cost.macs_note}" if cost.macs_note else ""
     return (
         f"{cost.parameters:,} parameters ({cost.attention_parameters:,} in the attention), "
-        f"{'n/a' if macs is None else f'{macs / 1e9:.2f}'} GMACs at {cost.resolution} px{mark}"
+        f"{'n/a' if macs is None else f'{macs / 1e9:.2f}'} GMACs at {cost.resolution} px{needed}{mark}"
     )

@@ -18,7 +18,8 @@ from kitbench.spec.fields import Mode, digest
 from kitbench.spec.suite import Recipe, Suite
 from kitbench.spec.tasks import Denoise
 
-_DECIDES_NO_NUMBER = {"name", "card", "checkpoint_every", "validations"}
+_DECIDES_NO_NUMBER = {"name", "card", "checkpoint_every", "validations", "init"}
+"""Of `init` the checksum of the weights decides, which the identity has."""
 _ADDED_LATER = {"ema": 0.0, "tf32": False, "channels_last": True, "compile": False, "fused": True, "threads": None}
 """Keys of a recipe that do not count at these values, which stand for what was done before they existed: older runs
 keep their keys."""
@@ -67,6 +68,8 @@ class Cell:
     """Of the file of a network that is scored with given weights; its `settings` count too."""
     weights_key: str | None = None
     """The state dict in that file, where it holds several."""
+    init_sha256: str | None = None
+    """Of the weights that training starts from; None: drawn from the seed."""
 
     @property
     def trained(self) -> bool:
@@ -95,6 +98,8 @@ class Cell:
                 "device": self.device,
                 "seed": self.seed,
             }
+            if self.init_sha256 is not None:
+                identity["init_sha256"] = self.init_sha256
         if self.weights_sha256 is not None:
             identity |= {"settings": self.settings, "weights_sha256": self.weights_sha256}
             if self.weights_key is not None:

@@ -17,6 +17,17 @@ from kitbench.runs.work import Phase
 from kitbench.system.progress import Update, lines_of
 from kitbench.text import duration
 
+WIDE = 120
+"""Columns of a terminal from which on bars and the time gone by are shown beside the numbers."""
+BAR = 24
+
+
+def leading(text: str, room: int) -> str:
+    """As many of the text's parts, separated by commas, as have room; at least the first."""
+    while len(text) > room and ", " in text:
+        text = text.rpartition(", ")[0]
+    return text
+
 
 class Display:
     """What is said of the cells while they are worked on, `slots` of them at a time."""
@@ -43,12 +54,13 @@ class Display:
         if not self.console.is_terminal:
             yield
             return
+        wide = self.console.width >= WIDE
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            *([BarColumn(bar_width=BAR)] if wide else []),
             MofNCompleteColumn(),
             TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(),
+            *([TimeElapsedColumn()] if wide else []),
             TextColumn("{task.fields[left]}"),
         )
         with Progress(*columns, console=self.console) as self._bars:
@@ -71,11 +83,13 @@ class Display:
                 self._lines[cell, phase] = lines_of(self.console, escape(title), total, self.slots)
             self._lines[cell, phase](done, text)
             return
-        left = self.time_left()
+        left = f"{found} left in all" if (found := self.time_left()) else ""
         if (cell, phase) not in self._tasks:
             self._tasks[cell, phase] = self._bars.add_task(escape(title), total=total, text="", left="")
         task = self._tasks[cell, phase]
-        self._bars.update(task, completed=done, text=escape(text), left=f"{left} left in all" if left else "")
+        fixed = [title, f"{total}/{total}", left, *(["#" * BAR, "0:00:00"] if self.console.width >= WIDE else [])]
+        room = self.console.width - sum(len(part) + 1 for part in fixed)
+        self._bars.update(task, completed=done, text=escape(leading(text, room)), left=left)
         if done >= total:
             self._bars.remove_task(task)
             del self._tasks[cell, phase]

@@ -1,8 +1,9 @@
 """`kitbench eval`: score a network with given weights, or a training-free method, on a suite's test sets. No training.
 
-A network is a Python file with a class `Network(channels, *, settings)`, [B, C, H, W] to the same, blind to the noise
-level. Its weights decide in which of the suite's modes (gray, colour) it is scored: those whose channels they fit. The
-stored run is like all others; file, weights, settings, mode and task decide its key.
+A network is a Python file with a class `Network(channels, *, settings)`, [B, C, H, W] to the same. Where its forward
+has a second argument, it is told the noise level (kitbench/model/noise_level.py). Its weights decide in which of the
+suite's modes (gray, colour) it is scored: those whose channels they fit. The stored run is like all others, and holds
+all noise levels; file, weights, settings, mode and task decide its key.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from kitbench.cost.agreement import state_macs
 from kitbench.errors import InputError, RunError, describe_error
 from kitbench.model import methods
+from kitbench.model.noise_level import at_noise_level
 from kitbench.model.weights import fit, given_file_sha256, read_state
 from kitbench.runs.announce import Expected
 from kitbench.runs.cell import Cell
@@ -88,16 +91,16 @@ def score_given_weights(
         sha256 = loaded.source_sha256 or given_file_sha256(source)
         runs = []
         for mode, network in networks.items():
-            cost = _cost(network.eval(), CHANNELS[mode])  # on the CPU: counted on fake tensors
-            methods.check_network(loaded, network.to(scoring.device), CHANNELS[mode], scoring.device)
+            one_level = at_noise_level(network.eval(), resolved.task.conditions[0], name)
+            cost = _cost(network, one_level, CHANNELS[mode])  # on the CPU: counted on fake tensors
+            methods.check_network(loaded, one_level.to(scoring.device), CHANNELS[mode], scoring.device)
             cell = Cell(
                 resolved, mode, name, sha256, sha256, settings, None, device_name(scoring.device), None,
                 weights_sha256=given_file_sha256(weights.path), weights_key=weights.key,
             )  # fmt: skip
-            restore = evaluate.network(network, scoring.device, scoring.protocols[mode], "float32")
-            runs.append(Scored(cell, restore, cost))
+            runs.append(Scored(cell, _restorer(network, name, mode, scoring), cost))
     records = {one.cell: _record(one, loaded, weights, scoring) for one in runs}
-    return resolved, _score_all(runs, records, scoring, console)
+    return resolved, score_all(runs, records, scoring, console)
 
 
 def _loaded(given: Given) -> methods.Loaded:
@@ -128,9 +131,10 @@ def _training_free(name: str, loaded: methods.Loaded, scoring: PreparedScoring) 
     return runs
 
 
-def _score_all(
+def score_all(
     runs: Sequence[Scored], records: Mapping[Cell, Run], scoring: PreparedScoring, console: Console
 ) -> list[RunFolder]:
+    """Score every one on the test sets that it has no scores of yet. Returns the folders of the runs."""
     folders = []
     display = Display(console, dict.fromkeys(records, Expected(0.0, 1.0)), 1)
     with interruptible(how_to_go_on) as stop, display.shown():
@@ -179,9 +183,20 @@ def _fitting(
     return found
 
 
-def _cost(network: nn.Module, channels: int) -> Cost:
+def _restorer(network: nn.Module, name: str, mode: Mode, scoring: PreparedScoring) -> methods.Restore:
+    """The network as a function of one image and its noise level."""
+
+    def restore(image: np.ndarray, sigma: float | None) -> np.ndarray:
+        one_level = at_noise_level(network, sigma, name)
+        return evaluate.network(one_level, scoring.device, scoring.protocols[mode], "float32")(image, sigma)
+
+    return restore
+
+
+def _cost(network: nn.Module, one_level: nn.Module, channels: int) -> Cost:
+    """one_level: the network as one of the image alone."""
     closed = network.macs(RESOLUTION, RESOLUTION) if hasattr(network, "macs") else None  # type: ignore[operator]
-    macs = state_macs(network.eval(), channels, RESOLUTION, closed)
+    macs = state_macs(one_level, channels, RESOLUTION, closed)
     return Cost(
         parameters=sum(p.numel() for p in network.parameters()), attention_parameters=0, resolution=RESOLUTION,
         macs=macs.closed, macs_counted=macs.counted, macs_note=macs.note, train_peak_bytes=None, memory_note=None,

@@ -43,9 +43,12 @@ def restrict(suites: Sequence[Suite], wanted: str) -> Suite:
     raise InputError(f"Suite {name!r} has no cell {wanted!r}; give MODE/METHOD/SEED, for example colour/kit/0.")
 
 
-def write_plan(suite: Suite, out: Path, launcher: str, cells: Sequence[Cell]) -> Path:
-    """Keep what is about to be run, for `status`."""
-    plan = Plan(launcher=launcher, pid=os.getpid(), host=host_name(), cells=tuple(Planned.of(cell) for cell in cells))
+def write_plan(suite: Suite, out: Path, launcher: str, cells: Sequence[Cell], stopped: bool = False) -> Path:
+    """Keep what is about to be run, or with `stopped` what was, for `status`."""
+    plan = Plan(
+        launcher=launcher, pid=os.getpid(), host=host_name(), cells=tuple(Planned.of(cell) for cell in cells),
+        stopped=stopped,
+    )  # fmt: skip
     path = plan_path(out, suite.name, launcher)
     write_atomic(path, (plan.model_dump_json(indent=1) + "\n").encode())
     return path
@@ -53,15 +56,17 @@ def write_plan(suite: Suite, out: Path, launcher: str, cells: Sequence[Cell]) ->
 
 @contextmanager
 def planned(suite: Suite, out: Path, cells: Sequence[Cell]) -> Iterator[None]:
-    """Keep what is about to be run here, for `status`, while the block runs."""
+    """Keep what is about to be run here, for `status`, while the block runs; if it is stopped, until the next run."""
     if len(cells) < 2 or not current().first:  # a single run says by itself what it is at
         yield
         return
     path = write_plan(suite, out, "local", cells)
     try:
         yield
-    finally:
-        path.unlink(missing_ok=True)
+    except BaseException:
+        write_plan(suite, out, "local", cells, stopped=True)
+        raise
+    path.unlink(missing_ok=True)
 
 
 class Planned(Frozen):
@@ -89,10 +94,14 @@ class Plan(Frozen):
     """Of the launcher; that of Slurm has left its cells to the cluster and ended."""
     host: str
     cells: tuple[Planned, ...]
+    stopped: bool = False
+    """Whether the launcher was stopped before it had run all of them."""
 
     @property
     def abandoned(self) -> bool:
         """Whether the launcher that was to run the cells is gone."""
+        if self.stopped:
+            return True
         return self.launcher == "local" and self.host == host_name() and not psutil.pid_exists(self.pid)
 
 

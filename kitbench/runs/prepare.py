@@ -7,15 +7,17 @@ probe.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.markup import escape
 
 from kitbench.data.batches import Batches
-from kitbench.data.cards import card
 from kitbench.data.locate import check_root, locate
 from kitbench.data.overlap import assert_disjoint
+from kitbench.data.own import card_of_set
 from kitbench.data.photograph import Photograph
 from kitbench.data.repetition import images_of
 from kitbench.errors import InputError
@@ -23,6 +25,7 @@ from kitbench.model import methods
 from kitbench.model.backbone import UNet, attention_levels
 from kitbench.model.methods import Loaded
 from kitbench.runs.cell import Axes, Cell, axes
+from kitbench.runs.initial import InitialWeights, initial_weights
 from kitbench.scoring.lpips import LPIPS, available
 from kitbench.seeds import derive
 from kitbench.spec.fields import CHANNELS, Mode, digest
@@ -125,12 +128,16 @@ class PreparedSuite(PreparedScoring):
     settings: dict[str, dict[str, object]]
     """Of every trained method, defaults included."""
     cells: tuple[Cell, ...]
+    initial: InitialWeights | None
+    """What training starts from, where the recipe names a run."""
 
     def build(self, cell: Cell) -> UNet:
-        """The shared backbone with the cell's attention in it, initialised from the cell's seed."""
+        """The shared backbone with the cell's attention in it, its weights drawn from the cell's seed, or `initial`."""
         seed = derive(cell.seed, "model")
         model = UNet(CHANNELS[cell.mode], self.suite.backbone, self.methods[cell.method], cell.settings, seed)
         model.lay_out(torch.channels_last if self.suite.recipe.channels_last else torch.contiguous_format)
+        if self.initial is not None:
+            self.initial.put_into(model)
         return model
 
     def trackers(self) -> list[Tracker]:
@@ -154,21 +161,31 @@ class PreparedSuite(PreparedScoring):
         return bool((cell.trained and not self.folder(cell).trained) or self.missing_units(cell))
 
 
-def prepare(suite: Suite, options: Options, checked: bool = True) -> PreparedSuite:
+def prepare(suite: Suite, options: Options, checked: bool = True, console: Console | None = None) -> PreparedSuite:
     """Read what a suite needs, and check that it can run here.
 
-    checked: False in a worker process, whose parent has checked methods, sizes and overlaps. Raises InputError.
+    checked: False in a worker process, whose parent has checked methods, sizes and overlaps. console: where it is said
+    which method is being tried. Raises InputError.
     """
     trackers(options.track)  # refuses unknown ones
     loaded, references, settings = load_methods(suite)
+    suite, initial = initial_weights(suite, options.out)
     scoring = prepare_scoring(suite, options, checked, training=True)
     if checked:
-        check_methods(scoring, loaded, references, settings)
+        check_methods(scoring, loaded, references, settings, console or Console(quiet=True))
     cells = tuple(
         _cell(place, scoring, loaded[place.method] if place.seed is not None else None, settings)
         for place in axes(suite, scoring.sets)
     )
-    return PreparedSuite(**vars(scoring), methods=loaded, references=references, settings=settings, cells=cells)
+    if initial is not None:
+        cells = tuple(replace(cell, init_sha256=initial.sha256) if cell.trained else cell for cell in cells)
+    prepared = PreparedSuite(
+        **vars(scoring), methods=loaded, references=references, settings=settings, cells=cells, initial=initial
+    )
+    if initial is not None and checked:
+        for cell in {(cell.mode, cell.method): cell for cell in cells if cell.trained}.values():
+            prepared.build(cell)  # refuses weights of another network
+    return prepared
 
 
 def prepare_scoring(suite: Suite, options: Options, checked: bool = True, training: bool = False) -> PreparedScoring:
@@ -181,6 +198,8 @@ def prepare_scoring(suite: Suite, options: Options, checked: bool = True, traini
         )
     make_repeatable(suite.recipe)
     named, absent = choose_sets(suite, options.data)
+    if training:
+        require_training(suite, named, options.data)
     sets = {mode: read_sets(mode, chosen, options.data, training) for mode, chosen in named.items()}
     if checked:
         for found in sets.values():
@@ -212,36 +231,56 @@ def choose_sets(suite: Suite, root: Path | None) -> tuple[dict[Mode, SetNames], 
     chosen: dict[Mode, SetNames] = {}
     for mode, sets in named.items():
         # Clean images will do to train for any task; pairs have inputs of their own.
-        paired = (name for name in (*sets.train, *sets.validation) if card(name).pairs)
-        for name in (*sets.test, *paired):
-            if suite.task.kind not in card(name).tasks:
+        for name in (*sets.train, *sets.test, *sets.validation):
+            if mode == "colour" and not card_of_set(name).colour:
                 raise InputError(
-                    f"Data set {name} is made for {' and '.join(card(name).tasks)}, the suite's task is "
+                    f"Data set {name} is gray and cannot be used in mode 'colour'; choose a colour set, or run gray "
+                    "alone with --set data.modes=gray."
+                )
+        paired = (name for name in (*sets.train, *sets.validation) if card_of_set(name).pairs)
+        for name in (*sets.test, *paired):
+            if suite.task.kind not in card_of_set(name).tasks:
+                raise InputError(
+                    f"Data set {name} is made for {' and '.join(card_of_set(name).tasks)}, the suite's task is "
                     f"{suite.task.kind}; choose another set."
                 )
         there = {}
         for part in ("test", "validation"):
             names = getattr(sets, part)
-            there[part] = tuple(name for name in names if locate(card(name), root) is not None)
-            absent |= {
-                name: f"not in {root}; get it from {card(name).home}" for name in names if name not in there[part]
-            }
+            there[part] = tuple(name for name in names if locate(card_of_set(name), root) is not None)
+            gone = (name for name in names if name not in there[part])
+            absent |= {name: f"not in {root}; get it from {card_of_set(name).home}" for name in gone}
         if there["test"]:
             chosen[mode] = sets.model_copy(update=there)
     if not chosen:
         wanted = dict.fromkeys(name for sets in named.values() for name in sets.test)
         raise InputError(
-            f"None of the test sets {', '.join(wanted)} is in {root}; get one, "
-            f"or change {' or '.join(f'data.folder.{mode}.test' for mode in named)}."
+            f"None of the test sets {', '.join(wanted)} is in {root}; get one, or choose others: --test-set SET, which "
+            f"is --set data.test=SET, or {' or '.join(f'data.folder.{mode}.test' for mode in named)} for one mode."
         )
     return chosen, absent
+
+
+def require_training(suite: Suite, named: Mapping[Mode, SetNames], root: Path | None) -> None:
+    """Raises InputError where a training set is not here, naming the keys that choose another."""
+    source = "embedded" if root is None else "folder"
+    for mode, sets in named.items():
+        for name in sets.train:
+            wanted = card_of_set(name)
+            if locate(wanted, root) is not None:
+                continue
+            looked = f"package {wanted.package}" if wanted.package else f"{root} as {' or '.join(wanted.folders)}"
+            raise InputError(
+                f"Training set {name} is not in {looked}; get it from {wanted.home}, or choose another: --train-set "
+                f"SET, which is --set data.train=SET, or data.{source}.{mode}.train for one mode."
+            )
 
 
 def read_sets(mode: Mode, named: SetNames, root: Path | None, training: bool) -> ImageSets:
     """The images of one mode. Raises InputError, of training sets before the others are read."""
 
     def images(names: tuple[str, ...]) -> dict[str, list[Photograph]]:
-        return {name: images_of(card(name), root, mode) for name in names}
+        return {name: images_of(card_of_set(name), root, mode) for name in names}
 
     train = images(named.train) if training else {}
     return ImageSets(train, images(named.test), images(named.validation) if training else {})
@@ -257,7 +296,11 @@ def load_methods(
         if loaded.network is not None:
             raise InputError(f"Method {name!r} is a whole network; `kitbench eval` scores it with given weights.")
         if loaded.attention is None:
-            raise InputError(f"Method {name!r} is training-free; name it in `references`, not in `methods`.")
+            given = suite.methods[name].attention
+            raise InputError(
+                f"Method {name!r} is training-free; score it with `kitbench eval --method {given}`, or name a shipped "
+                "one in `references` of a suite file."
+            )
     for name, loaded in references.items():
         if loaded.restore is None:
             raise InputError(f"Method {name!r} is not training-free; it cannot stand in `references`.")
@@ -269,15 +312,24 @@ def check_methods(
     trained: Mapping[str, Loaded],
     references: Mapping[str, Loaded],
     settings: Mapping[str, dict[str, object]],
+    console: Console,
 ) -> None:
-    """Call every method once on small input, and compare image sizes with the crop. Raises InputError."""
+    """Call every method once on small input, and compare image sizes with the crop. Raises InputError.
+
+    A user's own method may take long: it is named before it is called.
+    """
     suite = scoring.suite
     for loaded in references.values():
         for mode in scoring.sets:
             methods.check_restore(loaded, CHANNELS[mode], suite.task.conditions[0])
     levels = attention_levels(suite.backbone, suite.recipe.crop)
     for name, loaded in trained.items():
-        methods.check_method(loaded, levels, settings[name])
+        if loaded.source_sha256 is not None:
+            where = f"level{'s' * (len(levels) > 1)} {', '.join(map(str, levels))}"
+            tried = f"{escape(name)}: forward and backward at {where} of the network"
+            console.print(f"[bold]probing   [/bold]{tried}", highlight=False, soft_wrap=True)
+        with console.status(f"probing {escape(name)}"):
+            methods.check_method(loaded, levels, settings[name])
     for sets in scoring.sets.values():
         Batches(sets.training, suite.task, suite.recipe, 0)  # refuses images smaller than the crop
 

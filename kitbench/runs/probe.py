@@ -108,6 +108,7 @@ def _subject(prepared: PreparedSuite, cell: Cell) -> _Subject:
         resolution=RESOLUTION,
         macs=macs.closed,
         macs_counted=macs.counted,
+        macs_needed=model.needed_macs(RESOLUTION, RESOLUTION),
         macs_note=macs.note,
         train_peak_bytes=peak_bytes(step, device),
         memory_note=None,

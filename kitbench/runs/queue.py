@@ -46,7 +46,7 @@ def run_suite(suite: Suite, options: Options, console: Console) -> tuple[list[Ru
             console = Console(quiet=True)
         if world.size == 1 and options.jobs != 1:
             start_server()
-        prepared = prepare(suite, options)
+        prepared = prepare(suite, options, console=console)
         todo = [prepared.cells[number] for number in world.agree(unfinished_cells(prepared))]
         probes, unfit = probe(prepared, todo, console)
         require_space(
@@ -69,9 +69,9 @@ def run_suite(suite: Suite, options: Options, console: Console) -> tuple[list[Ru
         return (complete, failed) if world.first else ([], [])
 
 
-def planned_cells(suite: Suite, options: Options) -> list[Cell]:
+def planned_cells(suite: Suite, options: Options, console: Console) -> list[Cell]:
     """The cells that `run` would work on, in order. Raises InputError; writes and runs nothing."""
-    prepared = prepare(suite, options)
+    prepared = prepare(suite, options, console=console)
     return [prepared.cells[number] for number in unfinished_cells(prepared)]
 
 

@@ -25,6 +25,8 @@ SCORING = (
     "kitbench.data.degrade", "kitbench.data.images", "kitbench.data.pixels",
 )  # fmt: skip
 ATTENTION_ROOMS = ("kitbench.attention", "kitbench.baselines")
+DESCRIBING = ("needed_macs", "attended")
+"""Methods that only say what a network costs or attends: no number of a run depends on them."""
 
 
 def source_digests(attention: str, trained: bool) -> dict[str, str]:
@@ -85,7 +87,7 @@ def _digest(modules: tuple[str, ...]) -> str:
 
 
 def canonical(node: object) -> object:
-    """A syntax tree as JSON values: without places, strings that stand alone (docstrings), and what is empty.
+    """A syntax tree as JSON values: without places, docstrings, the methods DESCRIBING, and what is empty.
 
     Empty fields differ between releases of Python, which must not change a digest.
     """
@@ -93,9 +95,13 @@ def canonical(node: object) -> object:
         fields = {name: canonical(value) for name, value in ast.iter_fields(node) if name != "kind"}
         return [type(node).__name__, {name: value for name, value in fields.items() if value not in (None, [])}]
     if isinstance(node, list):
-        return [canonical(item) for item in node if not _stands_alone(item)]
+        return [canonical(item) for item in node if not _stands_alone(item) and not _describes(item)]
     return node if isinstance(node, str | int | float | bool | None) else repr(node)
 
 
 def _stands_alone(node: object) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def _describes(node: object) -> bool:
+    return isinstance(node, ast.FunctionDef) and node.name in DESCRIBING

@@ -14,7 +14,7 @@ from kitbench.cost.timing import waited_seconds
 from kitbench.data.batches import Batches
 from kitbench.model.backbone import UNet
 from kitbench.runs.checkpoint import state_sha256
-from kitbench.runs.notes import attention_notes
+from kitbench.runs.notes import MEASURED_ON, attention_notes
 from kitbench.runs.train import LOG_EVERY, TrainingContext, train
 from kitbench.runs.work import CellWork
 from kitbench.scoring.validation import validation_crops, validator
@@ -44,7 +44,7 @@ def train_cell(work: CellWork) -> None:
     model.float()  # trained in double precision, a run is kept and scored in single
     notes = attention_notes(work, model.eval())
     for name, note in notes.items():
-        work.reporter.say(f"{name}: {', '.join(f'{k} {v}' for k, v in note.items())}")
+        work.reporter.say(f"{name}: {', '.join(f'{k} {v}' for k, v in note.items() if k not in MEASURED_ON)}")
     if first:
         assert work.probe is not None
         state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -79,11 +79,11 @@ def _train(work: CellWork, track: Log) -> tuple[UNet, list[LogLine]]:
         values = {"train/loss": line.loss, "train/psnr_db": line.psnr_db, "train/waiting": waiting}
         if line.validation_psnr_db is not None:
             values["validation/psnr_db"] = line.validation_psnr_db
-            validated = f", validation {line.validation_psnr_db:.2f} dB"
+            validated = f"validation {line.validation_psnr_db:.2f} dB, "
         beat(line.step)
         track(line.step, values)
-        data = f"  {waiting:.0%} waiting for data" if waiting > WAITING else ""
-        text = f"loss {line.loss:.4f}  {line.psnr_db:.2f} dB{validated}{data}"
+        data = f", {waiting:.0%} waiting for data" if waiting > WAITING else ""
+        text = f"{validated}training {line.psnr_db:.2f} dB, loss {line.loss:.4f}{data}"
         work.reporter.advance("training", line.step, suite.recipe.steps, text)
 
     crops = validation_crops(sets.validation, suite.task, prepared.protocols[cell.mode])

@@ -34,7 +34,8 @@ def worker_devices(prepared: PreparedSuite, cells: Sequence[Cell], probes: Mappi
     most = max(1, work_for(prepared, cells))
     if device.type != "cuda":
         threads = prepared.suite.recipe.threads or torch.get_num_threads()
-        fitting = max(1, len(os.sched_getaffinity(0)) // threads)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        fitting = max(1, cores // threads)
         peaks = [probe.cost.train_peak_bytes or 0 for probe in probes.values()]
         each = psutil.Process().memory_info().rss + max(peaks, default=0)
         fitting = max(1, min(fitting, free_bytes(device) // each))

@@ -104,8 +104,11 @@ def require_valid(restored: np.ndarray, photo: Photograph, data_set: str) -> Non
 def score(restored: np.ndarray, photo: Photograph, protocol: Protocol, lpips: LPIPS | None, seconds: float) -> Score:
     """Score one restored image, float [H, W, C] nominally in [0, 1], against the photograph."""
     unit = np.clip(restored, 0, 1)
-    prediction = np.rint(unit * 255).astype(np.uint8) if protocol.rounding == "8bit" else unit.astype(np.float64) * 255
-    target = photo.pixels if protocol.rounding == "8bit" else photo.pixels.astype(np.float64)
+    if protocol.rounding == "none":
+        prediction, target = unit.astype(np.float64) * 255, photo.pixels.astype(np.float64)
+    else:
+        to_level = np.rint if protocol.rounding == "8bit" else np.floor
+        prediction, target = to_level(unit * 255).astype(np.uint8), photo.pixels
     inside = slice(protocol.border, -protocol.border or None)
     prediction, target = prediction[inside, inside], target[inside, inside]
     distance = None

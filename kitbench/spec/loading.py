@@ -9,6 +9,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel
@@ -17,7 +18,10 @@ from kitbench.errors import InputError, nearest
 from kitbench.spec.fields import Mode
 from kitbench.spec.messages import model_of, parse
 from kitbench.spec.shipped import builtin
-from kitbench.spec.suite import Protocol, Recipe, Suite
+from kitbench.spec.suite import Data, Protocol, Recipe, Suite
+
+DATA_KEYS = ("train", "test", "validation", "modes")
+"""Short keys, `data.train` and so on, that hold for every mode, with a data folder and without one."""
 
 
 def recipes() -> list[Recipe]:
@@ -28,6 +32,11 @@ def recipes() -> list[Recipe]:
 def protocols() -> list[Protocol]:
     """The shipped protocols."""
     return [parse(Protocol, tomllib.loads(text), f"protocol {name}") for name, text in builtin("protocols").items()]
+
+
+def read_protocol(name: str) -> Protocol:
+    """A shipped protocol by its name, or the user's own by the path of its .toml file. Raises InputError."""
+    return parse(Protocol, read_toml(name, "protocols", Path()), f"protocol {name}")
 
 
 def read_toml(name: str, kind: Literal["suites", "recipes", "protocols"], base: Path) -> dict[str, Any]:
@@ -57,13 +66,16 @@ def load_suite(
     overrides: Sequence[str] = (),
     methods: Sequence[str] = (),
     seeds: Sequence[int] = (),
+    shipped: Mapping[str, str] = MappingProxyType({}),
 ) -> Suite:
     """A suite by name or path, with its preset, `key=value` overrides, and `--method`, `--seeds` choices applied.
 
-    Raises InputError for anything unknown or out of range, in one sentence.
+    shipped: the kind of every shipped method (`kitbench.model.methods.KINDS`) by name: one of them may be chosen that
+    the suite does not name, with the default settings of its file. Raises InputError for anything unknown or out of
+    range, in one sentence.
     """
     base = Path(name).parent if name.endswith(".toml") else Path()
-    raw = read_toml(name, "suites", base)
+    raw = read_toml(name, "suites", Path())
     label = raw.get("name", name)
     presets = raw.pop("presets", {})
     default = raw.pop("default_preset", None)
@@ -79,12 +91,13 @@ def load_suite(
     for kind in ("recipe", "protocol"):
         raw[kind] = _resolve(raw.get(kind), kind, base)
     _resolve_protocols(raw, base)
+    _place_folders(raw, base)
     raw["methods"] = {
         key: value | {"attention": _relative_to(value.get("attention", key), base)}
         for key, value in _tables(raw.get("methods", {}), label).items()
     }
     if methods:
-        raw["methods"] = dict(_chosen(method, raw["methods"], label) for method in methods)
+        _choose(raw, methods, shipped, label)
     # In TOML a method's settings stand beside its `attention`; here they are a table of their own.
     own = {key: _settings(value) for key, value in raw["methods"].items()}
     for override in overrides:
@@ -129,6 +142,17 @@ def _resolve_protocols(raw: dict[str, Any], base: Path) -> None:
                 sets["protocol"] = _resolve(sets["protocol"], "protocol", base)
 
 
+def _place_folders(raw: dict[str, Any], base: Path) -> None:
+    """Folders of pictures that a suite file names are looked for beside that file; in place."""
+    sources = raw.get("data")
+    for source in sources.values() if isinstance(sources, dict) else ():
+        for mode in get_args(Mode):
+            sets = source.get(mode) if isinstance(source, dict) else None
+            for part in ("train", "test", "validation"):
+                if isinstance(sets, dict) and isinstance(sets.get(part), list):
+                    sets[part] = [f"{base / n}/" if isinstance(n, str) and "/" in n else n for n in sets[part]]
+
+
 def _tables(value: object, label: str) -> dict[str, dict[str, Any]]:
     if not isinstance(value, dict) or not all(isinstance(table, dict) for table in value.values()):
         raise InputError(f"In suite {label}: methods must be tables like [methods.kit], found {value!r}.")
@@ -144,13 +168,22 @@ def _relative_to(attention: object, base: Path) -> object:
     return str(base / attention) if isinstance(attention, str) and attention.endswith(".py") else attention
 
 
+def _choose(raw: dict[str, Any], methods: Sequence[str], shipped: Mapping[str, str], label: str) -> None:
+    """Leave only these methods, in place; training-free ones stand among the references."""
+    free = [method for method in methods if method not in raw["methods"] and shipped.get(method) == "training-free"]
+    known = {name: {"attention": name} for name in shipped} | raw["methods"]
+    raw["methods"] = dict(_chosen(method, known, label) for method in methods if method not in free)
+    if free:
+        raw["references"] = free
+
+
 def _chosen(method: str, known: Mapping[str, dict[str, Any]], label: str) -> tuple[str, dict[str, Any]]:
     if method.endswith(".py"):
         name = Path(method).stem.rstrip("_").replace("_", "-")
         if name in known:
             raise InputError(
-                f"Method file {method} bears the name of the method {name!r} of suite {label!r}; rename the file, so "
-                f"that tables can show both."
+                f"Method file {method} bears the name of the method {name!r} of kitbench or of suite {label!r}; rename "
+                f"the file, so that tables can show both."
             )
         return name, {"attention": method}
     if method not in known:
@@ -178,12 +211,17 @@ def _set(raw: dict[str, Any], override: str, base: Path) -> None:
             )
         raw["methods"][parts[1]][parts[2]] = value
         return
+    if parts[0] == "data" and len(parts) == 2:
+        _set_data(raw, parts[1], value)
+        return
     model: type[BaseModel] | None = Suite
     table: Any = raw
     for depth, part in enumerate(parts):
         if model is None or part not in model.model_fields:
             known = [".".join([*parts[:depth], field]) for field in (model.model_fields if model else ())]
             raise InputError(f"--set {key}: unknown key; {nearest(key.strip(), known)}")
+        if model.model_fields[part].annotation == (str | None) and not isinstance(value, str):
+            value = text  # the hash of a run may consist of digits
         inside = table.get(part) if isinstance(table, dict) else None
         model = model_of(model.model_fields[part].annotation, inside.get("kind") if isinstance(inside, dict) else None)
         if depth + 1 < len(parts):
@@ -191,3 +229,21 @@ def _set(raw: dict[str, Any], override: str, base: Path) -> None:
             if not isinstance(table, dict):
                 raise InputError(f"--set {key}: {'.'.join(parts[: depth + 1])} is {table!r}, not a table of keys.")
     table[parts[-1]] = _resolve(value, key, base) if key in ("recipe", "protocol") else value  # type: ignore[arg-type]
+
+
+def _set_data(raw: dict[str, Any], part: str, value: object) -> None:
+    """`data.train=A,B` and the like: the sets of every mode, with a data folder and without one; in place."""
+    if part not in DATA_KEYS:
+        known = [f"data.{key}" for key in (*DATA_KEYS, *Data.model_fields)]
+        raise InputError(f"--set data.{part}: unknown key; {nearest(f'data.{part}', known)}")
+    names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise InputError(f"--set data.{part}: give one name or several with commas between them, as in 'A,B'.")
+    sources = raw.get("data")
+    for source in sources.values() if isinstance(sources, dict) else ():
+        if isinstance(source, dict) and part == "modes":
+            source["modes"] = names
+            continue
+        for mode in get_args(Mode):
+            if isinstance(source, dict) and isinstance(source.get(mode), dict):
+                source[mode][part] = names

@@ -7,11 +7,12 @@ files; loading.py reads them. All objects are validated and frozen.
 
 from __future__ import annotations
 
+import posixpath
 import tomllib
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from kitbench.spec.fields import Frozen, Mode, Setting, digest
 from kitbench.spec.shipped import builtin
@@ -26,8 +27,9 @@ class Protocol(Frozen):
     summary: str
     noise_seed: Literal["hash", "numpy0"]
     """hash: drawn from (data set, image, sigma). numpy0: NumPy's legacy generator, seed 0 before every image."""
-    rounding: Literal["8bit", "none"] = "8bit"
-    """8bit: prediction clipped to [0, 1] and rounded to the nearest of 256 levels; none: clipped only."""
+    rounding: Literal["8bit", "8bit-truncated", "none"] = "8bit"
+    """8bit: prediction clipped to [0, 1] and rounded to the nearest of 256 levels; 8bit-truncated: to the next lower
+    one; none: clipped only."""
     border: Annotated[int, Field(ge=0, le=64)] = 0
     """Pixels cut from each side before scoring."""
     space: Literal["native", "y"] = "native"
@@ -68,12 +70,24 @@ class Protocol(Frozen):
         return f"{stamp}+{digest(keys)[:6]}"
 
 
-class SetNames(Frozen):
-    """Names of data sets: those for training (used together) and those for test (reported one by one)."""
+def _set_name(name: str) -> str:
+    """The path of a folder of pictures, which contains a slash, in one spelling: `./photos`; other names unchanged."""
+    if "/" not in name:
+        return name
+    path = posixpath.normpath(name)
+    return path if "/" in path else f"./{path}"
 
-    train: Annotated[tuple[str, ...], Field(min_length=1)]
-    test: Annotated[tuple[str, ...], Field(min_length=1)]
-    validation: tuple[str, ...] = ()
+
+SetName = Annotated[str, AfterValidator(_set_name)]
+
+
+class SetNames(Frozen):
+    """Data sets, by name or by the path of a folder of pictures: for training (used together), for test (reported one
+    by one)."""
+
+    train: Annotated[tuple[SetName, ...], Field(min_length=1)]
+    test: Annotated[tuple[SetName, ...], Field(min_length=1)]
+    validation: tuple[SetName, ...] = ()
     """Those that learning curves and the tuning of learning rates are measured on; neither trained on nor reported."""
     protocol: Protocol | None = None
     """How these sets are scored, where not by the suite's own protocol."""
@@ -173,6 +187,9 @@ class Recipe(Frozen):
     fused: bool = True
     """One kernel for the optimiser's step."""
     deterministic: bool = True
+    init: str | None = None
+    """Fine-tuning: the run whose trained weights training starts from, by its folder or the first digits of its hash.
+    The key has the weights' checksum. None: weights drawn from the seed."""
     threads: Annotated[int, Field(ge=1, le=256)] | None = 1
     """CPU threads of the process that trains and scores: the order of a sum, and so its last bits, depend on them.
     None: not fixed, as in runs made before this key existed."""
@@ -207,7 +224,7 @@ class Suite(Frozen):
     task: Task
     data: Data
     backbone: Backbone
-    methods: Annotated[dict[str, Method], Field(min_length=1)]
+    methods: dict[str, Method]
     references: tuple[str, ...]
     recipe: Recipe
     protocol: Protocol
@@ -221,7 +238,9 @@ class Suite(Frozen):
         return list(dict.fromkeys(protocol.stamp for protocol in (self.protocol, *own)))
 
     @model_validator(mode="after")
-    def _seeds_differ(self) -> Self:
+    def _compares_something(self) -> Self:
+        if not self.methods and not self.references:
+            raise ValueError("neither methods nor references name anything to run")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must differ from one another, found {list(self.seeds)}")
         return self

@@ -9,6 +9,7 @@
         training.json         what the training cost; it exists if and only if training is done
         eval/SET-sigma-PROTOCOL.json   scores of every image of one test set, one sigma (if there is one), one protocol
         failed.json           why the run failed, if it did
+        origin.json           who made the run, if it was imported
         crops/SET-sigma-PROTOCOL-NUMBER.png   pictures of the first images of the set: whole, input, restored, clean
 
 A file is written under another name, synced and renamed: a reader sees the old file or the new one, never part of one.
@@ -31,7 +32,18 @@ from kitbench.errors import InputError, RunError
 from kitbench.spec.fields import Frozen, digest
 from kitbench.store.files import write_atomic
 from kitbench.store.log import LogLine, parse_log
-from kitbench.store.records import Evaluation, Failure, Owner, Progress, Run, Training, host_name, now, read_record
+from kitbench.store.records import (
+    Evaluation,
+    Failure,
+    Origin,
+    Owner,
+    Progress,
+    Run,
+    Training,
+    host_name,
+    now,
+    read_record,
+)
 
 
 class RunLocked(RunError):
@@ -77,7 +89,9 @@ class RunFolder:
 
     def evaluation_path(self, data_set: str, sigma: float | None, stamp: str) -> Path:
         level = "" if sigma is None else f"{sigma:g}-"
-        return self.path / "eval" / f"{re.sub(r'[^A-Za-z0-9.-]', '_', data_set)}-{level}{stamp}.json"
+        # A set that is named by its path: the last part, told from other folders of that name by a hash.
+        named = f"{data_set.rpartition('/')[2]}-{digest(data_set)[:8]}" if "/" in data_set else data_set
+        return self.path / "eval" / f"{re.sub(r'[^A-Za-z0-9.-]', '_', named)}-{level}{stamp}.json"
 
     def crop_path(self, data_set: str, sigma: float | None, stamp: str, number: int) -> Path:
         """The picture of the set's image of that number (from 0)."""
@@ -113,6 +127,15 @@ class RunFolder:
         return read_record(Progress, path) if path.is_file() else None
 
     @property
+    def origin(self) -> Origin | None:
+        """Who made the run; None where it was made here. Raises InputError where the record is of another run."""
+        path = self.path / "origin.json"
+        found = read_record(Origin, path) if path.is_file() else None
+        if found is not None and found.key != self.run.key:
+            raise InputError(f"{path} belongs to another run; restore it, or import the run again.")
+        return found
+
+    @property
     def failed(self) -> Failure | None:
         path = self.path / "failed.json"
         return read_record(Failure, path) if path.is_file() else None
@@ -122,9 +145,9 @@ class RunFolder:
         """Why the run failed; None where it did not, or was continued since."""
         return self.failed.message if self.failed else None
 
-    def fail(self, key: str, message: str) -> None:
+    def fail(self, key: str, message: str, traceback: str | None = None) -> None:
         """Note why the run failed."""
-        self.write("failed.json", Failure(key=key, message=message, when=now()))
+        self.write("failed.json", Failure(key=key, message=message, when=now(), traceback=traceback))
 
     @contextmanager
     def lock(self) -> Iterator[Owner | None]:

@@ -26,6 +26,8 @@ LARGEST = 64 << 20
 """Bytes of the largest record that is read."""
 Stamp = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*\.v[0-9]+(\+[0-9a-f]{6})?$")]
 """Used in file names, so the pattern admits no path separator."""
+By = Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[^\x00-\x1f\x7f|<>`]+$")]
+"""Who made a run: one line, printed in every table that the run stands in."""
 Record = TypeVar("Record", bound=Frozen)
 
 
@@ -68,6 +70,8 @@ class Cost(Frozen):
     macs: int | None
     """Closed form, one forward of one image; None where the method states none."""
     macs_counted: int | None
+    macs_needed: int | None = None
+    """What the definition of the attention needs, where its implementation executes more; None: not more."""
     macs_note: str | None
     """None where closed form and counters agree; otherwise what differs, and which operators have no formula."""
     train_peak_bytes: int | None
@@ -240,6 +244,19 @@ class Tuning(Frozen):
         return self
 
 
+class Origin(Frozen):
+    """origin.json: where a run came from that was imported; runs made here have none."""
+
+    schema_version: Literal[1] = 1
+    key: str
+    """Of the run."""
+    by: By
+    """Who ran it, as its export states."""
+    archive_sha256: str
+    imported: str
+    """UTC, ISO 8601."""
+
+
 class Failure(Frozen):
     """failed.json: why the run is not complete; deleted when it is."""
 
@@ -248,6 +265,8 @@ class Failure(Frozen):
     message: str
     when: str
     """UTC, ISO 8601."""
+    traceback: str | None = None
+    """Python's, of the exception; None in records made before it was kept."""
 
 
 class Owner(Frozen):

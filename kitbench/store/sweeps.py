@@ -12,6 +12,9 @@ Scope = Literal["attention", "block", "model"]
 Outcome = Literal["oom", "timeout", "killed", "failed"]
 Status = Literal["measured", "predicted"] | Outcome
 
+BRACKET = "not asked for: brackets the largest side within the budget"
+"""The `reason` of a point that was predicted to find the largest image within the budget."""
+
 
 class Point(Frozen):
     """One method at one size, inference or training step: its cost, and whether that was measured or predicted."""
@@ -26,6 +29,8 @@ class Point(Frozen):
     """Counted multiply-adds of one call on fake tensors; of a training step forward and backward."""
     macs_closed: int | None
     """Closed form of the forward pass; None where the method states none."""
+    macs_needed: int | None = None
+    """What the definition needs of the forward pass, where the implementation executes more."""
     macs_note: str | None = None
     """Set where closed form and forward count differ by more than 1 %."""
     comparisons: int
@@ -71,6 +76,14 @@ class Sweep(Frozen):
     """By label: the method's name or file, and its settings."""
     environment: Environment
     points: tuple[Point, ...] = ()
+
+    @property
+    def subject(self) -> str:
+        """What was swept: `attention alone, 32 channels, 2 heads`."""
+        if self.scope == "model":  # its channels are those of the suite's backbone
+            return "the whole network of the suite denoise"
+        part = {"attention": "attention alone", "block": "one block"}[self.scope]
+        return f"{part}, {self.dim} channels, {self.heads} head{'s' * (self.heads > 1)}"
 
     def curve(self, method: str, what: What) -> list[Point]:
         """The points of one method, by size."""

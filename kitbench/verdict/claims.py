@@ -8,7 +8,7 @@ where one part is contradicted, dependent on the learning rate where a part is, 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,18 +16,13 @@ import numpy as np
 from pydantic import ValidationError
 
 from kitbench.errors import InputError
-from kitbench.spec.shipped import suite_names
 from kitbench.spec.tasks import Kind
 from kitbench.store.folder import RunFolder, find
 from kitbench.store.records import Tuning, read_record
 from kitbench.store.sweeps import Sweep
 from kitbench.verdict.compare import Compared
 from kitbench.verdict.contrasts import (
-    ONE,
-    OWN,
-    SMOKE,
     UNDECIDED,
-    ComparedRuns,
     Contrast,
     Runs,
     Verdict,
@@ -37,7 +32,9 @@ from kitbench.verdict.contrasts import (
 )
 from kitbench.verdict.entries import entries, labels, under
 from kitbench.verdict.growth import Part, costly, linear_measured, linear_operations, quadratic
+from kitbench.verdict.proposals import contrast_command, run_command
 from kitbench.verdict.provenance import Deviation, deviation_text, deviations
+from kitbench.verdict.retrieval import Retrieval, noted
 from kitbench.verdict.statistics import mean_interval
 
 FULL_STEPS = 100_000
@@ -123,7 +120,13 @@ def claims(
         Claim(
             4,
             STATEMENTS[3],
-            (quality["connectivity"], quality["bias"], linear_operations(sweeps), linear_measured(sweeps)),
+            (
+                _reach(main),
+                quality["connectivity"],
+                quality["bias"],
+                linear_operations(sweeps),
+                linear_measured(sweeps),
+            ),
         ),
         Claim(5, STATEMENTS[4], tuple(quality[kind] for kind in TASKS)),
         Claim(6, STATEMENTS[5], (costly(sweeps),)),
@@ -166,7 +169,7 @@ def _part(question: str, contrast: Contrast, runs: Runs) -> Part:
     absent = "only smoke runs are stored, which settle no claim" if runs.smoke and not runs.blocks else contrast.reason
     return Part(
         question, contrast.verdict, f"{evidence}{_left_out(runs)}".removeprefix("; "), tuple(keys),
-        _command(contrast, runs) if contrast.verdict == UNDECIDED else "", absent,
+        contrast_command(contrast, runs) if contrast.verdict == UNDECIDED else "", absent,
     )  # fmt: skip
 
 
@@ -224,63 +227,44 @@ def _best_of_all(kind: Kind, contrasts: Sequence[Contrast], runs: Runs) -> Part:
     keys = dict.fromkeys(k for contrast in contrasts for compared in contrast.setups.values() for k in compared.runs)
     command = ""
     if verdict == UNDECIDED:
-        command = _command(undecided[0], runs) if steps >= FULL_STEPS else run_command(None, [], 5, kind)
+        command = contrast_command(undecided[0], runs) if steps >= FULL_STEPS else run_command(None, [], task=kind)
     evidence += _unlike(runs, keys)
     return Part(question, verdict, evidence + (_left_out(runs) if evidence else ""), tuple(keys), command, reason)
 
 
 def _recall(runs: Runs) -> Part:
-    """What KiT's runs noted of their retrieval after training, a value a seed: the mean over the attention's places."""
+    """What KiT's runs noted of their retrieval after training, a value a seed: the mean over levels."""
     question = "Does hashing find more of the k nearest patches than chance would?"
+    return _noted(runs, question, lambda found: found.by_seed("recall") - found.by_seed("chance"), "of the gain", 0.0)
+
+
+def _reach(runs: Runs) -> Part:
+    """Whether KiT reaches beyond what touches: the share of its neighbours that do not, a value a seed."""
+    question = "Do more than half of the neighbours of a patch lie beyond the 8 patches that touch it?"
+    return _noted(runs, question, lambda found: 1 - found.by_seed("adjacent"), "of that share", 0.5)
+
+
+def _noted(runs: Runs, question: str, value: Callable[[Retrieval], np.ndarray], what: str, bound: float) -> Part:
+    """A part that is supported where the interval over seeds of a value that KiT's runs noted lies above a bound."""
     block = next(iter(runs.with_methods("kit")), None)
-    command = run_command(block, ["kit"], 5)
-    entries_of_kit = [e for group in (block.methods["kit"] if block else {}).values() for e in group]
-    noted = {e.run.key[:10]: list(e.training.notes.values()) for e in entries_of_kit if e.training and e.training.notes}
-    if not noted:
-        return Part(question, UNDECIDED, "", command=command, reason="no stored run of kit noted its recall")
-    recalls, chances = (
-        np.array([np.mean([place[key] for place in places]) for places in noted.values()])
-        for key in ("recall", "chance")
-    )
-    interval = mean_interval(recalls - chances)
-    words = f"recall {recalls.mean():.3f}, of chance {chances.mean():.3f}, over {len(recalls)} seeds"
-    words += _unlike(runs, noted)
+    command = run_command(block, ["kit"])
+    of_kit = [e for group in (block.methods["kit"] if block else {}).values() for e in group]
+    found = noted(of_kit)
+    if found is None:
+        measured = any(entry.training and entry.training.notes for entry in of_kit)
+        only = "the stored runs of kit measured their retrieval on one clean image only; train them again"
+        reason = only if measured else "no stored run of kit noted its retrieval"
+        return Part(question, UNDECIDED, "", command=command, reason=reason)
+    values = value(found)
+    words = f"{len(values)} seed{'s' * (len(values) > 1)}: {found}{_unlike(runs, found.runs)}"
+    interval = mean_interval(values)
     if interval is None:
-        return Part(question, UNDECIDED, words, tuple(noted), command, "no interval over seeds")
-    words += f"; 95 % interval of the gain [{interval.low:+.3f}, {interval.high:+.3f}]"
-    verdict: Verdict = "supported" if interval.low > 0 else "not supported" if interval.high < 0 else UNDECIDED
-    return Part(question, verdict, words, tuple(noted), command if verdict == UNDECIDED else "")
-
-
-def _command(contrast: Contrast, runs: Runs) -> str:
-    """What would decide a contrast: first the search of rates, then another length of training, then more seeds."""
-    methods = [contrast.a, contrast.b]
-    block = next(iter(runs.with_methods(*methods)), next(iter(runs.blocks), None))
-    if block is None or not contrast.setups:
-        return run_command(block, methods, 5)
-    seeds = max(compared.found.seeds for compared in contrast.setups.values())
-    lengths = {
-        comparison: {s.steps for s in contrast.setups if s.comparison == comparison} for comparison in (ONE, OWN)
-    }
-    if lengths[OWN] != lengths[ONE]:
-        return f"python -m kitbench tune --suite {_suite(block)} --preset {block.first.run.preset} --data DIR --out OUT"
-    if len(lengths[ONE]) < 2:
-        return f"{run_command(block, methods, seeds)} --set recipe.steps={4 * block.steps}"
-    return run_command(block, methods, max(5, 2 * seeds))
-
-
-def _suite(block: ComparedRuns) -> str:
-    suite = block.first.run.suite
-    return suite if suite in suite_names() else f"{suite}.toml"  # the user's own file
-
-
-def run_command(block: ComparedRuns | None, methods: Sequence[str], seeds: int, task: str = "denoise") -> str:
-    """The command whose runs would decide: more seeds and the public test sets, of this recipe or the full one."""
-    suite, preset = (_suite(block), block.first.run.preset) if block else (task, "full")
-    assert preset != SMOKE
-    chosen = "".join(f" --method {name}" for name in methods if " " not in name)
-    seeds_text = ",".join(map(str, range(seeds)))
-    return f"python -m kitbench run --suite {suite} --preset {preset}{chosen} --seeds {seeds_text} --data DIR --out OUT"
+        return Part(question, UNDECIDED, words, tuple(found.runs), command, "no interval over seeds")
+    words += f"; mean over levels, 95 % interval over seeds {what} [{interval.low:+.3f}, {interval.high:+.3f}]"
+    below, above = interval.high < bound, interval.low > bound
+    verdict: Verdict = "supported" if above else "not supported" if below else UNDECIDED
+    reason = "" if above or below else "the interval holds the bound"
+    return Part(question, verdict, words, tuple(found.runs), "" if above or below else command, reason)
 
 
 def markdown(found: Sequence[Claim]) -> str:

@@ -164,14 +164,14 @@ class Runs:
             candidates.setdefault(block.steps, []).append(block)
         found: dict[Setup, Compared | None] = {}
         for steps in sorted(candidates)[-2:]:
-            one = next((block for block in candidates[steps] if self._own_rate(block)), candidates[steps][0])
+            one = next((block for block in candidates[steps] if self.at_own_rate(block)), candidates[steps][0])
             found[Setup(ONE, steps)] = compare_methods(one, a, b)
             tuning = self.tuning(one)
             if tuning is not None and (tuned := self._tuned(one, tuning, (a, b))) is not None:
                 found[Setup(OWN, steps)] = compare_methods(tuned, a, b)
         return {setup: compared for setup, compared in found.items() if compared is not None}
 
-    def _own_rate(self, block: ComparedRuns) -> bool:
+    def at_own_rate(self, block: ComparedRuns) -> bool:
         """Whether a block was trained at the recipe's own rate, as far as a search of rates says which that is."""
         tuning = self.tuning(block)
         return tuning is not None and math.isclose(block.lr, tuning.lr)

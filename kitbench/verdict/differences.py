@@ -7,7 +7,7 @@ processor. `reproduce` names the first one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,14 @@ from kitbench.store.records import Environment, Evaluation, Run, Score
 
 Kind = Literal["data", "code", "setting", "device", "version", "flag", "threads", "host", "numbers"]
 KINDS: tuple[Kind, ...] = ("data", "code", "setting", "device", "version", "flag", "threads", "host", "numbers")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """PSNR (dB) and SSIM, of an image or a mean over images."""
+
+    psnr: float
+    ssim: float
 
 
 @dataclass(frozen=True)
@@ -28,12 +36,27 @@ class RunDifference:
     b: object
 
     def __str__(self) -> str:
-        return f"{self.kind}: {self.what}: {_short(self.a)} and {_short(self.b)}"
+        return f"{self.kind}: {self.what}: {_pair(self.a, self.b)}"
+
+
+def _pair(a: object, b: object) -> str:
+    """Two values as text, with their difference where they are results."""
+    if a is None or b is None:
+        there, absent = ("second", "first") if a is None else ("first", "second")
+        return f"{_short(b if a is None else a)} in the {there} run, not stated in the {absent}"
+    if isinstance(a, Scored) and isinstance(b, Scored):
+        return f"{_moved(a.psnr, b.psnr, 2)} dB, SSIM {_moved(a.ssim, b.ssim, 4)}"
+    return f"{_short(a)} and {_short(b)}"
+
+
+def _moved(a: float, b: float, digits: int) -> str:
+    """`29.48 and 29.55 (+0.07)`; a difference below these digits is still shown."""
+    return f"{a:.{digits}f} and {b:.{digits}f} ({'equal' if a == b else f'{b - a:+.2g}'})"
 
 
 def _short(value: object) -> str:
     """A value as text; of a checksum, the first digits."""
-    text = "nothing" if value is None else str(value)
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
     digits, _, dirty = text.partition("+")
     is_hash = len(digits) in (40, 64) and all(c in "0123456789abcdef" for c in digits)
     return f"{digits[:10]}{'+dirty' if dirty else ''}" if is_hash else text
@@ -89,16 +112,40 @@ def numbers(a: RunFolder, b: RunFolder) -> list[RunDifference]:
                 break
         if one.weights_sha256 != two.weights_sha256:
             found.append(RunDifference("numbers", "weights", one.weights_sha256, two.weights_sha256))
-    for own, other_own in shared(a, b):
-        name = f"{own.data_set} {own.condition} {own.stamp}".replace("  ", " ")
-        theirs = {score.image: score for score in other_own.scores}
-        for score in own.scores:
-            other = theirs.get(score.image)
-            if other is None:
-                found.append(RunDifference("numbers", f"{name}, {score.image}", f"{score.psnr} dB", "not scored"))
-            elif scores_differ(score, other):
-                found.append(RunDifference("numbers", f"{name}, {score.image}", _dB(score), _dB(other)))
+    for own, other in shared(a, b):
+        found += _scores(own, other)
     return found
+
+
+def _scores(a: Evaluation, b: Evaluation) -> list[RunDifference]:
+    """Means over the images of both and the image that differs most, where any differs; images that one lacks."""
+    name = f"{a.data_set} {a.condition} {a.stamp}".replace("  ", " ")
+    ours, theirs = ({score.image: score for score in one.scores} for one in (a, b))
+    pairs = [(ours[image], theirs[image]) for image in ours if image in theirs]
+    unequal = [pair for pair in pairs if scores_differ(*pair)]
+    found = []
+    if unequal:
+        what = f"{name}, mean over {len(pairs)} images, of which {len(unequal)} differ"
+        found.append(RunDifference("numbers", what, _mean([one for one, _ in pairs]), _mean([two for _, two in pairs])))
+        most = max(unequal, key=lambda pair: _distance(*pair))
+        found.append(RunDifference("numbers", f"{name}, most of all {most[0].image}", *(_mean([one]) for one in most)))
+    if lacking := ours.keys() ^ theirs.keys():
+        what = f"{name}, images that only one run scored, {min(lacking)} among them"
+        found.append(RunDifference("numbers", what, len(ours.keys() - theirs.keys()), len(theirs.keys() - ours.keys())))
+    return found
+
+
+def _mean(scores: Sequence[Score]) -> Scored:
+    """Means of scores; an image that was restored exactly has infinite PSNR."""
+    psnr = math.fsum(math.inf if score.psnr is None else score.psnr for score in scores) / len(scores)
+    return Scored(psnr, math.fsum(score.ssim for score in scores) / len(scores))
+
+
+def _distance(a: Score, b: Score) -> float:
+    """Of two PSNR values, dB; infinite where one alone is."""
+    if a.psnr is None or b.psnr is None:
+        return 0.0 if a.psnr == b.psnr else math.inf
+    return abs(a.psnr - b.psnr)
 
 
 def scores_differ(a: Score, b: Score) -> bool:
@@ -116,10 +163,6 @@ def shared(a: RunFolder, b: RunFolder) -> list[tuple[Evaluation, Evaluation]]:
     ]  # fmt: skip
 
 
-def _dB(score: Score) -> str:
-    return f"{math.inf if score.psnr is None else score.psnr} dB, SSIM {score.ssim}"
-
-
 def _flat(table: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     """Nested tables as one, with dotted keys."""
     flat: dict[str, Any] = {}
@@ -132,3 +175,8 @@ def _unequal(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[tuple[str, 
     for key in dict.fromkeys([*a, *b]):
         if a.get(key) != b.get(key):
             yield key, a.get(key), b.get(key)
+
+
+def unequal_fields(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """The fields in which two identities differ, each with both values: `recipe.steps (700 and 20)`."""
+    return [f"{name} ({_short(one)} and {_short(two)})" for name, one, two in _unequal(_flat(a), _flat(b))]

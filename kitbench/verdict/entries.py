@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,14 +23,16 @@ class Entry:
     run: Run
     training: Training | None
     evaluation: Evaluation
+    by: str | None = None
+    """Who made an imported run; None where it was made here."""
 
 
 def entries(runs: Sequence[RunFolder], protocol: str | None) -> list[Entry]:
     """All stored evaluations, of one protocol. Raises InputError where there are two and none was chosen."""
     found = [
-        Entry(record, folder.training, evaluation)
+        Entry(record, folder.training, evaluation, origin.by if origin else None)
         for folder in runs
-        for record in [folder.run]
+        for record, origin in [(folder.run, folder.origin)]
         for evaluation in folder.evaluations()
     ]
     stamps = sorted({entry.evaluation.stamp for entry in found})
@@ -70,6 +73,12 @@ def mean_psnr(entry: Entry) -> float:
 def mean_ssim(entry: Entry) -> float:
     """Mean over images."""
     return entry.evaluation.mean_ssim
+
+
+def mean_lpips(evaluation: Evaluation) -> float | None:
+    """Mean over images; None where an image has none."""
+    known = [score.lpips for score in evaluation.scores if score.lpips is not None]
+    return math.fsum(known) / len(known) if len(known) == len(evaluation.scores) else None
 
 
 @cache

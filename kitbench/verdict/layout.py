@@ -99,8 +99,7 @@ def _cost_columns(block: pd.DataFrame, firsts: list[pd.Series]) -> Iterator[Tabl
     resolution = block["resolution"].dropna()
     at = f" at {resolution.iloc[0]:.0f} px" if len(resolution) else ""
     yield TableColumn("Parameters", tuple(_amount(row["parameters"], 0) for row in firsts))
-    macs = (_amount(row["gmacs"], 2, "†" * isinstance(row["gmacs_note"], str)) for row in firsts)
-    yield TableColumn(f"GMACs{at}", tuple(macs))
+    yield TableColumn(f"GMACs{at}", tuple(map(_macs, firsts)))
     peaks = (
         _amount(None if pd.isna(row["train_peak_bytes"]) else row["train_peak_bytes"] / 2**20, 1) for row in firsts
     )
@@ -118,6 +117,13 @@ def _amount(value: Any, digits: int, sign: str = "") -> TableValue:
     return TableValue(number(value, digits), key, sign=sign)
 
 
+def _macs(row: pd.Series) -> TableValue:
+    """What the implementation executes and, where that is more, what the method's definition needs."""
+    executed = _amount(row["gmacs"], 2)
+    needed = "" if pd.isna(row["gmacs_needed"]) else f" (needs {number(row['gmacs_needed'], 2)})"
+    return TableValue(executed.text + needed, executed.key, sign="†" * isinstance(row["gmacs_note"], str))
+
+
 def unranked(row: pd.Series) -> bool:
     """Whether a trained row is left out of the ranking because it has other seeds than the rows that are ranked."""
     return bool(row["seeds"] != "-" and not row["ranked"])
@@ -127,6 +133,13 @@ def notes_of(block: pd.DataFrame) -> list[str]:
     """What the signs in a block mean, and what its seeds and images could have shown."""
     noted = block.dropna(subset=["gmacs_note"]).drop_duplicates("method")
     notes = [f"† {row['method']}: {row['gmacs_note']}." for row in noted.to_dict("records")]
+    if block["gmacs_needed"].notna().any():
+        notes.append(
+            "GMACs: those that the implementation executes; in brackets those that the definition needs, where the "
+            "implementation executes more."
+        )
+    searched = block.dropna(subset=["retrieval"]).drop_duplicates("method")
+    notes += [f"Retrieval of {row['method']}: {row['retrieval']}." for row in searched.to_dict("records")]
     waited = [row["contended"] for _, row in block.iterrows() if slowed(row)]
     if waited:
         notes.append(
@@ -175,8 +188,10 @@ def caption_of(run: Run) -> str:
     recipe, backbone = run.recipe, run.backbone
     threads = recipe.threads or run.environment.threads
     where = f"{run.device}, {threads} thread{'s' * (threads > 1)}" if run.device == "cpu" else run.device
+    tuned = f", fine-tuned from {recipe.init.rpartition('/')[2]}" if recipe.init is not None else ""
     return (
-        f"{run.suite}, {run.mode}, recipe {recipe.name} ({recipe.steps} steps of {recipe.batch} x {recipe.crop} px), "
+        f"{run.suite}, {run.mode}, recipe {recipe.name} "
+        f"({recipe.steps} steps of {recipe.batch} x {recipe.crop} px{tuned}), "
         f"width {backbone.width}, attention at levels {', '.join(map(str, backbone.attention_levels))}, on {where}"
     )
 

@@ -1,6 +1,7 @@
 """What made the numbers of a table: rows made by other code, release of torch, threads or flags than the rest.
 
-Such numbers may stand in one table, but never without a mark that names what differs.
+Such numbers may stand in one table, but never without a mark that names what differs. Imported runs are always marked,
+with who made them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from kitbench.verdict.entries import Entry
 FLAGS = ("deterministic", "cudnn_benchmark", "tf32", "float32_matmul_precision")
 NOT_RECORDED = "not recorded"
 SOURCE = "source of the "
+IMPORTED = "imported"
 
 
 @dataclass(frozen=True)
@@ -25,32 +27,39 @@ class Deviation:
     """Its key."""
     trained: bool
     what: str
-    """`torch`, `threads`, `commit`, `source of the training`, ..."""
+    """`torch`, `threads`, `commit`, `source of the training`, ...; IMPORTED."""
     found: str
     usual: str
     same_source: bool
     """Whether the digests of all of the run's source are recorded, and those that most runs have."""
 
     def __str__(self) -> str:
+        if self.what == IMPORTED:
+            return f"imported, run by {self.found}"
         return f"{self.what} {self.found} instead of {self.usual}"
 
 
 def deviations(entries: Sequence[Entry], names: Mapping[tuple[str, str], str]) -> list[Deviation]:
-    """What differs among these entries from the value that most of them have; by run, in order.
+    """What differs among these entries from the value that most of them have, and who made imported runs; by run, in
+    order.
 
     names: of the runs' rows, by the key and the method of the run. An attention's own source is compared with that of
     the same method alone.
     """
-    facts = [(entry.run, _facts(entry, names[entry.run.key, entry.run.method])) for entry in entries]
+    facts = [(entry, _facts(entry, names[entry.run.key, entry.run.method])) for entry in entries]
     counted: dict[str, Counter[str]] = {}
     for _, own in facts:
         for what, value in own.items():
             counted.setdefault(what, Counter())[value] += 1
     usual = {what: min(values, key=lambda value: (-values[value], value)) for what, values in counted.items()}
     found = {}
-    for run, own in facts:
+    for entry, own in facts:
+        run = entry.run
         source = {what: value for what, value in own.items() if what.startswith(SOURCE)}
         same_source = all(value == usual[what] != NOT_RECORDED for what, value in source.items())
+        if entry.by is not None:
+            name = names[run.key, run.method]
+            found[run.key, ""] = Deviation(name, run.key, run.seed is not None, IMPORTED, entry.by, "", same_source)
         for what, value in own.items():
             if value != usual[what]:
                 name, said = names[run.key, run.method], what.partition("|")[0]
@@ -67,7 +76,8 @@ def deviation_text(found: Sequence[Deviation]) -> str | None:
     texts = list(dict.fromkeys(map(str, found)))
     if not texts:
         return None
-    known = all(one.what == "commit" and one.same_source for one in found)
+    others = [one for one in found if one.what != IMPORTED]
+    known = bool(others) and all(one.what == "commit" and one.same_source for one in others)
     return "; ".join(texts) + (" (the source that decides numbers is the same)" if known else "")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from functools import cache
 from importlib import resources
-from typing import Literal
+from typing import Any, Literal
 
 from kitbench.spec.fields import Frozen
 from kitbench.spec.messages import parse
@@ -37,6 +37,8 @@ class Published(Frozen):
     """Where the scores are printed."""
     weights_sha256: str = ""
     """Of the public file of weights with these scores, if any; `kitbench anchors` compares its scores with them."""
+    protocol: str = ""
+    """Of the figures with weights: id of the shipped protocol with the conventions of print."""
     figures: tuple[Figure, ...]
 
 
@@ -75,6 +77,20 @@ def lines(columns: set[Column] | None = None) -> list[list[str]]:
     return found + [
         [m.method, m.task, "", "", "n/a", m.source] for m in published() if not m.figures and m.task in tasks
     ]
+
+
+def records(columns: set[Column]) -> list[dict[str, Any]]:
+    """The figures at these (data set, condition) as rows of the long form: `read_in` says where, `protocol` of what."""
+    return [
+        {
+            "method": model.method, "data_set": figure.data_set, "sigma": figure.sigma,
+            "condition": condition(figure.sigma), "psnr_db": figure.psnr_db,
+            "protocol": f"{figure.metric}, as printed", "read_in": model.source,
+        }
+        for model in published()
+        for figure in model.figures
+        if (figure.data_set, condition(figure.sigma)) in columns
+    ]  # fmt: skip
 
 
 HEADER = ["Method", "Task", "Data set", "Metric", "dB", "Read in"]

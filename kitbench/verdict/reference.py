@@ -9,7 +9,8 @@ A reference (JSON, written by `--update`) contains the scores of every seed and 
 
 Seeds that both have are compared in pairs, so that the effect of a seed on all methods cancels from the spread; without
 a shared seed the whole spread counts. One-sided, at 5 % over all scores (Bonferroni). Raises InputError for a reference
-of another protocol, data version, recipe or device: its numbers are not comparable.
+of another protocol, data version, recipe or device: its numbers are not comparable. The message names the run and the
+fields that differ; the reference contains the settings of each comparison for that.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from xml.etree import ElementTree
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from scipy import stats
 from tabulate import tabulate
 
@@ -32,6 +33,8 @@ from kitbench.errors import InputError
 from kitbench.spec.fields import Frozen
 from kitbench.spec.tasks import condition
 from kitbench.store.folder import RunFolder
+from kitbench.store.records import Run
+from kitbench.verdict.differences import unequal_fields
 from kitbench.verdict.entries import Entry, entries, labels
 
 MEMORY = 0.05
@@ -40,6 +43,8 @@ FLOOR = {"PSNR": 0.01, "SSIM": 0.0005}
 """Smallest tolerance: differences of rounding between processors."""
 ONE_SEED = {"PSNR": 0.1, "SSIM": 0.005}
 """Tolerance where the reference has one seed, hence no spread; the comparison says so."""
+FIELDS_SHOWN = 6
+"""Most differing fields that a message lists; it states how many more there are."""
 Place = tuple[str, str, str, str, str]
 """Comparison, mode, method, data set, condition."""
 
@@ -86,6 +91,9 @@ class Reference(Frozen):
     protocol: str
     rows: tuple[Row, ...]
     costs: tuple[CostRow, ...]
+    shared: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """By comparison: what its runs share (task, backbone, recipe, training images, device, NUMERICS). Empty in
+    references that were written before it was kept."""
 
 
 @dataclass(frozen=True)
@@ -136,9 +144,16 @@ def collect(runs: Sequence[RunFolder], protocol: str | None) -> Reference:
         for place, group in sorted(groups.items())
     ]  # fmt: skip
     costs = [_cost(*place, list(group.values())) for place, group in sorted(trained.items())]
+    shared = {entry.run.comparison: _shared(entry.run) for entry in found if entry.run.comparison}
     return Reference(
-        kitbench=kitbench.__version__, protocol=found[0].evaluation.stamp, rows=tuple(rows), costs=tuple(costs)
-    )
+        kitbench=kitbench.__version__, protocol=found[0].evaluation.stamp, rows=tuple(rows), costs=tuple(costs),
+        shared=dict(sorted(shared.items())),
+    )  # fmt: skip
+
+
+def _shared(run: Run) -> dict[str, Any]:
+    """The part of a run's identity that all runs of its comparison have."""
+    return {key: value for key, value in run.identity.items() if key not in ("attention", "settings", "seed")}
 
 
 def _seed(entry: Entry) -> str:
@@ -179,20 +194,50 @@ def read_reference(path: Path) -> Reference:
 
 def compare_with_reference(runs: Sequence[RunFolder], reference: Reference, time: float = TIME) -> list[Comparison]:
     """All comparisons of the runs with the reference. Raises InputError where they are not comparable."""
+    _same_protocol(runs, reference)
     current = collect(runs, reference.protocol)
     theirs = {row.comparison for row in current.rows}
     for row in reference.rows:
         if row.comparison and row.comparison not in theirs:
-            raise InputError(
-                f"{row.method} on {row.data_set} of the reference differs from these runs in recipe, task, training "
-                f"data, device or NUMERICS; run the suite and preset of the reference, or write a new reference with "
-                f"--update."
-            )
+            raise InputError(_unlike(row, reference, [folder.run for folder in runs]))
     here = {row.place: row for row in current.rows}
     lines = [line for row in reference.rows for line in _scores(row, here.get(row.place), reference)]
     costs = {(row.comparison, row.method): row for row in current.costs}
     lines += [line for row in reference.costs for line in _costs(row, costs.get((row.comparison, row.method)), time)]
     return lines
+
+
+def _same_protocol(runs: Sequence[RunFolder], reference: Reference) -> None:
+    """Raises InputError where there are evaluations, and none is under the reference's protocol."""
+    stamps = {folder.run.key[:10]: {e.stamp for e in folder.evaluations()} for folder in runs}
+    scored = {key: found for key, found in stamps.items() if found}
+    if scored and not any(reference.protocol in found for found in scored.values()):
+        key, found = next(iter(scored.items()))
+        raise InputError(
+            f"Run {key} was scored under {', '.join(sorted(found))}, the reference under {reference.protocol}; score "
+            f"the runs under that protocol, or write a new reference with --update."
+        )
+
+
+def _unlike(row: Row, reference: Reference, runs: Sequence[Run]) -> str:
+    """Why none of these runs can be compared with a row of the reference: the nearest run, and where it differs."""
+    name = f"{row.method} of the reference (run {row.runs[0]})"
+    advice = "run the suite and preset of the reference, or write a new reference with --update"
+    trained = [run for run in runs if run.comparison]
+    if not trained:
+        return f"{name} was trained, and none of these runs was; {advice}."
+    settings = reference.shared.get(row.comparison)
+    if settings is None:
+        return (
+            f"Run {trained[0].key[:10]} ({trained[0].method}) differs from {name}, and the reference does not contain "
+            f"its settings, because an earlier version wrote it; {advice}."
+        )
+    fields = {run.key: unequal_fields(_shared(run), settings) for run in trained}
+    nearest = min(trained, key=lambda run: (len(fields[run.key]), run.method != row.method, run.seed or 0, run.key))
+    found = fields[nearest.key]
+    more = f" and {len(found) - FIELDS_SHOWN} more" if len(found) > FIELDS_SHOWN else ""
+    listed = ", ".join(found[:FIELDS_SHOWN]) + more
+    return f"Run {nearest.key[:10]} ({nearest.method}) differs from {name} in {listed}; {advice}."
 
 
 def _scores(row: Row, found: Row | None, reference: Reference) -> Iterable[Comparison]:
@@ -202,8 +247,9 @@ def _scores(row: Row, found: Row | None, reference: Reference) -> Iterable[Compa
         return
     if found.data_sha256 != row.data_sha256:
         raise InputError(
-            f"{row.data_set} of the reference has other images ({row.data_sha256[:8]}) than that of these runs "
-            f"({found.data_sha256[:8]}); restore the set, or write a new reference with --update."
+            f"Run {found.runs[0]} ({row.method}) was scored on other images of {row.data_set} "
+            f"({found.data_sha256[:8]}) than the reference ({row.data_sha256[:8]}); restore the set, or write a new "
+            f"reference with --update."
         )
     for quantity, old, new in (("PSNR", row.psnr, found.psnr), ("SSIM", row.ssim, found.ssim)):
         shared = sorted(old.keys() & new.keys())
@@ -278,11 +324,21 @@ def changes(old: Reference, new: Reference) -> list[str]:
 def junit(lines: Sequence[Comparison]) -> bytes:
     """JUnit XML with one test case for each comparison."""
     failures = str(sum(line.failed for line in lines))
-    suite = ElementTree.Element("testsuite", name="kitbench check", tests=str(len(lines)), failures=failures)
+    counts = {"tests": str(len(lines)), "failures": failures, "errors": "0"}
+    suite = ElementTree.Element("testsuite", counts, name="kitbench check")
     for line in lines:
         case = ElementTree.SubElement(suite, "testcase", classname=line.name, name=line.quantity)
         if line.failed:
             ElementTree.SubElement(case, "failure", message=str(line))
+    text: bytes = ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True)
+    return text + b"\n"
+
+
+def junit_error(message: str) -> bytes:
+    """JUnit XML of a check that could not be made: one test case with an error."""
+    suite = ElementTree.Element("testsuite", name="kitbench check", tests="1", failures="0", errors="1")
+    case = ElementTree.SubElement(suite, "testcase", classname="kitbench check", name="can be compared")
+    ElementTree.SubElement(case, "error", message=message)
     text: bytes = ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True)
     return text + b"\n"
 

@@ -8,7 +8,6 @@ are refused. Published figures are in a block of their own.
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import textwrap
@@ -39,18 +38,24 @@ def render(runs: Sequence[RunFolder], form: Format, protocol: str | None = None,
     On the terminal it is at most NARROW characters wide and shows PSNR and the main costs; `wide`: all columns.
     """
     table = rows(runs, protocol)
-    if form == "csv":
-        text = io.StringIO()
-        table.to_csv(text, index=False, lineterminator="\n", float_format="%.6g")
-        return text.getvalue()
-    if form == "json":
-        records = json.loads(table.to_json(orient="records", double_precision=10))
+    columns = set(zip(table["data_set"], table["condition"], strict=True))
+    if form in ("csv", "json"):
+        own = table.assign(read_in=None)
+        printed = pd.DataFrame(published.records(columns), columns=own.columns)
+        if form == "csv":
+            parts = ((own, True), (printed, False))
+            return "".join(
+                part.to_csv(header=head, index=False, lineterminator="\n", float_format="%.6g") for part, head in parts
+            )
+        records = [
+            r for part in (own, printed) for r in json.loads(part.to_json(orient="records", double_precision=10))
+        ]
         return json.dumps(records, indent=1) + "\n"
     narrow = form == "terminal" and not wide
     blocks = [
         _block(layout_of(block, caption_of(run)), form, narrow) for block, run in split(table, entries(runs, protocol))
     ]
-    figures = published.lines(set(zip(table["data_set"], table["condition"], strict=True)))
+    figures = published.lines(columns)
     if figures:
         blocks.append(_published(figures, form))
     return "\n".join(blocks)

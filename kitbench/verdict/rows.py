@@ -16,6 +16,7 @@ from kitbench.store.folder import RunFolder
 from kitbench.verdict.compare import Columns, Compared, against_best, equal_seeds
 from kitbench.verdict.entries import Entry, entries, labels, mean_psnr, mean_ssim
 from kitbench.verdict.provenance import Deviation, deviation_text, deviations
+from kitbench.verdict.retrieval import noted
 from kitbench.verdict.statistics import mean_interval
 
 _Key = tuple[str, ...]
@@ -99,6 +100,7 @@ def _row(key: _Key, group: list[Entry], to_best: Compared | None) -> dict[str, A
     first = group[0]
     cost = first.training.cost if first.training else first.run.cost
     macs = cost.stated_macs if cost else None
+    retrieval = noted(group)
     steps = [entry.training.cost.step_seconds for entry in group if entry.training]
     alone = bool(steps) and None not in steps
     lpips = [_mean([score.lpips for score in entry.evaluation.scores]) for entry in group]
@@ -123,6 +125,7 @@ def _row(key: _Key, group: list[Entry], to_best: Compared | None) -> dict[str, A
         "seeds": ",".join(str(entry.run.seed) for entry in group) if first.training else "-",
         "parameters": cost.parameters if cost else None,
         "gmacs": macs / 1e9 if macs is not None else None,
+        "gmacs_needed": cost.macs_needed / 1e9 if cost and cost.macs_needed is not None else None,
         "gmacs_note": cost.macs_note if cost else None,
         "resolution": cost.resolution if cost else None,
         "train_peak_bytes": _mean(peaks),
@@ -141,6 +144,7 @@ def _row(key: _Key, group: list[Entry], to_best: Compared | None) -> dict[str, A
         "within_noise": not to_best.decided if to_best and to_best.p_holm is not None else None,
         "detectable_db": to_best.detectable if to_best else None,
         "statistics_note": to_best.found.note if to_best else None,
+        "retrieval": None if retrieval is None else str(retrieval),
         "runs": ",".join(entry.run.key[:10] for entry in group),
     }
 

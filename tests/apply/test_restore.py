@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 import shutil
 from pathlib import Path
@@ -13,12 +14,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from rich.console import Console
 
 from kitbench.apply import restore, trained
 from kitbench.apply.explain import Pixel, choices
+from kitbench.apply.folders import Restoration, pictures_named, restore_all, targets_of
 from kitbench.apply.restore import Picture
 from kitbench.cli.main import cli
-from kitbench.errors import InputError
+from kitbench.errors import InputError, Interrupted, RunError
 from kitbench.scoring.tiles import starts
 from kitbench.store.folder import RunFolder
 from tests.conftest import run_kitbench
@@ -30,12 +33,16 @@ def run_of(tiny_runs: Path, method: str) -> RunFolder:
     return RunFolder(next(tiny_runs.glob(f"*-{method}-s0-*")))
 
 
-def refused(folder: Path, *arguments: str) -> str:
-    """What the command says that gives exit code 2, in this process: a process of its own takes a second to start."""
+def invoke(folder: Path, code: int, *arguments: str) -> str:
+    """What a command with this exit code says, in this process: a process of its own takes a second to start."""
     with contextlib.chdir(folder):
         done = CliRunner().invoke(cli, arguments)
-    assert done.exit_code == 2, done.output
+    assert done.exit_code == code, done.output
     return done.output
+
+
+def refused(folder: Path, *arguments: str) -> str:
+    return invoke(folder, 2, *arguments)
 
 
 def photograph(height: int, width: int, channels: int, dtype: type = np.uint8) -> np.ndarray:
@@ -70,8 +77,8 @@ def test_every_format_keeps_its_size_depth_channels_and_alpha(
     image = photograph(*size, channels, dtype)
     cv2.imwrite(str(path), image)
     model, _ = trained.load_trained(run_of(tiny_runs, "kit"), None, CPU)
-    [written] = restore.targets_of([path], None, overwrite=False)
-    restore.restore_file(model, path, written, CPU, None)
+    [written] = targets_of([path], None, overwrite=False)
+    restore_all(Restoration(model, CPU, None, False), [path], [written], Console(quiet=True))
     assert written == tmp_path / f"mine-restored{suffix}"
     got = cv2.imread(str(written), cv2.IMREAD_UNCHANGED)
     got = got[..., None] if got.ndim == 2 else got
@@ -134,19 +141,162 @@ def test_gray_and_colour_pass_through_a_network_of_the_other_kind(tiny_runs, cha
 
 def test_the_command_restores_beside_the_input_and_refuses_to_overwrite(tiny_runs, tmp_path) -> None:
     cv2.imwrite(str(tmp_path / "a.png"), photograph(40, 40, 3))
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "empty").mkdir()
     run = str(run_of(tiny_runs, "kit").path)
     assert "wrote a-restored.png" in run_kitbench(tmp_path, "restore", "a.png", "--run", run).stdout
     for arguments, sentence in (
         (["a.png", "--run", run], "a-restored.png exists"),
-        (["text.png", "--run", run], "is not a readable picture"),
-        (["missing.png", "--run", run], "cannot be read"),
+        (["missing.png", "--run", run], "missing.png does not exist; give pictures, folders or wildcards"),
+        (["*.jpg", "--run", run], "No picture matches *.jpg"),
+        (["empty", "--run", run], "Folder empty has no pictures; put some there"),
         (["a.png", "--run", str(tiny_runs)], "give one"),
         (["a.png", "--overwrite", "--run", str(next(tiny_runs.glob("*input*")))], "training-free"),
         (["a.png", "a.png", "--run", run], "Two pictures"),
     ):
         assert sentence in refused(tmp_path, "restore", *arguments)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a-restored.png", "a.png", "text.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a-restored.png", "a.png", "empty"]
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.is_file()}
+
+
+def test_a_broken_picture_is_named_at_the_end_and_all_others_are_written(tiny_runs, tmp_path) -> None:
+    for name in ("a.png", "c.jpg", "d.PNG"):
+        cv2.imwrite(str(tmp_path / name), photograph(40, 40, 3))
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "b.png").write_bytes(whole[:100])
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no picture either")
+    run = str(run_of(tiny_runs, "conv").path)
+    said = invoke(tmp_path, 3, "restore", ".", "--run", run, "--out", "out")
+    assert names(tmp_path / "out") == {"a-restored.png", "c-restored.jpg", "d-restored.PNG"}
+    last = said.splitlines()[-1]
+    assert last.startswith("kitbench: 2 of 5 pictures could not be restored: b.png is not a readable picture")
+    assert "; text.png is not a readable picture" in last
+    assert not (tmp_path / "a-restored.png").exists()
+
+
+def test_a_network_that_fails_on_one_picture_does_not_stop_the_others(tmp_path) -> None:
+    class Fails(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = torch.nn.Conv2d(3, 1, 1)
+
+        def forward(self, x):
+            if x.shape[-1] == 50:
+                raise MemoryError("no room for 50 columns")
+            return x
+
+    paths = [tmp_path / f"{width}.png" for width in (40, 50, 60)]
+    for path in paths:
+        cv2.imwrite(str(path), photograph(20, int(path.stem), 3))
+    targets = targets_of(paths, None, overwrite=False)
+    with pytest.raises(RunError, match=r"1 of 3 pictures .*50.png: MemoryError: no room for 50 columns"):
+        restore_all(Restoration(Fails(), CPU, None, False), paths, targets, Console(quiet=True))
+    assert [target.exists() for target in targets] == [True, False, True]
+
+
+def test_ctrl_c_keeps_what_is_restored_and_says_how_much_that_is(tmp_path) -> None:
+    class Stops(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = torch.nn.Conv2d(3, 1, 1)
+
+        def forward(self, x):
+            if x.shape[-1] == 50:
+                raise KeyboardInterrupt
+            return x
+
+    paths = [tmp_path / f"{width}.png" for width in (40, 50, 60)]
+    for path in paths:
+        cv2.imwrite(str(path), photograph(20, int(path.stem), 3))
+    targets = targets_of(paths, None, overwrite=False)
+    with pytest.raises(Interrupted, match="stopped; 1 of 3 pictures are restored and written"):
+        restore_all(Restoration(Stops(), CPU, None, False), paths, targets, Console(quiet=True))
+    assert [target.exists() for target in targets] == [True, False, False]
+
+
+def test_folders_and_wildcards_name_the_pictures_in_them_but_not_earlier_results(tmp_path) -> None:
+    for name in ("b.png", "a.JPG", "a-restored.JPG", "b-side-by-side.png", "deeper/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(tmp_path / name), photograph(20, 20, 3))
+    (tmp_path / "notes.txt").touch()
+    for argument, found, left_out in (
+        ("", ["a.JPG", "b.png"], 2),
+        ("*", ["a.JPG", "b.png"], 2),
+        ("?.png", ["b.png"], 0),
+        ("**/*.png", ["b.png", "deeper/c.png"], 1),
+        ("a-restored.JPG", ["a-restored.JPG"], 0),  # named itself, it is a picture like any other
+    ):
+        assert pictures_named([tmp_path / argument]) == ([tmp_path / name for name in found], left_out)
+
+
+def test_side_by_side_shows_the_input_left_and_the_result_right(tiny_runs, tmp_path) -> None:
+    cv2.imwrite(str(tmp_path / "a.png"), photograph(30, 40, 4))
+    run = str(run_of(tiny_runs, "conv").path)
+    said = invoke(tmp_path, 0, "restore", "*.png", "--run", run, "--side-by-side")
+    assert "wrote a-restored.png" in said
+    assert "wrote a-side-by-side.png" in said
+    both, one, result = (
+        cv2.imread(str(tmp_path / f"a{end}.png"), cv2.IMREAD_UNCHANGED) for end in ("-side-by-side", "", "-restored")
+    )
+    assert both.shape == (30, 40 + restore.GAP + 40, 4)
+    np.testing.assert_array_equal(both[:, :40], one)
+    np.testing.assert_array_equal(both[:, -40:], result)
+    assert (both[:, 40:-40] == 255).all()
+    (tmp_path / "a-restored.png").unlink()
+    assert "a-side-by-side.png exists" in refused(tmp_path, "restore", "a.png", "--run", run, "--side-by-side")
+
+
+@pytest.mark.parametrize("tile", [0, 32, 96, None])
+@pytest.mark.parametrize(("model_channels", "channels"), [(1, 3), (3, 1), (3, 3), (1, 1)])
+def test_progress_counts_every_call_of_the_network(monkeypatch, tile, model_channels, channels) -> None:
+    monkeypatch.setattr(restore, "WHOLE", 100 * 100)
+
+    class Same(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = torch.nn.Conv2d(model_channels, 1, 1)
+            self.called = 0
+
+        def forward(self, x):
+            self.called += 1
+            return x
+
+    model, ticks = Same(), []
+    for height, width in ((130, 90), (20, 30), (600, 520)):
+        model.called = 0
+        ticks.clear()
+        restore.restore_picture(
+            model, Picture(photograph(height, width, channels), None), CPU, tile, lambda: ticks.append(1)
+        )
+        assert len(ticks) == model.called == restore.calls(model, (height, width, channels), tile)
+
+
+def test_a_large_picture_shows_at_once_how_far_it_is_and_then_how_long_it_takes(tmp_path, monkeypatch) -> None:
+    """Two pictures of nine tiles each, of ten seconds each by the clock that the progress reads."""
+    now = [0.0]
+
+    class Slow(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = torch.nn.Conv2d(3, 1, 1)
+
+        def forward(self, x):
+            now[0] += 10
+            return x
+
+    monkeypatch.setattr("kitbench.system.progress.time.monotonic", lambda: now[0])
+    paths = [tmp_path / name for name in ("a.png", "b.png")]
+    for path in paths:
+        cv2.imwrite(str(path), photograph(80, 80, 3))
+    console = Console(record=True, width=140, file=io.StringIO())
+    restore_all(Restoration(Slow(), CPU, 32, False), paths, targets_of(paths, None, False), console)
+    lines = [line for line in console.export_text().splitlines() if line.startswith("restore")]
+    assert lines[0] == "restore  0/18  a.png"
+    assert lines[1] == "restore  2/18  a.png  2 min 40 s left"
+    assert lines[-1] == "restore  18/18  b.png"
 
 
 def test_weights_that_are_not_those_of_the_run_are_refused(tiny_runs, tmp_path) -> None:

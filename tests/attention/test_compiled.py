@@ -1,8 +1,8 @@
 """The Triton kernels compiled for GPUs that are not here: a test that fails where a launch would.
 
-The kernels of the recipe for GPUs (bfloat16) are compiled for sm_80 and sm_90 each time. All others are held to the
-stored figures of benchmarks/kernels.json, which are those of the kernels' present source; a change of the source asks
-for `python benchmarks/kernels.py` again.
+All variants are held to the stored figures of benchmarks/kernels.json, which are those of the kernels' present source;
+a change of the source asks for `python benchmarks/kernels.py` again. Of each kernel, GPU and kind of numbers, the variant
+that takes most is compiled each time, and must fit and take the shared memory that is stored.
 """
 
 from __future__ import annotations
@@ -47,14 +47,21 @@ def too_much(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def fixed(row: dict[str, Any]) -> str:
+    """A row without its registers, which differ from process to process: Triton iterates over sets."""
+    return json.dumps({key: value for key, value in row.items() if key not in ("registers", "spilled")})
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # of two minutes of one core each, where others use it too
-@pytest.mark.parametrize("sm", [80, 90])
-def test_the_kernels_of_the_recipe_for_gpus_fit_and_spill_nothing(sm: int, tmp_path: Path) -> None:
-    rows = run_kernels(tmp_path, "--sm", str(sm), "--kinds", "bfloat16", "--processes", "1")["rows"]
-    assert {row["kernel"] for row in rows} == {"forward", "dq", "dkv", "combine"}
-    assert all(row["tensor_cores"] for row in rows if row["kernel"] != "combine" and row["shape"]["width"] >= 16)
-    assert not too_much(rows)
+@pytest.mark.timeout(600)
+def test_what_takes_most_fits_and_takes_the_shared_memory_that_is_stored(tmp_path: Path) -> None:
+    found = run_kernels(tmp_path, "--heaviest", "--processes", "1")
+    groups = {(row["kernel"], row["sm"], row["kind"]) for row in STORED["rows"]}
+    assert {(row["kernel"], row["sm"], row["kind"]) for row in found["rows"]} == groups
+    assert not too_much(found["rows"])
+    assert all(row["tensor_cores"] for row in found["rows"] if row["kind"] == "bfloat16" and row["kernel"] != "combine")
+    if found["triton"] == STORED["triton"]:  # another compiler may take more or less
+        assert {fixed(row) for row in found["rows"]} <= {fixed(row) for row in STORED["rows"]}
 
 
 def test_stored_figures_of_all_variants_fit() -> None:
@@ -62,6 +69,8 @@ def test_stored_figures_of_all_variants_fit() -> None:
         (kind, sm) for kind in ("float32", "tf32", "bfloat16") for sm in (80, 90)
     }
     assert not too_much(STORED["rows"])
+    bf16 = [row for row in STORED["rows"] if row["kind"] == "bfloat16" and row["shape"]["width"] >= 16]
+    assert all(row["tensor_cores"] for row in bf16 if row["kernel"] != "combine")
 
 
 def test_stored_figures_are_of_the_present_kernels_and_of_every_variant(tmp_path: Path) -> None:

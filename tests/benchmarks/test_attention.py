@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from tests.conftest import ROOT
 
 SMALL = ("--dims", "32", "--k", "4", "--sizes", "32", "--rounds", "1")
 MODULES = {"kit", "window", "window sdpa", "window no bias"}
+FAMILY = {"channel", "overlap", "sparse", "nlsn", "centres", "categories", "graph"}
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ def test_the_smallest_case_is_measured_stored_and_printed(tmp_path: Path) -> Non
     names: dict[tuple[str, str], set[str]] = {}
     for scope, mode, name in found:
         names.setdefault((scope, mode), set()).add(name)
-    more = {"reference", "global sdpa"}
+    more = {"reference", "global sdpa"} | FAMILY
     cutting = {"kit", "window no bias", "cut and join"}
     assert names == {
         ("module", "forward"): MODULES | more | {"retrieval"},
@@ -109,6 +111,27 @@ def test_the_smallest_case_is_measured_stored_and_printed(tmp_path: Path) -> Non
     assert [line.split(" | ")[3] for line in again.splitlines() if line.startswith("| 32 | 4 | 32 |")] == [
         "forward", "forward + backward", "backward"
     ]  # fmt: skip
+    assert_family(found, again)
+
+
+def assert_family(found: dict[tuple[str, str, str], dict[str, Any]], printed: str) -> None:
+    """The attentions of the suite `family` have rows with their number of keys, and lines in a table of their own."""
+    assert {name for (_, _, name), row in found.items() if "keys" in row} == FAMILY
+    keys = {name: found["module", "training", name]["keys"] for name in FAMILY}
+    assert keys.pop("channel") is None
+    assert all(240 <= number <= 272 for number in keys.values()), keys
+    lines = re.findall(r"^\| (\w+) \| (?:\d+|none) \| 32 \| 4 \| 32 \| forward \|", printed, re.MULTILINE)
+    assert sorted(lines) == sorted(FAMILY)
+
+
+@pytest.mark.parametrize("wanted", [256, 512, 1024])
+@pytest.mark.parametrize("pixels", [64, 512])
+def test_the_family_is_measured_near_the_keys_of_the_window(benchmark: ModuleType, wanted: int, pixels: int) -> None:
+    family = sys.modules["attention_family"]
+    assert set(family.NAMES) == FAMILY
+    found = {name: family.build(name, 32, 1, wanted, pixels)[1] for name in family.NAMES}
+    assert found.pop("channel") is None
+    assert all(abs(keys / wanted - 1) < 0.16 for keys in found.values()), found
 
 
 def test_the_registered_and_the_fused_windows_are_one_function(operators: ModuleType) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,9 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from click.testing import CliRunner
 
+from kitbench.cli.main import cli
 from tests.conftest import TINY, Kitbench, run_kitbench
 
 
@@ -75,8 +78,13 @@ def test_the_recall_of_the_hashing_is_kept_with_the_run(finished: Path) -> None:
     record = json.loads((runs(finished / "results")["denoise-colour-kit-s0"] / "training.json").read_text())
     notes = record["notes"]
     assert list(notes) == ["bottom.0.attention"]
-    assert notes["bottom.0.attention"]["retrieval"] == "lsh"
-    assert notes["bottom.0.attention"]["chance"] < notes["bottom.0.attention"]["recall"] <= 1
+    [note] = notes.values()
+    assert note["retrieval"] == "lsh"
+    assert note["chance"] < note["recall"] <= 1
+    assert 0 <= note["adjacent"] < 1
+    assert note["distance"] >= 1
+    assert (note["crops"], note["images"], note["level"]) == (20, 2, 2)
+    assert (note["sets"], note["condition"], note["side"]) == ("skimage-test", "σ25", 128)
 
 
 def test_a_finished_cell_is_not_run_again(finished: Path, tmp_path: Path) -> None:
@@ -109,6 +117,9 @@ def test_a_run_stopped_by_a_signal_goes_on_with_the_same_command(finished: Path,
     assert process.returncode == 3, stderr
     assert "stopped" in stderr
     assert "Go on with the same command: python -m kitbench run --suite tiny.toml --method kit" in stderr
+    saved = re.search(r"stopped at step (\d+) of 12", stderr)
+    status = CliRunner().invoke(cli, ["status", str(tmp_path / "results")]).output
+    assert saved is None or f"{saved[1]}/12" in status
     run_kitbench(tmp_path, "run", "--suite", "tiny.toml", "--method", "kit")
     name = "denoise-colour-kit-s0"
     assert numbers(runs(tmp_path / "results")[name]) == numbers(runs(finished / "results")[name])

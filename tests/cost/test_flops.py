@@ -49,6 +49,44 @@ def test_both_counters_agree_with_the_closed_form(name, settings, height, width)
     assert not unsupported
 
 
+class ByPosition(nn.Module):
+    """Attention in which each position multiplies with the keys of its own footprint and with nothing else."""
+
+    def __init__(self, dim, size):
+        super().__init__()
+        self.qkv, self.proj, self.size = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim), size
+
+    def forward(self, x):
+        q, k, v = (t.flatten(1, 2).flatten(0, 1) for t in self.qkv(x).chunk(3, -1))  # [HW, C]
+        chosen = torch.zeros(len(q), self.size**2, dtype=torch.long, device=x.device)
+        weights = torch.bmm(k[chosen], q[:, :, None]).softmax(1)  # [HW, s^2, 1]
+        return self.proj(torch.bmm(weights.mT, v[chosen])).view(x.shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "keys"),
+    [("local", {}, 49), ("local", {"size": 3}, 9), ("neighbourhood", {"size": 5}, 25),
+     ("kit", {"support": "aligned", "retrieval": "random"}, 4 * 9)],
+)  # fmt: skip
+def test_what_a_definition_needs_is_what_an_attention_position_by_position_executes(name, settings, keys):
+    module, size = attention(name, **settings), round(keys**0.5)
+    needed = module.needed_macs(32, 40)
+    assert needed == count_module(ByPosition(32, size), (1, 32, 40, 32)).macs
+    assert needed < module.macs(32, 40)
+
+
+def test_local_attention_needs_less_than_its_tiles_execute_in_the_network_of_quick():
+    method = methods.load_method("local")
+    config = Backbone(width=16, head_dim=16, blocks=(1, 1, 1), attention_levels=(2, 3), ffn_ratio=2)
+    model = UNet(3, config, method, method.resolve({}), seed=0).eval()
+    assert count_module(model, (1, 3, 256, 256)).macs == model.macs(256, 256)
+    assert f"{model.macs(256, 256) / 1e9:.2f} {model.needed_macs(256, 256) / 1e9:.2f}" == "1.57 1.19"
+    assert model.needed_macs(253, 255) == model.needed_macs(256, 256)  # padded to the stride
+    for name in ("window", "kit"):  # the methods that execute what they need
+        method = methods.load_method(name)
+        assert UNet(3, config, method, method.resolve({}), seed=0).needed_macs(256, 256) is None
+
+
 @pytest.mark.parametrize(("name", "settings"), METHODS)
 def test_fake_and_real_tensors_count_the_same(name, settings):
     module = attention(name, **settings)

@@ -7,13 +7,16 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.numpy
 from click.testing import CliRunner, Result
 
 from kitbench.cli.main import cli
-from kitbench.errors import InputError
+from kitbench.errors import InputError, Interrupted
 from kitbench.launch.status import status_rows, summary, survey
 from kitbench.runs import plan
+from kitbench.runs.cell import Cell
 from kitbench.runs.plan import Plan, Planned, plan_path, work_of
 from kitbench.spec import loading
 from kitbench.store.folder import RunFolder
@@ -152,6 +155,40 @@ def test_status_tells_every_state_from_the_folders_alone(tmp_path: Path) -> None
     # A run of another machine counts as running only while what it says of itself is fresh.
     later = {line.name: line.state for line in survey([tmp_path], now=lambda: 2000.0)}
     assert later[elsewhere.path.name] == "stopped"
+
+
+def test_a_stopped_run_is_as_far_as_its_checkpoint(tmp_path: Path) -> None:
+    """The last heartbeat may be seconds older than the state that Ctrl-C saved, and of a killed run it is younger."""
+    for seed, progress, saved in ((0, at(4), "9"), (1, at(12), "9"), (2, None, "9"), (3, at(4), None)):
+        folder = unfinished(tmp_path, seed, progress)
+        if saved is not None:
+            state = {"sums": np.zeros(2, np.float32)}
+            safetensors.numpy.save_file(state, folder.checkpoint, {"steps": saved})
+    rows = {row[1].rpartition("-")[0][-1]: row for row in status_rows(survey([tmp_path]))}
+    assert [rows[seed][2] for seed in "0123"] == ["9/20", "9/20", "9/20", "0/20"]
+    assert {row[0] for row in rows.values()} == {"stopped"}
+
+
+def test_cells_that_a_stopped_command_had_not_begun_stay_in_status(tmp_path: Path) -> None:
+    suite = loading.load_suite("denoise", "smoke")
+    cells = [Cell(suite, "colour", name, name, None, {}, 0, "cpu", "00") for name in ("kit", "window")]
+
+    def stopped() -> None:
+        with plan.planned(suite, tmp_path, cells):
+            assert [line.state for line in survey([tmp_path])] == ["queued", "queued"]
+            raise Interrupted("Ctrl-C")
+
+    with pytest.raises(Interrupted):
+        stopped()
+    lines = survey([tmp_path])
+    assert [(line.name, line.state) for line in lines] == [
+        ("denoise-colour-kit-s0", "stopped"),
+        ("denoise-colour-window-s0", "stopped"),
+    ]
+    assert "not begun" in lines[0].note
+    with plan.planned(suite, tmp_path, cells):  # the same command again, to the end
+        pass
+    assert not list(tmp_path.glob(".launch/plan-*"))
 
 
 def test_status_of_a_folder_without_runs_is_refused(tmp_path: Path) -> None:

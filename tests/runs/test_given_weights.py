@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -156,6 +157,38 @@ def test_a_network_that_changes_nothing_scores_as_the_input_does(in_process: Inv
     assert "dncnn" in Path("report.html").read_text()
     done = in_process("reproduce", str(run), code=2)
     assert "was scored with given weights: score them again with `kitbench" in done.stderr
+
+
+LEVEL = NETWORK.replace("forward(self, x)", "forward(self, x, sigma)").format(result="0 * x + sigma * self.gain")
+"""Its result is the noise level everywhere, whatever the image."""
+
+
+def test_one_run_scores_all_noise_levels_of_a_network_that_takes_them(in_process: Invoke, tmp_path: Path) -> None:
+    Path("level.py").write_text(LEVEL)
+    safetensors.torch.save_file({"gain": torch.ones(1)}, "one.safetensors")
+    given = ("eval", "--method", "level.py", "--weights", "one.safetensors", "--out", "out")
+    tiled = ("--set", "protocol=awgn8-tile", "--set", "protocol.lpips=none")
+    for protocol in ((), tiled):
+        in_process(*given, "--suite", "tiny.toml", "--set", "task.sigma_test=[15, 50]", *protocol)
+    [folder] = find([tmp_path / "out"])
+    photographs = read_set(card("skimage-test"), None, "colour")
+    assert sorted((e.sigma or 0, e.protocol.tile) for e in folder.evaluations()) == [
+        (15, 0),
+        (15, 256),
+        (50, 0),
+        (50, 256),
+    ]
+    for evaluation in folder.evaluations():
+        assert evaluation.sigma is not None
+        for score, photo in zip(evaluation.scores, photographs, strict=True):
+            error = photo.pixels.astype(float) - evaluation.sigma
+            assert score.psnr == pytest.approx(10 * math.log10(255**2 / (error**2).mean()), abs=1e-9)
+    cost = folder.run.cost
+    assert cost is not None
+    assert cost.parameters == 1
+    done = in_process(*given, "--suite", "derain", "--out", "out2", code=2)
+    assert "'level' needs the noise level (sigma), which only tasks of kind denoise state" in done.stderr
+    assert not Path("out2").exists()
 
 
 def test_a_reference_is_the_same_run_whoever_scored_it(in_process: Invoke, tmp_path: Path) -> None:

@@ -84,6 +84,26 @@ def test_a_comment_changes_nothing(copied: Path) -> None:
     assert not changed(before)
 
 
+def test_what_only_describes_a_method_changes_nothing(copied: Path) -> None:
+    before = digests()
+    edit(copied / "baselines" / "local.py", "2 * self.size**2)", "2 * self.size**2 + 1)")
+    assert not changed(before)
+    edit(copied / "baselines" / "local.py", "def needed_macs", "def other_macs")
+    assert changed(before) == {("local", "attention")}
+
+
+def test_no_source_that_counts_calls_what_only_describes() -> None:
+    modules = {*source.NETWORK, *source.DATA, *source.TRAINING, *source.SCORING}
+    modules |= {module for name in TRAINED for module in source._reached(methods.shipped()[name])}
+    for module in modules:
+        tree = source._tree(module)
+        inside = {id(node) for own in ast.walk(tree) if source._describes(own) for node in ast.walk(own)}
+        others = [node for node in ast.walk(tree) if id(node) not in inside]
+        used = {node.attr for node in others if isinstance(node, ast.Attribute)}
+        used |= {node.value for node in others if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+        assert not used & set(source.DESCRIBING), module
+
+
 def test_what_an_attention_imports_is_part_of_it(copied: Path) -> None:
     before = digests()
     file = copied / "kitbench" / "attention" / "layout.py"

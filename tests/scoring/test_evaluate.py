@@ -79,6 +79,17 @@ def test_conventions_move_the_number_in_the_direction_that_they_are_known_for(ph
     assert psnr(border=8) == inner.psnr
 
 
+def test_truncation_takes_the_next_lower_level(photo: Photograph) -> None:
+    truncated = PROTOCOL.model_copy(update={"rounding": "8bit-truncated"})
+    below = Photograph("x", np.minimum(photo.pixels, 254), "")
+    restored = ((below.pixels + 0.7) / 255).astype(np.float32)
+    assert evaluate.score(restored, below, truncated, None, 0.0).psnr is None  # equal
+    assert evaluate.score(restored, below, PROTOCOL, None, 0.0).psnr == pytest.approx(20 * np.log10(255))  # off by 1
+    for levels in np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, 3):  # all of them survive
+        exact = Photograph("x", levels, "")
+        assert evaluate.score(levels / np.float32(255), exact, truncated, None, 0.0).psnr is None
+
+
 def test_a_perfect_restoration_is_infinite_and_kept_as_null(photo: Photograph) -> None:
     found = evaluate.score(photo.pixels / np.float32(255), photo, PROTOCOL, None, 0.0)
     assert (found.psnr, found.ssim) == (None, pytest.approx(1.0))

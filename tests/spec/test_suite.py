@@ -150,6 +150,17 @@ def test_every_shipped_suite_trains_all_methods_alike_in_every_preset(name: str)
         assert "kit" in resolved.methods
 
 
+def test_standard_is_the_same_network_and_training_for_every_task() -> None:
+    reference = loading.load_suite("denoise", "standard")
+    for name in ("derain", "deblur", "denoise-real"):
+        resolved, quick = loading.load_suite(name, "standard"), loading.load_suite(name, "quick")
+        assert (resolved.backbone, resolved.recipe) == (reference.backbone, reference.recipe), name
+        assert (resolved.protocol, resolved.data) == (quick.protocol, quick.data), name
+        assert {m: own.settings for m, own in resolved.methods.items()} == {
+            m: own.settings for m, own in reference.methods.items()
+        }, name
+
+
 def test_a_changed_protocol_never_carries_the_stamp_of_the_shipped_one() -> None:
     shipped = loading.load_suite("denoise", overrides=["protocol=awgn8"]).protocol
     changed = loading.load_suite("denoise", overrides=["protocol=awgn8", "protocol.border=8"]).protocol

@@ -79,7 +79,17 @@ def page(*paths: Path) -> dict[int, Claim]:
 
 
 GOOD = {"kit": 0.5, "window": 0.3, "local": 0.2, "global": 0.0, "kit-random": 0.1}
-RECALL = {"encoder.0": {"recall": 0.7, "chance": 0.1}, "bottom": {"recall": 0.9, "chance": 0.3}}
+MEASURED_ON = {"k": 4, "crops": 20, "images": 5, "side": 256, "sets": "Set_A, Validation_A", "condition": "σ25"}
+RECALL = {
+    "encoder.0": {"level": 1, "recall": 0.6, "chance": 0.1, "adjacent": 0.3, "distance": 4.0} | MEASURED_ON,
+    "decoder.0": {"level": 1, "recall": 0.8, "chance": 0.1, "adjacent": 0.1, "distance": 6.0} | MEASURED_ON,
+    "bottom": {"level": 2, "recall": 0.9, "chance": 0.3, "adjacent": 0.4, "distance": 2.0} | MEASURED_ON,
+}
+
+
+def retrieval(seed: int, adjacent: float = 0.3) -> dict:
+    """Notes that differ a little between seeds."""
+    return {"bottom": RECALL["bottom"] | {"recall": 0.7 + 0.01 * seed, "adjacent": adjacent + 0.01 * seed}}
 
 
 def test_claims_that_the_numbers_support_are_supported_with_figure_interval_and_runs(tmp_path: Path) -> None:
@@ -87,7 +97,7 @@ def test_claims_that_the_numbers_support_are_supported_with_figure_interval_and_
     sweep(tmp_path / "scale", {"kit": 1.0, "window": 1.0, "global": 2.0})
     found = page(tmp_path / "runs", tmp_path / "scale")
     assert {n: c.verdict for n, c in found.items()} == {
-        1: "supported", 2: "supported", 3: UNDECIDED, 4: "supported", 5: UNDECIDED, 6: "supported"
+        1: "supported", 2: "supported", 3: UNDECIDED, 4: UNDECIDED, 5: UNDECIDED, 6: "supported"
     }  # fmt: skip
     [reach] = found[2].parts
     for setup in ("one recipe, 700 steps", "one recipe, 3,000 steps", "each at its own best rate, 3,000 steps"):
@@ -98,14 +108,42 @@ def test_claims_that_the_numbers_support_are_supported_with_figure_interval_and_
     assert reach.command == ""
     recall, retrieval = found[3].parts
     assert retrieval.verdict == "supported"
-    assert "recall 0.800, of chance 0.200" in recall.evidence  # every seed the same: no interval, so not decided
-    operations, measured = found[4].parts[2:]
+    assert recall.words == "not decided: no interval over seeds"  # every seed the same
+    assert recall.evidence == (
+        "5 seeds: of the 3 neighbours besides itself, at level 1 recall 0.700 (random patches 0.100), 20% touch the "
+        "query patch, median distance 5 patches; at level 2 recall 0.900 (random patches 0.300), 40% touch the query "
+        "patch, median distance 2 patches; on 20 degraded crops of 5 images (Set_A, Validation_A with σ25), at most "
+        "256 px"
+    )
+    operations, measured = found[4].parts[3:]
     assert operations.words == "supported (by construction)"
     assert found[1].parts[1].by_construction
     assert found[6].parts[0].by_construction
     assert measured.words == "supported"
     assert "time 1.00" in measured.evidence
     assert measured.runs == ("sweep abcdef0123",)
+
+
+def test_recall_and_reach_are_decided_by_what_several_seeds_measured(tmp_path: Path) -> None:
+    for adjacent, words in (
+        (0.3, "supported"), (0.48, "not decided: the interval holds the bound"), (0.6, "not supported")
+    ):  # fmt: skip
+        for seed in range(5):
+            runs(tmp_path / words, {"kit": 0.0}, seeds=(seed,), notes=retrieval(seed, adjacent))
+        found = page(tmp_path / words)
+        assert found[3].parts[0].words == "supported"
+        assert found[4].parts[0].words == words
+        assert bool(found[4].parts[0].command) == words.startswith("not decided")
+    half = 2.776 * 0.01 * np.sqrt(2.5) / np.sqrt(5)  # Student, 4 degrees of freedom; the spread of 0, .01, ... .04
+    assert f"of that share [{0.38 - half:+.3f}, {0.38 + half:+.3f}]" in found[4].parts[0].evidence
+
+
+def test_what_was_measured_on_one_clean_image_decides_nothing(tmp_path: Path) -> None:
+    for seed in range(3):
+        runs(tmp_path, {"kit": 0.0}, seeds=(seed,), notes={"bottom": {"recall": 0.9 + 0.01 * seed, "chance": 0.1}})
+    recall = page(tmp_path)[3].parts[0]
+    assert "on one clean image only; train them again" in recall.words
+    assert recall.evidence == ""
 
 
 def test_claims_that_the_numbers_contradict_are_not_supported(tmp_path: Path) -> None:
@@ -210,11 +248,11 @@ def test_the_whole_interval_of_an_exponent_lies_below_its_bound(tmp_path: Path) 
             for p in record.points
         ]
         (folder / "scale.json").write_text(record.model_copy(update={"points": tuple(points)}).model_dump_json())
-        assert page(folder)[4].parts[3].words == words
+        assert page(folder)[4].parts[4].words == words
 
 
 def test_predicted_points_decide_no_time(tmp_path: Path) -> None:
-    measured = page(sweep(tmp_path / "scale", {"kit": 1.0, "global": 2.0}, status="predicted"))[4].parts[3]
+    measured = page(sweep(tmp_path / "scale", {"kit": 1.0, "global": 2.0}, status="predicted"))[4].parts[4]
     assert measured.words == "not decided: no sweep with the memory and time of kit at three sizes is stored"
 
 

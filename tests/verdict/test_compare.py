@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import re
 import shutil
 import subprocess
+import tomllib
 from itertools import combinations
 from pathlib import Path
 
@@ -190,11 +194,47 @@ def test_a_table_of_cbsd68_shows_what_cbm3d_and_networks_reach_in_print(tmp_path
     assert figures == {"CBM3D": "30.71", "CDnCNN": "31.23", "FFDNet": "31.21"}
 
 
-def test_every_published_figure_has_a_source_and_a_plausible_value() -> None:
-    assert {model.task for model in published.published()} == {"denoise", "deblur", "derain"}
+@pytest.mark.parametrize("form", ["markdown", "latex", "terminal", "csv", "json"])
+def test_published_figures_stand_beside_a_table_in_every_format(tmp_path: Path, form: str) -> None:
+    for data_set, sigma, protocol in (("CBSD68", 15, "awgn8"), ("Rain100L", None, "rain-y8-ssim2d")):
+        run = store(tmp_path / data_set, "kit", 30.0, data_set=data_set, sigma=sigma, protocol=protocol)
+        text = render([run], form)
+        for model in published.published():
+            for figure in model.figures:
+                expected = (figure.data_set, figure.sigma) == (data_set, sigma)
+                found = [line for line in text.splitlines() if model.method in line and f"{figure.psnr_db:g}" in line]
+                if form == "json":
+                    found = [
+                        r for r in json.loads(text) if (r["method"], r["psnr_db"]) == (model.method, figure.psnr_db)
+                    ]
+                assert bool(found) == expected, (model.method, figure)
+
+
+def test_published_rows_of_the_long_form_say_where_they_were_read(tmp_path: Path) -> None:
+    run = store(tmp_path, "kit", 30.123456789, data_set="CBSD68", sigma=25)
+    own, *printed = csv.DictReader(io.StringIO(render([run], "csv")))
+    assert (own["method"], own["psnr_db"], own["read_in"]) == ("kit", "30.1235", "")
+    assert {(r["method"], r["psnr_db"]) for r in printed} == {
+        ("CBM3D", "30.71"),
+        ("CDnCNN", "31.23"),
+        ("FFDNet", "31.21"),
+    }
+    assert {r["protocol"] for r in printed} == {"PSNR RGB, as printed"}
+    assert all(r["read_in"] and not r["runs"] and not r["comparison"] for r in printed)
+    assert set(own) == set(json.loads(render([run], "json"))[-1])
+
+
+def test_every_published_figure_has_a_source_and_a_plausible_value_on_a_set_that_has_a_card() -> None:
+    assert {model.task for model in published.published()} == {"denoise", "deblur", "derain", "denoise-real"}
+    cards = {tomllib.loads(path.read_text("utf-8"))["name"]: path for path in (ROOT / "datasets").glob("*.toml")}
     for model in published.published():
         assert model.source
-        assert all(20 < figure.psnr_db < 45 for figure in model.figures)
+        for figure in model.figures:
+            assert 20 < figure.psnr_db < 45
+            card = tomllib.loads(cards[figure.data_set].read_text("utf-8"))  # else it would stand beside no table
+            assert model.task in card["tasks"]
+            assert (figure.metric == "PSNR gray") == (not card["colour"])
+            assert (figure.sigma is None) == (model.task != "denoise")
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex here: install texlive-latex-recommended")

@@ -105,9 +105,19 @@ def test_a_method_that_is_gone_fails(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("other", "sentence"),
     [
-        ({"protocol": "awgn8-seed0"}, r"No row was scored under protocol 'awgn8\.v1'"),
-        ({"sha256": "bb"}, "of the reference has other images"),
-        ({"lr": 1e-4}, "differs from these runs in recipe"),
+        (
+            {"protocol": "awgn8-seed0"},
+            r"Run [0-9a-f]{10} was scored under awgn8-seed0\.v1, the reference under awgn8\.v1;",
+        ),
+        (
+            {"sha256": "bb"},
+            r"Run [0-9a-f]{10} \(kit\) was scored on other images of Set_A \(bb\) than the reference \(aa\)",
+        ),
+        (
+            {"lr": 1e-4},
+            r"Run [0-9a-f]{10} \(kit\) differs from kit of the reference \(run [0-9a-f]{10}\) in recipe\.lr "
+            r"\(0\.0001 and 0\.001\); run the suite",
+        ),
     ],
 )
 def test_a_reference_of_other_numbers_is_refused(tmp_path: Path, other, sentence) -> None:
@@ -115,6 +125,42 @@ def test_a_reference_of_other_numbers_is_refused(tmp_path: Path, other, sentence
     store(tmp_path / "new", "kit", 30.0, **other)
     with pytest.raises(InputError, match=sentence):
         failures(tmp_path / "new", tmp_path / "old")
+
+
+def test_the_run_that_differs_least_is_named_and_not_another(tmp_path: Path) -> None:
+    """Of the reference's methods the first is conv; the runs hold a conv of a far recipe, and a window of a near one."""
+    store(tmp_path / "old", "conv", 30.0)
+    store(tmp_path / "old", "window", 30.0)
+    store(tmp_path / "new", "conv", 30.0, lr=1e-4, steps=7)
+    near = store(tmp_path / "new", "window", 30.0, steps=7)
+    with pytest.raises(InputError) as caught:
+        failures(tmp_path / "new", tmp_path / "old")
+    assert f"Run {near.run.key[:10]} (window)" in str(caught.value)
+    assert "in recipe.steps (7 and 20);" in str(caught.value)
+    store(tmp_path / "untrained", "nlm", 29.0, seed=None)
+    with pytest.raises(InputError, match="conv of the reference .* was trained, and none of these runs was"):
+        failures(tmp_path / "untrained", tmp_path / "old")
+
+
+def test_a_reference_without_settings_says_so_instead_of_guessing(tmp_path: Path) -> None:
+    store(tmp_path / "old", "kit", 30.0)
+    store(tmp_path / "new", "kit", 30.0, lr=1e-4)
+    old = reference.collect(find([tmp_path / "old"]), None).model_copy(update={"shared": {}})
+    with pytest.raises(InputError, match="does not contain its settings, because an earlier version wrote it"):
+        reference.compare_with_reference(find([tmp_path / "new"]), old)
+
+
+def test_a_check_that_cannot_be_made_is_an_error_in_the_junit_file(kitbench: Kitbench, tmp_path: Path) -> None:
+    store(tmp_path / "old", "kit", 30.0)
+    store(tmp_path / "new", "kit", 30.0, lr=1e-4)
+    kitbench("check", "old", "--against", "ref.json", "--update")
+    for runs_at, sentence in (("new", "recipe.lr (0.0001 and 0.001)"), ("gone", "gone is not a folder")):
+        done = kitbench("check", runs_at, "--against", "ref.json", "--junit", "ci/j.xml", code=2)
+        suite = ElementTree.parse(tmp_path / "ci" / "j.xml").getroot()
+        assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("1", "0", "1")
+        [error] = suite.findall("testcase/error")
+        assert sentence in (error.get("message") or "")
+        assert (error.get("message") or "") in done.stderr
 
 
 def test_the_command_exits_1_on_a_single_failure_and_writes_what_ci_reads(kitbench: Kitbench, tmp_path: Path) -> None:

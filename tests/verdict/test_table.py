@@ -12,6 +12,7 @@ import pytest
 
 from kitbench.errors import InputError
 from kitbench.store.folder import find
+from kitbench.verdict.page.report import report
 from kitbench.verdict.render import render
 from kitbench.verdict.rows import rows
 from tests.stored import store
@@ -37,6 +38,42 @@ def test_the_form_of_a_computation_is_always_stated(tmp_path: Path) -> None:
     text = render(find([tmp_path]), "markdown")
     assert "| global (form materialised) |" in text
     assert "| global (form sdpa) " in text
+
+
+def test_multiply_adds_beyond_what_a_definition_needs_are_printed_as_two_figures(tmp_path: Path) -> None:
+    store(tmp_path, "local", 30.0, macs=1_570_000_000, needed=1_190_000_000)
+    store(tmp_path, "window", 30.0, macs=1_230_000_000)
+    runs = find([tmp_path])
+    for text in (*(render(runs, form, wide=True) for form in ("markdown", "latex", "terminal")), report(runs, [])):
+        assert "1.57 (needs 1.19)" in text
+        assert "1.23 (" not in text
+        flat = " ".join(text.split())
+        assert "in brackets those that the definition needs, where the implementation executes more" in flat
+    by_method = {row["method"]: row for row in json.loads(render(runs, "json"))}
+    assert (by_method["local"]["gmacs"], by_method["local"]["gmacs_needed"]) == (1.57, 1.19)
+    assert by_method["window"]["gmacs_needed"] is None
+
+
+def test_how_far_the_retrieval_of_a_method_reaches_is_noted_below_the_table(tmp_path: Path) -> None:
+    on = {"k": 4, "chance": 0.02, "level": 2, "crops": 20, "images": 20, "side": 256, "sets": "Set_A", "condition": ""}
+    for seed, (recall, adjacent, distance) in enumerate([(0.8, 0.5, 1.0), (0.9, 0.3, 4.0)]):
+        note = {"recall": recall, "adjacent": adjacent, "distance": distance} | on
+        store(tmp_path, "kit", 30.0, seed, notes={"bottom.0.attention": note})
+    store(tmp_path, "conv", 30.0)
+    store(tmp_path, "own", 30.0, notes={"bottom.0.attention": {"recall": 0.9, "chance": 0.1}})
+    runs = find([tmp_path])
+    expected = (
+        "Retrieval of kit: of the 3 neighbours besides itself, at level 2 recall 0.850 (random patches 0.020), "
+        "40% touch the query patch, median distance 2.5 patches; on 20 degraded crops of 20 images (Set_A), "
+        "at most 256 px."
+    )
+    for text in (render(runs, "markdown"), render(runs, "terminal"), report(runs, [])):
+        assert expected in " ".join(text.split())
+        assert text.count("Retrieval of") == 1
+    assert expected.replace("%", r"\%").replace("_", r"\_") in render(runs, "latex")
+    by_method = {row["method"]: row["retrieval"] for row in json.loads(render(runs, "json"))}
+    assert expected == f"Retrieval of kit: {by_method['kit']}."
+    assert (by_method["conv"], by_method["own"]) == (None, None)
 
 
 def test_best_is_bold_and_second_underlined_as_printed(tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ that does not fit, hangs or dies is a row like any other, and larger sizes are p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,16 +19,21 @@ from kitbench.cost.agreement import reconcile
 from kitbench.cost.flops import count_module
 from kitbench.cost.memory import predict_peak_bytes
 from kitbench.cost.sweep.options import SweepOptions
-from kitbench.cost.sweep.worker import Child, Failed, Memory, Spec, build, closed_form, step
+from kitbench.cost.sweep.worker import Child, Failed, Memory, Spec, build, closed_form, needed_macs, step
 from kitbench.cost.timing import Sample, compare_times
 from kitbench.errors import InputError
-from kitbench.store.sweeps import Point, Sweep
+from kitbench.store.sweeps import BRACKET, Point, Sweep
 from kitbench.text import duration, gib
 
 MARGIN = 1.1  # over the prediction, for a point to be tried
 INSIDE_UP_TO = 512  # side up to which predictions follow the loops inside own operators
 RESIDENT_SECONDS = 1.0  # longest call whose resident set is cross-checked
 WARM_UP_SECONDS = 20.0  # on top of what a call should take, before a child is called hung
+
+
+LARGEST_SIDE = 1 << 16
+WIDEST = 2
+PAST = 1.05  # times the budget: what a size above it should need
 
 
 def measure(specs: Mapping[str, Spec], sweep: Sweep, options: SweepOptions) -> list[Point]:
@@ -149,6 +156,7 @@ def _predicted(label: str, spec: Spec, sweep: Sweep) -> Point:
         status="predicted",
         macs=counted.macs,
         macs_closed=closed,
+        macs_needed=needed_macs(module, spec),
         macs_note=None if closed is None else reconcile(closed, forward.macs, forward.uncounted),
         comparisons=counted.comparisons,
         exponentials=counted.exponentials,
@@ -156,6 +164,33 @@ def _predicted(label: str, spec: Spec, sweep: Sweep) -> Point:
         raw_bytes=raw,
         predicted_bytes=round(raw * _correction(label, spec, sweep)),
     )
+
+
+def bracket(label: str, spec: Spec, sweep: Sweep) -> list[Point]:
+    """Points predicted so that the sweep's budget lies between two sizes of a curve, at most WIDEST apart.
+
+    None where even the smallest size is above the budget; none above LARGEST_SIDE.
+    """
+    curve, found = sweep.curve(label, spec.what), list[Point]()
+    while (size := _next_size(curve, sweep.budget)) is not None:
+        point = _predicted(label, replace(spec, size=size), sweep).model_copy(update={"reason": BRACKET})
+        found.append(point)
+        curve = sorted([*curve, point], key=lambda p: p.size)
+    return found
+
+
+def _next_size(curve: Sequence[Point], budget: int) -> int | None:
+    """The size that narrows the bracket of the budget, a multiple of 64; None where it is narrow enough."""
+    within, above = [p for p in curve if p.bytes <= budget], [p for p in curve if p.bytes > budget]
+    if not within or (not above and within[-1].size >= LARGEST_SIDE):
+        return None
+    last = within[-1]
+    if not above:  # the size at which memory that grows with the pixels passes the budget
+        return min(LARGEST_SIDE, 64 * math.ceil(last.size * max(1.01, math.sqrt(PAST * budget / last.bytes)) / 64))
+    first = above[0]
+    share = math.log(budget / last.bytes) / math.log(first.bytes / last.bytes)
+    size = 64 * int(last.size * (first.size / last.size) ** share / 64)
+    return size if first.size > WIDEST * last.size and last.size < size < first.size else None
 
 
 def _raw_bytes(module: torch.nn.Module, spec: Spec) -> int:

@@ -6,6 +6,7 @@ the same machine does not repeat them. Their evaluation and plots: kitbench/verd
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ from rich.console import Console
 
 from kitbench.cost.memory import free_bytes
 from kitbench.cost.sweep.options import SweepOptions, parse_bytes, parse_method, parse_sizes
-from kitbench.cost.sweep.points import measure
+from kitbench.cost.sweep.points import bracket, measure
 from kitbench.cost.sweep.worker import Spec, build
 from kitbench.errors import InputError
 from kitbench.model import methods
 from kitbench.spec.fields import digest
 from kitbench.spec.loading import load_suite
 from kitbench.store.files import writable, write_atomic
-from kitbench.store.sweeps import Sweep
+from kitbench.store.sweeps import BRACKET, Point, Sweep
 from kitbench.system.environment import choose_device, environment
 from kitbench.system.progress import progress
 from kitbench.text import gib
@@ -51,7 +52,7 @@ def run_scale(options: SweepOptions, console: Console) -> Sweep:
     path = options.out / "scale.json"
     sweep = _resumed(sweep, path)
     console.print(
-        f"{len(sweep.methods)} methods, {options.scope} of {options.dim} channels, sides {sizes[0]} to {sizes[-1]} px, "
+        f"{len(sweep.methods)} methods, {sweep.subject}, sides {sizes[0]} to {sizes[-1]} px, "
         f"on {sweep.device} with {sweep.threads} threads; a point may take {gib(sweep.memory_limit)} and "
         f"{options.patience:g} s a call, larger ones are predicted",
         highlight=False,
@@ -67,10 +68,23 @@ def run_scale(options: SweepOptions, console: Console) -> Sweep:
                 update(done, f"{size} px, {what}")
                 if missing:
                     found = measure(missing, sweep, options)
-                    sweep = sweep.model_copy(update={"points": (*sweep.points, *found)})
+                    sweep = _with(sweep, found)
                     write_atomic(path, sweep.model_dump_json(indent=1).encode())
+        update(total, f"predicting up to {gib(sweep.budget)}")
+        kept = sweep.model_copy(
+            update={"points": tuple(p for p in sweep.points if (p.method, p.what, p.size) in specs)}
+        )
+        ends = {(label, what): specs[label, what, sizes[-1]] for what in options.what for label in sweep.methods}
+        further = [point for (label, _), spec in ends.items() for point in bracket(label, spec, kept)]
+        stored = {(p.method, p.what, p.size) for p in sweep.points}
+        new = [p for p in further if (p.method, p.what, p.size) not in stored]
+        write_atomic(path, _with(sweep, new).model_dump_json(indent=1).encode())
         update(total, "done")
-    return sweep.model_copy(update={"points": tuple(p for p in sweep.points if (p.method, p.what, p.size) in specs)})
+    return _with(kept, further)
+
+
+def _with(sweep: Sweep, points: Sequence[Point]) -> Sweep:
+    return sweep.model_copy(update={"points": (*sweep.points, *points)})
 
 
 def _start(options: SweepOptions) -> Sweep:
@@ -104,7 +118,10 @@ def _start(options: SweepOptions) -> Sweep:
 
 
 def _resumed(sweep: Sweep, path: Path) -> Sweep:
-    """The stored sweep, if it is of the same key; otherwise the new one. What failed is tried again."""
+    """The stored sweep, if it is of the same key; otherwise the new one.
+
+    What failed is tried again, and sizes beyond those asked for are chosen anew, because the budget may differ.
+    """
     if not path.is_file():
         return sweep
     try:
@@ -113,7 +130,7 @@ def _resumed(sweep: Sweep, path: Path) -> Sweep:
         raise InputError(f"{path} is no sweep of this version of kitbench; move it away or change --out.") from error
     if stored.key != sweep.key:
         return sweep
-    points = tuple(point for point in stored.points if point.status != "failed")
+    points = tuple(point for point in stored.points if point.status != "failed" and point.reason != BRACKET)
     return stored.model_copy(update={"budget": sweep.budget, "points": points})
 
 

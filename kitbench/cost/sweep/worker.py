@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from kitbench.cost.memory import RSS_ENVIRONMENT, peak, resident_peak_bytes
 from kitbench.cost.timing import FLUSH_BYTES, Sample, release_flush_buffer, sampler
-from kitbench.errors import InputError
+from kitbench.errors import InputError, describe_error
 from kitbench.model import methods
 from kitbench.spec.suite import Backbone
 from kitbench.store.sweeps import Outcome, Scope, What
@@ -79,6 +79,18 @@ def closed_form(module: nn.Module, spec: Spec) -> int | None:
         return None
     forms = [part.macs(spec.size, spec.size) for part in parts]  # type: ignore[operator,union-attr]
     return None if None in forms else sum(forms)
+
+
+def needed_macs(module: nn.Module, spec: Spec) -> int | None:
+    """As `closed_form`, with what the attention's definition needs, where it states that and executes more."""
+    attention = module.attention if spec.scope == "block" else module
+    executed = closed_form(module, spec)
+    if executed is None or not hasattr(attention, "needed_macs"):
+        return None
+    needed = attention.needed_macs(spec.size, spec.size)  # type: ignore[operator]
+    if needed is not None and spec.scope == "block":
+        needed += module.ffn.macs(spec.size, spec.size)  # type: ignore[operator,union-attr]
+    return needed if needed != executed else None
 
 
 def step(module: nn.Module, x: Tensor) -> Tensor | None:
@@ -281,4 +293,4 @@ def _failure(error: Exception) -> Failed:
             return Failed("oom", "out of memory")
         scale = ("bytes", "KiB", "MiB", "GiB").index(asked[2])
         return Failed("oom", f"an allocation of {float(asked[1]) * 1024**scale / 2**30:.1f} GiB failed")
-    return Failed("failed", f"{type(error).__name__}: {words}")
+    return Failed("failed", describe_error(error))

@@ -21,6 +21,7 @@ from kitbench.verdict.contrasts import ComparedRuns
 from kitbench.verdict.curves import learning_curves, target_sheet, time_to_target
 from kitbench.verdict.entries import Entry, labels
 from kitbench.verdict.ladder import Ladder, ladder_sheet
+from kitbench.verdict.layout import caption_of
 from kitbench.verdict.page import curve_pictures, pictures
 from kitbench.verdict.page.tables import Grid, grid_of, tuning_grid
 
@@ -62,6 +63,8 @@ class Gallery:
     """The crops of one image under one condition."""
 
     title: str
+    comparison: str
+    """What its runs share, where the page has several comparisons; else empty."""
     whole: str
     place: tuple[float, float, float, float]
     panels: list[Panel]
@@ -119,7 +122,7 @@ def ladder_of(ladder: Ladder, look: pictures.Look) -> tuple[list[EmbeddedFigure]
     """A budget ladder: the contrasts of the claims and all methods against the control without attention."""
     claimed = {(a, b) for a, b, _ in QUESTIONS.values()}
     parts = {
-        "the claims' contrasts": [line for line in ladder.lines if (line.a, line.b) in claimed],
+        "pairs that the claims compare": [line for line in ladder.lines if (line.a, line.b) in claimed],
         "each method against conv": [line for line in ladder.lines if (line.a, line.b) not in claimed],
     }
     shown = [
@@ -158,43 +161,58 @@ def _png(data: bytes) -> str:
 
 
 def galleries_of(found: Sequence[Entry], folders: dict[str, RunFolder]) -> tuple[list[Gallery], int]:
-    """Stored crops of the lowest seed of each method, up to CROP_BYTES; and the number of images left out."""
+    """Stored crops of the lowest seed of each method, up to CROP_BYTES; and the number of images left out.
+
+    A gallery shows the runs of one comparison, with the references that need no training.
+    """
     names = labels(found)
+    captions: dict[str, dict[str, tuple[int, str]]] = {}
+    for run in sorted((entry.run for entry in found), key=lambda run: run.key):
+        if run.recipe is not None:
+            captions.setdefault(run.mode, {})[run.comparison] = (run.recipe.steps, caption_of(run))
     groups: dict[tuple[Any, ...], dict[str, tuple[Path, Entry, int]]] = {}
     for entry in sorted(found, key=lambda e: (bool(e.run.comparison), names[e.run.key, e.run.method], e.run.seed or 0)):
-        evaluation = entry.evaluation
+        evaluation, own = entry.evaluation, captions.get(entry.run.mode, {"": (0, "")})
         for place in range(len(evaluation.scores)):
             path = folders[entry.run.key].crop_path(evaluation.data_set, evaluation.sigma, evaluation.stamp, place)
             if not path.is_file():
                 break
-            key = (_from_25(evaluation.sigma), entry.run.mode, evaluation.data_set, place)
-            name = f"{names[entry.run.key, entry.run.method]}"
-            groups.setdefault(key, {}).setdefault(name, (path, entry, place))
+            for comparison in [entry.run.comparison] if entry.run.comparison else own:
+                image = (_from_25(evaluation.sigma), entry.run.mode, evaluation.data_set, place)
+                key = (*image, comparison, own[comparison] if len(own) > 1 else (0, ""))
+                name = names[entry.run.key, entry.run.method]
+                groups.setdefault(key, {}).setdefault(name, (path, entry, place))
+    # A comparison whose runs have no crops of an image gets no gallery of references alone.
+    groups = {
+        key: methods
+        for key, methods in groups.items()
+        if key[-1] == (0, "") or any(entry.run.comparison for _, entry, _ in methods.values())
+    }
     galleries, size, left_out = [], 0, 0
-    for _, methods in sorted(groups.items(), key=lambda item: item[0]):
+    for (*_, (_, caption)), methods in sorted(groups.items(), key=lambda item: (*item[0][:4], item[0][5], item[0][4])):
         if size > CROP_BYTES:
             left_out += 1
             continue
-        gallery = _gallery(methods)
+        gallery = _gallery(methods, caption)
         size += sum(len(p.image) + len(p.error or "") for p in gallery.panels)
         galleries.append(gallery)
     return galleries, left_out
 
 
-def _gallery(methods: dict[str, tuple[Path, Entry, int]]) -> Gallery:
+def _gallery(methods: dict[str, tuple[Path, Entry, int]], comparison: str) -> Gallery:
     cut = {name: pictures.crop(path) for name, (path, _, _) in methods.items()}
     first = next(iter(cut.values()))
     _, entry, place = next(iter(methods.values()))
-    panels = [Panel("input", "", "", _png(first.degraded), None)] if "input" not in methods else []
+    panels = [Panel("ground truth", "", "", _png(first.clean), None)]
+    panels += [Panel("input", "", "", _png(first.degraded), None)] if "input" not in methods else []
     for name, (_, own, _) in sorted(methods.items(), key=lambda item: item[0] != "input"):
         psnr = own.evaluation.scores[place].psnr
         shown = "exact" if psnr is None else f"{psnr:.2f} dB"
         panels.append(Panel(name, shown, own.run.key[:10], _png(cut[name].restored), _png(cut[name].error)))
-    panels.append(Panel("ground truth", "", "", _png(first.clean), None))
     evaluation = entry.evaluation
     image = f"{evaluation.scores[place].image} {evaluation.condition}".strip()
     title = f"{evaluation.data_set}: {image} ({entry.run.mode})"
-    return Gallery(title, _png(first.whole), first.place, panels)
+    return Gallery(title, comparison, _png(first.whole), first.place, panels)
 
 
 def scaling(sweep: Sweep) -> EmbeddedFigure:
@@ -203,5 +221,5 @@ def scaling(sweep: Sweep) -> EmbeddedFigure:
     with tempfile.TemporaryDirectory() as folder:
         draw_sweep(sweep, Path(folder))
         svg = (Path(folder) / "scale.svg").read_bytes()
-    title = f"Cost against resolution: {sweep.scope}, {sweep.dim} channels, on {sweep.device} (sweep {sweep.key[:10]})"
+    title = f"Cost against resolution: {sweep.subject}, on {sweep.device} (sweep {sweep.key[:10]})"
     return EmbeddedFigure(title, _svg(svg), wide=True)

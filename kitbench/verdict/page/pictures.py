@@ -99,9 +99,12 @@ def training_curves(logs: Mapping[str, Sequence[RunFolder]], look: Look) -> byte
 
 
 def logarithmic(axes: Any) -> None:
-    """Make the x axis logarithmic, with plain numbers."""
+    """Make the x axis logarithmic, with plain numbers: the fewer of them in each decade, the more decades."""
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    low, high = axes.get_xlim()
+    decades = np.log10(high / low)
+    subs = (1, 2, 5) if decades < 1.5 else (1, 3) if decades < 3 else (1,)
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=subs))
     axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
     axes.xaxis.set_minor_locator(ticker.NullLocator())
 

@@ -12,7 +12,7 @@ from tabulate import tabulate
 from kitbench.store.files import write_atomic
 from kitbench.store.sweeps import Point, Sweep, What
 from kitbench.text import gib
-from kitbench.verdict.scaling.fit import WORDS, Exponent, Quantity, crossings, curves, exponent, largest
+from kitbench.verdict.scaling.fit import COMPARED_BYTES, WORDS, Exponent, Quantity, crossings, curves, exponent, largest
 from kitbench.verdict.scaling.plot import draw_sweep
 
 QUANTITIES: dict[str, Quantity] = {
@@ -20,7 +20,6 @@ QUANTITIES: dict[str, Quantity] = {
     "memory": lambda point: point.bytes,
     "time": lambda point: point.seconds,
 }
-COMPARED_BYTES = 16 << 20
 LINEAR = 1.1  # exponents up to this are called linear
 _COLUMNS: dict[str, Callable[[Point], object]] = {
     "method": lambda p: p.method,
@@ -31,6 +30,7 @@ _COLUMNS: dict[str, Callable[[Point], object]] = {
     "gmacs": lambda p: p.macs / 1e9,
     "gflops": lambda p: 2 * p.macs / 1e9,
     "closed_form_forward_gmacs": lambda p: None if p.macs_closed is None else p.macs_closed / 1e9,
+    "needed_forward_gmacs": lambda p: None if p.macs_needed is None else p.macs_needed / 1e9,
     "flops_note": lambda p: p.macs_note,
     "comparisons": lambda p: p.comparisons,
     "exponentials": lambda p: p.exponentials,
@@ -62,15 +62,16 @@ def sweep_csv(sweep: Sweep) -> str:
 def sweep_markdown(sweep: Sweep) -> str:
     """The content of scale.md."""
     environment = sweep.environment
-    subject = {"attention": "attention alone", "block": "one block", "model": "whole model"}[sweep.scope]
     parts = [
         "# Cost against resolution",
-        f"{subject}, {sweep.dim} channels, {sweep.heads} head{'s' * (sweep.heads > 1)}, batch 1, float32; "
+        f"{sweep.subject}, batch 1, float32; "
         f"{environment.device}, {environment.host}, {sweep.threads} threads, torch {environment.versions['torch']}, "
         f"commit {environment.commit}. "
         f"Memory limit of a point: {gib(sweep.memory_limit)}. Memory is the peak above the module and its input. "
         "Exponents are in pixels (1: linear in the number of pixels), with their 95 % intervals; those of time are "
-        "fitted to measured points only, those of memory to measured and predicted ones.",
+        "fitted to measured points only, those of memory to measured and predicted ones. The interval of "
+        "the largest side, in parentheses, comes from the sizes of the sweep and from how much predicted and measured "
+        "memory differ.",
     ]
     for what in dict.fromkeys(what for _, what in curves(sweep)):
         parts += [f"## {WORDS[what].capitalize()}", _exponents(sweep, what), _points(sweep, what)]
@@ -99,9 +100,8 @@ def _exponents(sweep: Sweep, what: What, form: str = "github") -> str:
     rows = []
     for method, _ in (curve for curve in curves(sweep) if curve[1] == what):
         points = sweep.curve(method, what)
-        side = largest(points, sweep.budget)
         fits = [_shown(exponent(points, quantity)) for quantity in QUANTITIES.values()]
-        rows.append([method, *fits, "n/a" if side is None else f"{int(side)}"])
+        rows.append([method, *fits, str(largest(sweep, method, what))])
     return tabulate(rows, header, tablefmt=form, disable_numparse=True)
 
 
@@ -254,10 +254,22 @@ def _trust(sweep: Sweep) -> list[str]:
         )
     marked = sorted({f"{p.method} ({p.macs_note})" for p in sweep.points if p.macs_note})
     sentences += [f"FLOPs: closed form and count differ: {mark}." for mark in marked]
+    sentences += _executed_and_needed(sweep)
     stated = [p for p in sweep.points if p.macs_closed is not None]
     if stated and not marked:
         sentences.append(f"Counted FLOPs equal the closed form to 1 % at all {len(stated)} points.")
     return sentences
+
+
+def _executed_and_needed(sweep: Sweep) -> list[str]:
+    """The two counts of a forward pass, at the largest size, of each method that executes more than it needs."""
+    largest_of = {p.method: p for p in sorted(sweep.points, key=lambda p: p.size) if p.macs_needed is not None}
+    return [
+        f"{method} executes {(p.macs_closed or 0) / 1e9:.4g} GMACs in a forward pass at {p.size} px, of which its "
+        f"definition needs {p.macs_needed / 1e9:.4g}."
+        for method, p in largest_of.items()
+        if p.macs_needed is not None
+    ]
 
 
 def _list(items: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kitbench.store.sweeps import Point, Sweep
+from kitbench.store.sweeps import BRACKET, Point, Sweep
 from kitbench.verdict.scaling.fit import WORDS, curves
 
 _STYLES: tuple[tuple[str, str, Any], ...] = (
@@ -33,12 +33,14 @@ _PANELS: dict[str, tuple[Callable[[Point], float | None], str]] = {
 
 
 def draw_sweep(sweep: Sweep, folder: Path) -> list[Path]:
-    """Write scale.png and scale.svg into `folder`."""
+    """Write scale.png and scale.svg into `folder`: the sizes that were asked for."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
+    asked = tuple(p for p in sweep.points if p.reason != BRACKET)
+    sweep = sweep.model_copy(update={"points": asked})
     whats = list(dict.fromkeys(what for _, what in curves(sweep)))
     sizes = sorted({p.size for p in sweep.points})
     with plt.rc_context({"font.size": 9, "svg.hashsalt": "kitbench", "svg.fonttype": "none"}):

@@ -17,11 +17,14 @@ from kitbench.cost.sweep import run
 from kitbench.cost.sweep.options import SweepOptions, parse_bytes, parse_method, parse_sizes
 from kitbench.cost.sweep.points import guess_seconds
 from kitbench.cost.sweep.run import run_scale  # fmt: skip
-from kitbench.cost.sweep.worker import Child, Failed, Spec, build, closed_form
+from kitbench.cost.sweep.worker import Child, Failed, Spec, build, closed_form, needed_macs
 from kitbench.errors import InputError
-from kitbench.store.sweeps import Sweep
+from kitbench.spec.suite import Backbone
+from kitbench.store.sweeps import BRACKET, Sweep
 from kitbench.text import gib
-from kitbench.verdict.scaling.page import write_sweep
+from kitbench.verdict.scaling.fit import largest
+from kitbench.verdict.scaling.page import sweep_csv, sweep_markdown, sweep_summary, write_sweep
+from tests.stored import ENVIRONMENT
 from tests.verdict.scaling.test_fit import points
 
 HEAD = '''
@@ -73,7 +76,7 @@ def options(out, methods, **others):
         rounds=2,
         seconds=0.1,
         patience=5.0,
-        **{"sizes": "16,32", **others},
+        **{"sizes": "16,32", "budget": "1KiB", **others},
     )
 
 
@@ -153,12 +156,62 @@ def test_blocks_and_models_are_swept_and_reconciled(scope):
     assert reconcile(closed_form(module, spec), found.macs, found.uncounted) is None
 
 
+@pytest.mark.parametrize("scope", ["attention", "block", "model"])
+def test_a_point_knows_what_the_definition_needs_where_more_is_executed(scope):
+    config = Backbone(width=32, head_dim=32, blocks=(1,), attention_levels=(1,))
+    excess = {}
+    for method in ("local", "window"):
+        spec = Spec(method, {}, scope, "infer", 32, 32, 1, config)
+        module = build(spec)
+        needed = needed_macs(module, spec)
+        excess[method] = None if needed is None else closed_form(module, spec) - needed
+    assert excess == {"local": 2 * 32**3 * (14**2 - 7**2), "window": None}
+
+
+def test_both_counts_of_a_method_that_executes_more_than_it_needs_stand_in_the_sweep():
+    [point] = points((256,), lambda s: 1.0, macs_needed=1_190_000_000)
+    point = point.model_copy(update={"macs_closed": 1_570_000_000})
+    sweep = Sweep(
+        key="0", scope="model", dim=16, heads=1, device="cpu", threads=1, memory_limit=1, budget=1,
+        methods={"m": ("m", {})}, environment=ENVIRONMENT, points=(point,),
+    )  # fmt: skip
+    expected = "m executes 1.57 GMACs in a forward pass at 256 px, of which its definition needs 1.19."
+    assert expected in sweep_markdown(sweep)
+    assert expected in sweep_summary(sweep)
+    [row] = csv.DictReader(sweep_csv(sweep).splitlines())
+    assert float(row["closed_form_forward_gmacs"]) == 1.57
+    assert float(row["needed_forward_gmacs"]) == 1.19
+
+
 def test_what_would_not_fit_is_told_with_its_need_and_not_tried(tmp_path, quiet):
     label = "global:form=materialised"
     sweep = run_scale(options(tmp_path, (label,), what=("infer",), sizes="16,4096", memory="1GiB"), quiet)
     point = sweep.curve(label, "infer")[1]
     assert point.status == "oom"
     assert "PiB, not tried" in (point.reason or "")
+
+
+def test_a_short_sweep_brackets_the_budget_with_predicted_sizes_and_a_new_budget_moves_them(
+    tmp_path, quiet, monkeypatch
+):
+    def predict(specs, sweep, _):
+        return [measuring._predicted(label, spec, sweep) for label, spec in specs.items()]
+
+    monkeypatch.setattr(run, "measure", predict)
+    asked = options(tmp_path, ("window",), what=("infer", "train"), sizes="16,32", budget="64MiB")
+    sweep = run_scale(asked, quiet)
+    for what in ("infer", "train"):
+        *_, last, past = sweep.curve("window", what)
+        assert last.bytes <= 64 << 20 < past.bytes
+        assert past.size <= 2 * last.size
+        assert (past.status, past.reason) == ("predicted", BRACKET)
+        found = largest(sweep, "window", what)
+        assert last.size <= found.low <= found.side <= found.high <= past.size
+    again = run_scale(options(tmp_path, ("window",), what=("infer", "train"), budget="256MiB"), quiet)
+    assert largest(again, "window", "infer").side == pytest.approx(2 * largest(sweep, "window", "infer").side, rel=0.05)
+    stored = Sweep.model_validate_json((tmp_path / "scale.json").read_text())
+    assert len({(p.what, p.size) for p in stored.points}) == len(stored.points)
+    assert {p.size for p in stored.points if p.reason is None} == {16, 32}
 
 
 def test_a_child_of_a_training_free_method_is_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import re
 import shutil
 import subprocess
@@ -14,7 +15,9 @@ import pytest
 from kitbench.errors import InputError
 from kitbench.store.folder import find
 from kitbench.verdict.claims import load
+from kitbench.verdict.entries import Entry
 from kitbench.verdict.page import pictures
+from kitbench.verdict.page.figures import galleries_of
 from kitbench.verdict.page.report import report
 from tests.conftest import run_kitbench
 from tests.stored import store
@@ -205,6 +208,92 @@ def test_tables_sort_sliders_compare_and_every_image_loads(page: Path, tmp_path:
         sorts, clip, hidden, images, loaded, fits = seen.split("|")
         assert (sorts, clip, hidden, loaded, fits) == ("true", "inset(0px 80% 0px 0px)", "false", "true", "true")
         assert int(images) > 20
+
+
+@needs_browser
+def test_a_crop_enlarges_on_click_and_key_and_the_arrows_show_the_next(page: Path, tmp_path: Path) -> None:
+    script = """<script>addEventListener("load", () => {
+      const shots = [...document.querySelectorAll(".gallery")][1].querySelectorAll(".shot");
+      const large = document.querySelector("#large"), seen = [large.open];
+      const key = (target, name) => target.dispatchEvent(new KeyboardEvent("keydown", { key: name, bubbles: true }));
+      const shows = number => seen.push(large.open && large.querySelector("img").src === shots[number].src);
+      shots[1].click(); shows(1); key(large, "ArrowRight"); shows(2); key(large, "ArrowLeft"); key(large, "ArrowLeft"); shows(0);
+      key(large, "ArrowLeft"); shows(shots.length - 1);
+      large.querySelector("button").click(); seen.push(large.open);
+      key(shots[2], "Enter"); shows(2);
+      seen.push(large.getBoundingClientRect().width <= innerWidth, large.querySelector("span").textContent);
+      document.body.dataset.seen = seen.join("|");
+    });</script></body>"""
+    tried = tmp_path / "tried.html"
+    tried.write_text(page.read_text().replace("</body>", script))
+    for size in ("1300,900", "400,800"):
+        [seen] = re.findall(r'data-seen="([^"]*)"', browse(tried, "--dump-dom", f"--window-size={size}").stdout)
+        *states, title = seen.split("|")
+        assert states == ["false", "true", "true", "true", "true", "false", "true", "true"]
+        assert re.fullmatch(r"skimage-test: chelsea σ25 \(colour\): conv \(3 of 4\)", title)
+
+
+def test_the_ground_truth_stands_beside_the_whole_image(page: Path) -> None:
+    for gallery in page.read_text().split('<section class="gallery">')[1:]:
+        names = re.findall(r'data-name="([^"]*)"', gallery)
+        assert names == ["ground truth", "input", "conv", "kit"]
+
+
+def test_a_gallery_shows_the_runs_of_one_comparison(tiny_runs: Path, tmp_path: Path) -> None:
+    """Two lengths of training: each in a gallery of its own, with the input; not the one's conv beside the other's kit."""
+    shutil.copytree(tiny_runs, tmp_path / "runs")
+    for folder in find([tiny_runs]):
+        if folder.run.method == "kit" and folder.run.seed == 0:
+            other = store(tmp_path / "runs", "kit", 30.0, steps=99, data_set="skimage-test")
+            stem = next(folder.path.glob("eval/*.json")).stem
+            other_stem = next(other.path.glob("eval/*.json")).stem
+            (other.path / "crops").mkdir()
+            for number in (0, 1):
+                shutil.copy(
+                    folder.path / "crops" / f"{stem}-{number}.png", other.path / "crops" / f"{other_stem}-{number}.png"
+                )
+    contents = {e.data_set: e.data_sha256 for e in find([tiny_runs])[0].evaluations()}
+    found = [
+        Entry(f.run, f.training, e.model_copy(update={"data_sha256": contents[e.data_set]}))
+        for f in find([tmp_path / "runs"])
+        for e in f.evaluations()
+    ]
+    galleries, left_out = galleries_of(found, {f.run.key: f for f in find([tmp_path / "runs"])})
+    shown = {(g.title.partition(" σ25")[0], len(g.panels), "99 steps" in g.comparison) for g in galleries}
+    assert left_out == 0
+    assert shown == {
+        (f"skimage-test: {name}", count, long)
+        for name in ("astronaut", "chelsea")
+        for count, long in ((4, False), (3, True))
+    }
+
+
+def test_labels_of_a_logarithmic_axis_do_not_touch() -> None:
+    for high in (4.0, 30.0, 400.0, 90_000.0):
+        with pictures.new_figure(4.5, 4.0) as (figure, axes, _):
+            axes.plot([1.0, high], [0, 1])
+            pictures.logarithmic(axes)
+            figure.canvas.draw()
+            boxes = [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
+            inside = sorted((b.x0, b.x1) for b in boxes if axes.bbox.x0 - 1 <= (b.x0 + b.x1) / 2 <= axes.bbox.x1 + 1)
+            assert len(inside) >= 2
+            assert all(a[1] < b[0] for a, b in itertools.pairwise(inside))
+
+
+@needs_browser
+def test_the_sort_arrow_stands_on_the_line_of_the_headings_last_word(tmp_path: Path) -> None:
+    """The height of a heading of one word is that of one line."""
+    script = """<script>addEventListener("load", () => {
+      const buttons = [...document.querySelectorAll("#table-1 th button")].filter(b => !b.textContent.includes(" "));
+      document.body.dataset.seen = [buttons.length, ...buttons.map(b => b.getClientRects().length)].join("|");
+    });</script></body>"""
+    tried = tmp_path / "tried.html"
+    store(tmp_path / "runs", "kit", 30.0)
+    tried.write_text(report(find([tmp_path / "runs"]), []).replace("</body>", script))
+    [seen] = re.findall(r'data-seen="([^"]*)"', browse(tried, "--dump-dom", "--window-size=1300,900").stdout)
+    count, *lines = seen.split("|")
+    assert int(count) >= 3
+    assert set(lines) == {"1"}
 
 
 @needs_browser

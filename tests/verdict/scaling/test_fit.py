@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
-from kitbench.store.sweeps import Point
+from kitbench.store.sweeps import Point, Sweep
 from kitbench.verdict.scaling.fit import crossings, exponent, largest
 
 
@@ -53,6 +54,61 @@ def test_crossings_lie_where_power_laws_cross():
     assert crossings(linear, linear, lambda p: p.seconds) == []
 
 
-@pytest.mark.parametrize("budget", [64**2 * 7, 300**2 * 7, 5000**2 * 7])
-def test_the_largest_image_within_a_budget(budget):
-    assert largest(points(SIZES, lambda s: 7.0 * s**2), budget) == pytest.approx(math.sqrt(budget / 7), rel=1e-3)
+def swept(budget: float, **curves) -> Sweep:
+    """A sweep of one method from its curves, `infer` and `train`."""
+    found = [point for what, own in curves.items() for point in (p.model_copy(update={"what": what}) for p in own)]
+    return Sweep.model_construct(budget=round(budget), points=tuple(found))
+
+
+@pytest.mark.parametrize("side", [70, 300, 500])
+def test_the_largest_image_within_a_budget(side):
+    found = largest(swept(7 * side**2, infer=points(SIZES, lambda s: 7.0 * s**2)), "m", "infer")
+    assert found is not None
+    assert found.side == pytest.approx(side, rel=1e-3)
+    assert found.low == pytest.approx(side, rel=1e-3)
+    assert found.high == pytest.approx(side, rel=1e-3) if side > SIZES[1] else SIZES[1]
+
+
+def test_outside_the_sizes_of_a_sweep_no_side_is_named():
+    curve = points(SIZES, lambda s: 7.0 * s**2)
+    assert str(largest(swept(7 * 5000**2, infer=curve), "m", "infer")) == "at least 512"
+    assert str(largest(swept(7 * 63**2, infer=curve), "m", "infer")) == "below 64"
+    assert largest(swept(1, infer=curve), "m", "train") is None
+
+
+@pytest.mark.parametrize("sizes", [(64, 128, 256, 3200), (64, 512, 4096), (64, 65536)])
+@pytest.mark.parametrize("memory", [lambda s: 3e7 + 700.0 * s**2, lambda s: 2e6 * s + 50.0 * s**2 + 1e-4 * s**4])
+def test_the_interval_holds_the_side_of_any_sum_of_powers(sizes, memory):
+    """By bisection of the same function, at budgets all along the sweep."""
+    for budget in np.geomspace(memory(70), 0.99 * memory(sizes[-1]), 9):
+        low, high = 64.0, float(sizes[-1])
+        for _ in range(60):
+            low, high = ((low + high) / 2, high) if memory((low + high) / 2) <= budget else (low, (low + high) / 2)
+        found = largest(swept(budget, infer=points(sizes, memory)), "m", "infer")
+        assert found is not None
+        assert found.low is not None
+        assert found.high is not None
+        assert found.low * (1 - 1e-5) <= low <= found.high * (1 + 1e-5)
+
+
+def test_the_interval_is_as_wide_as_predictions_were_wrong():
+    exact = points(SIZES, lambda s: 700.0 * s**2)
+    wrong = [p.model_copy(update={"peak_bytes": round(1.2 * p.predicted_bytes)}) for p in exact[2:3]]
+    sure, unsure = (
+        largest(swept(700 * 400**2, infer=own), "m", "infer") for own in (exact, [*exact[:2], *wrong, *exact[3:]])
+    )
+    assert sure is not None
+    assert unsure is not None
+    assert sure.high - sure.low < 1
+    assert unsure.high - unsure.low > 400 * (math.sqrt(1.2) - 1 / math.sqrt(1.2)) * 0.8
+
+
+def test_training_never_fits_a_larger_image_than_inference():
+    infer, train = points(SIZES, lambda s: 700.0 * s**2), points(SIZES, lambda s: 600.0 * s**2)
+    sweep = swept(700 * 300**2, infer=infer, train=train)
+    assert largest(sweep, "m", "train") == largest(sweep, "m", "infer")
+    much = points(SIZES, lambda s: 7e6 * s**2)
+    assert str(largest(swept(700 * 300**2, infer=infer, train=much), "m", "train")) == "below 64"
+    assert str(largest(swept(700 * 300**2, infer=infer, train=points(SIZES, lambda s: 1.0)), "m", "train")).startswith(
+        "3"
+    )

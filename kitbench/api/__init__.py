@@ -1,0 +1,1 @@
+"""kitbench from Python: attention layers, metrics on arrays, stored runs as tables, and runs."""

@@ -1,0 +1,146 @@
+"""Pictures restored one after another: from files, folders and wildcards, with progress; a broken one stops none."""
+
+from __future__ import annotations
+
+import glob
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from rich.console import Console
+
+from kitbench.apply.restore import calls, read_picture, restore_picture, side_by_side, write_picture
+from kitbench.data.own import SUFFIXES, no_pictures, pictures_in
+from kitbench.errors import InputError, Interrupted, RunError, describe_error
+from kitbench.model.backbone import UNet
+from kitbench.system.progress import progress
+
+RESTORED, BESIDE = "-restored", "-side-by-side"
+"""Ends of the names of what is written."""
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """How pictures are restored, by one network."""
+
+    model: UNet
+    device: torch.device
+    tile: int | None
+    """Side of the tiles in pixels, 0: none, None: chosen by the picture's size."""
+    beside: bool
+    """Whether a picture of input and result side by side is written too."""
+
+
+def pictures_named(arguments: Sequence[Path]) -> tuple[list[Path], int]:
+    """The pictures that the arguments name: files, folders (not their subfolders), and wildcards like `photos/*.jpg`.
+
+    From folders and by wildcards, files that an earlier call wrote are left out; also returned is how many these are.
+    Raises InputError for an argument that names no picture.
+    """
+    found: list[Path] = []
+    left_out = 0
+    for argument in arguments:
+        if argument.exists() and not argument.is_dir():
+            found.append(argument)
+            continue
+        if argument.is_dir():
+            there, nothing = pictures_in(argument), no_pictures(argument)
+        elif glob.has_magic(str(argument)):
+            names = map(Path, sorted(glob.glob(str(argument), recursive=True)))  # noqa: PTH207 - absolute ones too
+            there = [path for path in names if path.suffix.lower() in SUFFIXES and path.is_file()]
+            nothing = f"No picture matches {argument}; give files, folders or wildcards like photos/*.jpg."
+        else:
+            raise InputError(f"{argument} does not exist; give pictures, folders or wildcards like photos/*.jpg.")
+        if not there:
+            raise InputError(nothing)
+        inputs = [path for path in there if not path.stem.endswith((RESTORED, BESIDE))]
+        left_out += len(there) - len(inputs)
+        found += inputs
+    return found, left_out
+
+
+def targets_of(images: Sequence[Path], out: Path | None, overwrite: bool, beside: bool = False) -> list[Path]:
+    """Where the restored pictures go: NAME-restored.SUFFIX, in the folder of the input or in `out`.
+
+    Raises InputError where two would be written to one file, or a file exists that may not be overwritten.
+    """
+    targets = [(out or path.parent) / f"{path.stem}{RESTORED}{path.suffix}" for path in images]
+    twice = next((t for t in targets if targets.count(t) > 1), None)
+    if twice is not None:
+        raise InputError(f"Two pictures would be written to {twice}; restore them into different folders.")
+    for target in (*targets, *map(_beside, targets if beside else ())):
+        if target.exists() and not overwrite:
+            raise InputError(f"{target} exists; move it away, or allow its replacement with --overwrite.")
+    return targets
+
+
+def _beside(target: Path) -> Path:
+    return target.with_name(f"{target.stem.removesuffix(RESTORED)}{BESIDE}{target.suffix}")
+
+
+def restore_all(how: Restoration, images: Sequence[Path], targets: Sequence[Path], console: Console) -> None:
+    """Restore every picture and write it to its target, showing progress with the time left.
+
+    Raises RunError at the end, naming the pictures that could not be restored and why, and Interrupted on Ctrl-C; in
+    both cases whatever is restored is written.
+    """
+    parts = [_parts(how, path) for path in images]
+    failed: list[str] = []
+    written = done = 0
+    with progress(console, "restore", sum(parts)) as update:
+        try:
+            for path, target, share in zip(images, targets, parts, strict=True):
+                update(done, path.name)
+                try:
+                    for file in _restore(how, path, target, _counter(done, share, path.name, update)):
+                        console.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
+                    written += 1
+                except (InputError, RunError) as error:
+                    failed.append(str(error).rstrip("."))
+                except Exception as error:  # noqa: BLE001 - memory, the disk, or a stranger's network
+                    failed.append(f"{path}: {describe_error(error)}")
+                done += share
+                update(done, path.name)
+        except KeyboardInterrupt as error:
+            raise Interrupted(f"stopped; {written} of {len(images)} pictures are restored and written") from error
+    if failed:
+        raise RunError(f"{len(failed)} of {len(images)} pictures could not be restored: {'; '.join(failed)}")
+
+
+def _restore(how: Restoration, path: Path, target: Path, tick: Callable[[], None]) -> list[Path]:
+    """Restore a picture and write it. Returns the files that were written."""
+    picture = read_picture(path)
+    restored = restore_picture(how.model, picture, how.device, how.tile, tick)
+    write_picture(target, restored)
+    if not how.beside:
+        return [target]
+    write_picture(_beside(target), side_by_side(picture, restored))
+    return [target, _beside(target)]
+
+
+def _counter(done: int, share: int, name: str, update: Callable[[int, str], None]) -> Callable[[], None]:
+    """What is called after each part of a picture; the last one is counted when the picture is written."""
+    ticks = 0
+
+    def tick() -> None:
+        nonlocal ticks
+        ticks += 1
+        if ticks < share:
+            update(done + ticks, name)
+
+    return tick
+
+
+def _parts(how: Restoration, path: Path) -> int:
+    """How many times the network is called for a picture, by the file's header; 1 where that cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large pictures
+            with Image.open(path) as image:
+                width, height = image.size
+                return calls(how.model, (height, width, len(image.getbands())), how.tile)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return 1  # what is wrong with it is said when its turn comes

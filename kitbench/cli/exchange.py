@@ -1,0 +1,66 @@
+"""Commands that give runs to others, and take theirs: export, import."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from kitbench.cli.options import OUT, PATHS
+from kitbench.errors import InputError
+
+
+@click.command()
+@PATHS
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path),
+    help=".zip: runs, for `kitbench import`; .csv, .parquet: a row a run, test set and condition.",
+)  # fmt: skip
+@click.option("--by", help="Who made the runs, as tables of others will say; needed for a .zip.")
+def export(paths: tuple[Path, ...], out: Path, by: str | None) -> None:
+    """Write stored runs into one file: an archive that others can import, or a results file."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from kitbench.apply.exchange import export_runs
+    from kitbench.store.files import writable
+    from kitbench.store.folder import find
+    from kitbench.store.records import By
+    from kitbench.store.results_file import results, write_results
+
+    runs = find(paths)
+    if out.suffix != ".zip":
+        if out.suffix not in (".csv", ".parquet"):
+            raise InputError(f"--out {out} must end in .zip (runs), .csv or .parquet (a results file).")
+        writable(out.parent)
+        found = results(runs)
+        write_results(found, out)
+        click.echo(f"wrote {out} ({len(found)} rows)")
+        return
+    try:
+        named = TypeAdapter(By).validate_python(by)
+    except ValidationError as error:
+        raise InputError(
+            f"--by {by!r} names nobody: say in one line of at most 80 characters, without | < > `, who made the runs."
+        ) from error
+    done = export_runs(runs, out, named)
+    for name, why in done.left_out.items():
+        click.echo(f"left out {name}: {why}")
+    click.echo(f"wrote {out} ({len(done.done)} runs)")
+
+
+@click.command(name="import")
+@click.argument("archive", type=click.Path(path_type=Path))
+@OUT
+def import_(archive: Path, out: Path) -> None:
+    """Add the runs of an archive by `kitbench export` to a folder of runs; tables mark them with who made them.
+
+    Runs of another protocol, recipe or source are refused; runs that are already here stay as they are.
+    """
+    from kitbench.apply.exchange import import_runs
+
+    done = import_runs(archive, out)
+    for name, why in done.left_out.items():
+        click.echo(f"left out {name}: {why}")
+    for name in done.done:
+        click.echo(f"wrote {out / name}")
+    click.echo(f"{len(done.done)} runs imported")

@@ -1,0 +1,89 @@
+"""A plain folder of the user's own pictures as a data set: no card is written, the path names the set.
+
+A set is named by the name of a card, or by a path, which is whatever contains a slash: `./photos`. The folder contains
+clean pictures, or pairs: `input/` with degraded pictures and `target/` with clean ones of the same names.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import get_args
+
+from kitbench.data.cards import Card, Pairs, card
+from kitbench.data.images import decode
+from kitbench.errors import InputError
+from kitbench.spec.tasks import Kind
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+"""Of the files that count as pictures, in lower or upper case."""
+INPUT, TARGET = "input", "target"
+PAIRED: tuple[Kind, ...] = ("deblur", "derain", "denoise-real")
+"""Tasks whose inputs may be pictures. Gaussian noise is always made, because its level is a condition."""
+
+
+def card_of_set(name: str) -> Card:
+    """The card of a set: a shipped one, or one made for the folder that `name` is the path of.
+
+    Raises InputError for an unknown name, and for a path that is not a folder of pictures.
+    """
+    if "/" in name:
+        return _card_of_folder(name)
+    try:
+        return card(name)
+    except InputError as error:
+        if Path(name).is_dir():
+            raise InputError(
+                f"Unknown data set {name!r}; a folder of your own pictures is named by a path with a slash: ./{name}."
+            ) from error
+        raise
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures that lie in a folder itself, not in its subfolders, sorted by name."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
+def no_pictures(folder: Path) -> str:
+    """The sentence for a folder without pictures, naming a subfolder that has some."""
+    inside = next((path for path in sorted(folder.iterdir()) if path.is_dir() and pictures_in(path)), None)
+    hint = f"; its subfolder {inside} has some: name that" if inside else f"; put some there ({', '.join(SUFFIXES)})"
+    return f"Folder {folder} has no pictures{hint}."
+
+
+def _card_of_folder(name: str) -> Card:
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"{name} is not a folder; give the path of a folder of pictures, or the name of a data set.")
+    halves = [folder / half for half in (INPUT, TARGET)]
+    there = [half for half in halves if half.is_dir()]
+    if len(there) == 1:
+        [missing] = set(halves) - set(there)
+        raise InputError(
+            f"Folder {folder} has {there[0].name}/ without {missing.name}/; put degraded pictures into {INPUT}/ and "
+            f"clean ones of the same names into {TARGET}/, or name a folder of clean pictures."
+        )
+    files = [pictures_in(half) for half in there] if there else [pictures_in(folder)]
+    for place, found in zip(there or [folder], files, strict=True):
+        if not found:
+            raise InputError(no_pictures(place))
+        one_picture_a_name(found)
+    patterns = [tuple(sorted({f"*{path.suffix}" for path in found})) for found in files]
+    pairs: tuple[Pairs, ...] = ()
+    if there:
+        inputs, targets = (tuple(f"{half.name}/{p}" for p in own) for half, own in zip(there, patterns, strict=True))
+        pairs = (Pairs(inputs=inputs, targets=targets),)
+    return Card(
+        name=name, title="your own pictures", tasks=PAIRED if there else get_args(Kind), home="", licence="",
+        citation="", own=os.fspath(folder), count=len(files[0]), colour=decode(files[-1][0]).shape[2] == 3,
+        layouts=() if there else tuple(patterns), pairs=pairs,
+    )  # fmt: skip
+
+
+def one_picture_a_name(files: list[Path]) -> None:
+    """Pictures are named without their suffix. Raises InputError where two have one name."""
+    twice = [stem for stem, count in Counter(path.stem for path in files).items() if count > 1]
+    if twice:
+        first = [path.name for path in files if path.stem == twice[0]]
+        raise InputError(f"Folder {files[0].parent} has {' and '.join(first)}, two pictures of one name; remove one.")

@@ -1,0 +1,95 @@
+"""Commands that would decide what stored runs leave open: with the settings of the runs that they add to."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+
+from kitbench.spec.loading import load_suite
+from kitbench.spec.shipped import suite_names
+from kitbench.store.records import Run
+from kitbench.verdict.contrasts import ONE, OWN, SMOKE, ComparedRuns, Contrast, Runs
+
+SEEDS = 5
+"""Seeds that a first proposal asks for."""
+LONGER = 4
+"""How many times as long a second training is."""
+WHERE = "--data DIR --out OUT"
+
+
+def contrast_command(contrast: Contrast, runs: Runs) -> str:
+    """What would decide a contrast: first the search of rates, then another length of training, then more seeds."""
+    methods = [contrast.a, contrast.b]
+    if not contrast.setups:
+        return run_command(next(iter(runs.with_methods(*methods)), next(iter(runs.blocks), None)), methods)
+    lengths = {
+        choice: {setup.steps for setup in contrast.setups if setup.comparison == choice} for choice in (ONE, OWN)
+    }
+    seeds = max(compared.found.seeds for compared in contrast.setups.values())
+    for steps in sorted(lengths[ONE] - lengths[OWN], reverse=True):
+        block = _block(runs, methods, steps)
+        tuning = runs.tuning(block)
+        if tuning is not None and set(methods) <= tuning.best.keys():
+            return run_command(block, methods, seeds, tuned=True)
+        return f"python -m kitbench tune{_settings(block.first.run)} {WHERE}"
+    undecided = {setup: c.found.seeds for setup, c in contrast.setups.items() if not c.decided}
+    if len(lengths[ONE]) < 2 or not undecided:
+        return run_command(_block(runs, methods, max(lengths[ONE])), methods, seeds, longer=LONGER)
+    setup = min(undecided, key=lambda setup: (undecided[setup], setup))
+    block = _block(runs, methods, setup.steps)
+    return run_command(block, methods, max(SEEDS, 2 * undecided[setup]), tuned=setup.comparison == OWN)
+
+
+def _block(runs: Runs, methods: Sequence[str], steps: int) -> ComparedRuns:
+    """The comparison that a contrast measures under one recipe at this length."""
+    found = [block for block in runs.with_methods(*methods) if block.steps == steps]
+    return next((block for block in found if runs.at_own_rate(block)), found[0])
+
+
+def run_command(
+    block: ComparedRuns | None,
+    methods: Sequence[str],
+    seeds: int = SEEDS,
+    *,
+    task: str = "denoise",
+    longer: int = 1,
+    tuned: bool = False,
+) -> str:
+    """The command that trains these methods as those of a comparison were trained, or else by the full recipe.
+
+    longer: so many times as long. tuned: each method at its own best rate.
+    """
+    settings = f" --suite {task} --preset full" if block is None else _settings(block.first.run, longer, tuned)
+    chosen = "".join(f" --method {name}" for name in methods if " " not in name)
+    numbers = ",".join(map(str, range(seeds)))
+    return f"python -m kitbench run{settings}{chosen}{' --tuned' * tuned} --seeds {numbers} {WHERE}"
+
+
+def _settings(run: Run, longer: int = 1, tuned: bool = False) -> str:
+    """Suite and preset of a run, and what `--set` must change of their recipe and backbone to be those of the run."""
+    assert run.preset != SMOKE
+    assert run.recipe is not None
+    changed = {"recipe.steps": run.recipe.steps * longer}
+    if run.suite in suite_names():
+        usual = load_suite(run.suite, run.preset)
+        for part in ("recipe", "backbone"):
+            own = getattr(run, part)
+            for key in type(own).model_fields.keys() - {"name", "card"}:
+                value = getattr(own, key)
+                if value is not None and value != getattr(getattr(usual, part), key):
+                    changed.setdefault(f"{part}.{key}", value)
+        if changed["recipe.steps"] == usual.recipe.steps:
+            del changed["recipe.steps"]
+    if tuned:
+        changed.pop("recipe.lr", None)
+    texts = [shlex.quote(f"{key}={json.dumps(value)}") for key, value in sorted(changed.items())]
+    return f" --suite {_suite(run)} --preset {run.preset}" + "".join(f" --set {text}" for text in texts)
+
+
+def _suite(run: Run) -> str:
+    """A suite's name, or the file of the user's own, as the run's command named it."""
+    if run.suite in suite_names():
+        return run.suite
+    files = [word.removeprefix("--suite=") for word in run.environment.command if word.endswith(".toml")]
+    return shlex.quote(files[0] if files else f"{run.suite}.toml")

@@ -1,0 +1,215 @@
+"""kitbench from Python: layers, metrics on arrays, tables of runs, and the examples of docs/python.md."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import kitbench
+from kitbench.errors import InputError
+from kitbench.model.methods import load_method
+from kitbench.store.folder import find
+from kitbench.verdict.rows import rows
+from tests.pages import fenced
+from tests.stored import store
+
+
+def test_importing_kitbench_imports_nothing_slow_and_its_functions_are_offered() -> None:
+    code = (
+        "import sys, kitbench; slow = {'torch', 'numpy', 'pandas', 'pydantic', 'rich'} & set(sys.modules); "
+        "assert not slow, slow; print(dir(kitbench))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for name in ("attention", "psnr", "ssim", "results", "run", "InputError"):
+        assert f"'{name}'" in done.stdout
+        assert hasattr(kitbench, name)
+    with pytest.raises(AttributeError, match="no attribute 'resluts'; it offers attention, psnr"):
+        _ = kitbench.resluts
+
+
+# Layers
+
+
+@pytest.mark.parametrize("name", ["kit", "window", "local"])
+def test_a_layer_is_the_attention_of_the_suite(name: str) -> None:
+    torch.manual_seed(0)
+    layer = kitbench.attention(name, dim=32, heads=2)
+    torch.manual_seed(0)
+    loaded = load_method(name)
+    same = loaded.build(32, 2, False, **loaded.resolve({}))
+    x = torch.randn(1, 17, 12, 32)
+    assert torch.equal(layer(x), same(x))
+    assert layer.state_dict().keys() == same.state_dict().keys()
+    for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):  # noqa: S301
+        assert torch.equal(again(x), layer(x))
+        with pytest.raises(InputError, match="channels last"):
+            again(x[..., :8])
+
+
+def test_a_package_that_is_imported_first_can_still_be_called() -> None:
+    import kitbench.attention.layout
+
+    assert isinstance(kitbench.attention("conv", dim=8, heads=1), torch.nn.Module)
+
+
+@pytest.mark.parametrize(
+    ("shape", "sentence"),
+    [
+        (
+            (2, 32, 16, 24),
+            r"found \[2, 32, 16, 24\]; the channels are in second place, so give x.permute\(0, 2, 3, 1\)",
+        ),
+        (
+            (2, 16, 24, 8),
+            r"takes tokens \[B, H, W, 32\] \(channels last\), found \[2, 16, 24, 8\]; give a tensor whose last",
+        ),
+        ((16, 24, 32), r"found \[16, 24, 32\]"),
+    ],
+)
+def test_another_layout_is_refused_with_what_to_do(shape: tuple[int, ...], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        kitbench.attention("window", dim=32, heads=2)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sentence"),
+    [
+        ("kitt", {}, "did you mean 'kit'"),
+        ("nlm", {}, "is no attention layer"),
+        ("kit", {"kk": 3}, "has no setting 'kk'"),
+        ("kit", {"heads": 5}, "cannot be built"),
+    ],
+)
+def test_a_layer_that_cannot_be_is_refused(name: str, options: dict[str, int], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        kitbench.attention(name, **{"dim": 32, "heads": 2, **options})
+
+
+# Metrics
+
+
+def pair(shape: tuple[int, ...] = (24, 20, 3)) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    clean = rng.integers(0, 256, shape, dtype=np.uint8)
+    return np.clip(clean + rng.integers(-20, 20, shape), 0, 255).astype(np.uint8), clean
+
+
+def test_the_same_images_have_the_same_score_in_every_range() -> None:
+    a, b = pair()
+    mse = np.mean((a.astype(float) - b.astype(float)) ** 2)
+    expected = 10 * math.log10(255**2 / mse)
+    for kind in (np.float32, np.float64):
+        assert kitbench.psnr((a / 255).astype(kind), (b / 255).astype(kind)) == pytest.approx(expected, abs=1e-4)
+        assert kitbench.psnr(a.astype(kind), b.astype(kind), data_range=255) == pytest.approx(expected)
+    assert kitbench.psnr(a, b) == pytest.approx(expected)
+    assert kitbench.ssim(a / 255, b / 255) == pytest.approx(kitbench.ssim(a, b), abs=1e-9)
+    assert kitbench.ssim(a.astype(float), b.astype(float), data_range=255) == pytest.approx(
+        kitbench.ssim(a, b), abs=1e-9
+    )
+    assert kitbench.psnr(np.full((4, 4), 0.6), np.full((4, 4), 0.5)) == pytest.approx(20)
+    assert kitbench.psnr(a, a) == math.inf
+
+
+FLOAT = np.full((12, 12, 3), 0.5)
+
+
+@pytest.mark.parametrize("metric", ["psnr", "ssim"])
+@pytest.mark.parametrize(
+    ("a", "b", "options", "sentence"),
+    [
+        (200 * FLOAT, 200 * FLOAT, {}, "must be in 0..1, found 100 to 100: .* give data_range=255"),
+        (FLOAT - 1, FLOAT, {}, r"must be in 0..1, found -0.5 to 0.5: clip them as your protocol says\.$"),
+        (FLOAT, FLOAT, {"data_range": 255}, r"data_range is 255, but all values are in 0..1 \(at most 0.5\)"),
+        (600 * FLOAT, FLOAT, {"data_range": 255}, "must be in 0..255, found 0.5 to 300"),
+        (FLOAT, FLOAT * np.nan, {}, "NaN or infinity"),
+        (FLOAT, FLOAT, {"data_range": 2}, "1 or 255; found 2"),
+        (*pair(), {"data_range": 1}, "uint8 images are in 0..255"),
+        (pair()[0], FLOAT, {}, "must be alike"),
+        (FLOAT, FLOAT[:11], {}, "must be alike"),
+        (FLOAT.transpose(2, 0, 1), FLOAT.transpose(2, 0, 1), {}, "channels last, found"),
+        (FLOAT[None], FLOAT[None], {}, "one image at a time"),
+        (FLOAT > 0, FLOAT > 0, {}, "found bool"),
+    ],
+)
+def test_a_range_or_shape_that_is_not_stated_is_refused(metric, a, b, options, sentence) -> None:
+    with pytest.raises(InputError, match=sentence):
+        getattr(kitbench, metric)(a, b, **options)
+
+
+# Tables
+
+
+def test_a_table_has_a_row_for_each_run_set_and_condition_and_each_image(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        for sigma in (15, 25):
+            store(tmp_path, "kit", np.linspace(28, 31, 5) + seed, seed, sigma=sigma, lpips=0.25)
+    store(tmp_path, "nlm", [27.0, 28.0], seed=None)
+    store(tmp_path, "nlm", [26.0], seed=None, protocol="awgn8-seed0")
+    table = kitbench.results(tmp_path)
+    assert len(table) == 2 * 2 + 2
+    printed = rows(find([tmp_path]), "awgn8").set_index(["method", "sigma"])["psnr_db"]
+    found = table[table["protocol"] == "awgn8.v1"].groupby(["method", "sigma"])["psnr_db"].mean()
+    assert found.to_dict() == pytest.approx(printed.to_dict())
+    kit = table[table["method"] == "kit"].iloc[0]
+    assert (kit["parameters"], kit["gmacs"], kit["step_seconds"], kit["lpips"], kit["seed"]) == (
+        1234,
+        2.5,
+        0.5,
+        0.25,
+        0,
+    )
+    assert table[table["method"] == "nlm"]["seed"].isna().all()
+    images = kitbench.results([tmp_path], protocol="awgn8", per_image=True)
+    assert len(images) == 2 * 2 * 5 + 2
+    means = images.groupby(["run", "sigma"])["psnr_db"].mean()
+    expected = table[table["protocol"] == "awgn8.v1"].set_index(["run", "sigma"])["psnr_db"]
+    assert means.to_dict() == pytest.approx(expected.to_dict())
+
+
+def test_a_table_of_nothing_says_what_there_is(tmp_path: Path) -> None:
+    store(tmp_path, "kit", 30.0)
+    with pytest.raises(InputError, match=r"no evaluation under protocol 'derain8'; found protocols: awgn8\.v1"):
+        kitbench.results(tmp_path, protocol="derain8")
+    with pytest.raises(InputError, match="is not a folder"):
+        kitbench.results(tmp_path / "gone")
+
+
+def test_a_run_that_is_not_understood_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    for options, sentence in (
+        ({"settings": {"recipe.step": 3}}, "unknown key"),
+        ({"methods": ["kitt"]}, "has no method 'kitt'"),
+        ({"job": 2}, "run has no option job; known: data, device"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            kitbench.run("denoise", preset="smoke", out=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_examples_of_the_page_run_one_after_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    examples = list(fenced("docs/python.md", "python"))
+    assert len(examples) == 4
+    before = (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), list(sys.argv))
+    names: dict[str, object] = {}
+    for example in examples:
+        state = torch.get_rng_state() if "kitbench.run" in example else None
+        exec(compile(example, "docs/python.md", "exec"), names)
+        assert state is None or torch.equal(state, torch.get_rng_state())
+    assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), list(sys.argv)) == before
+    runs = find([tmp_path / "results"])
+    assert sorted(folder.run.seed for folder in runs) == [0, 1]
+    assert " ".join(runs[0].run.environment.command).startswith(
+        "kitbench run --suite denoise --preset smoke --method conv"
+    )
+    assert len(names["table"]) == 2
+    assert len(names["images"]) == sum(len(e.scores) for folder in runs for e in folder.evaluations())

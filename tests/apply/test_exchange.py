@@ -1,0 +1,319 @@
+"""Runs that others made: exported, imported marked, refused where they are not comparable; nothing half-written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from kitbench.cli.main import cli
+from kitbench.runs.source import source_digests
+from kitbench.spec.fields import digest
+from kitbench.store.archive import MANIFEST
+from kitbench.store.folder import RunFolder, find
+from kitbench.verdict.page.report import report
+from kitbench.verdict.render import Format, render
+from tests.conftest import ROOT
+from tests.stored import store
+
+FORMATS: tuple[Format, ...] = ("terminal", "markdown", "latex", "csv", "json")
+BY = "Jane Doe, Elsewhere"
+JSON = dict[str, Any]
+Contents = dict[str, bytes]
+
+
+def invoke(*arguments: object, code: int = 0) -> Result:
+    done = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    assert done.exit_code == code, done.output
+    if code:
+        assert done.stderr.count("\n") == 1
+        assert "Traceback" not in done.output
+    return done
+
+
+def rewrite(path: Path, change: Callable[[JSON], object]) -> None:
+    """Change a record as a stranger could, with a checksum that fits."""
+    raw = json.loads(path.read_text())
+    raw.pop("sha256")
+    change(raw)
+    path.write_text(json.dumps(raw | {"sha256": digest(raw)}))
+
+
+def run(out: Path, method: str, seed: int = 0, psnr: float = 30.0) -> RunFolder:
+    """A stored run by the shipped recipe and this source."""
+    folder = store(out, method, psnr, seed, lr=2e-3)
+    source = source_digests(method, True)
+    rewrite(folder.path / "run.json", lambda raw: raw.update(source=source))
+    numerics = {"source": {"scoring": source["scoring"]}, "torch": "2", "threads": 1, "flags": {}}
+    for path in (folder.path / "eval").iterdir():
+        rewrite(path, lambda raw: raw.update(numerics=numerics))
+    return folder
+
+
+@pytest.fixture
+def stranger(tmp_path: Path) -> Path:
+    """A stranger's folder: kit, two seeds."""
+    for seed in (0, 1):
+        run(tmp_path / "theirs", "kit", seed)
+    return tmp_path / "theirs"
+
+
+def exported(stranger: Path) -> Path:
+    archive = stranger.parent / "theirs.zip"
+    invoke("export", stranger, "--out", archive, "--by", BY)
+    return archive
+
+
+def repacked(archive: Path, change: Callable[[Contents], object]) -> Path:
+    """The archive with other contents, and without a change of its manifest unless `change` makes it."""
+    with zipfile.ZipFile(archive) as old:
+        contents = {name: old.read(name) for name in old.namelist()}
+    change(contents)
+    with zipfile.ZipFile(archive, "w") as new:
+        for name, data in contents.items():
+            new.writestr(name, data)
+    return archive
+
+
+def test_imported_runs_stand_in_the_same_table_marked_in_every_format_in_the_report_and_in_claims(
+    stranger: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "ours"
+    for seed in (0, 1):
+        run(out, "local", seed)
+    invoke("import", exported(stranger), "--out", out)
+    runs = find([out])
+    assert sorted((r.run.method, r.run.seed, r.origin.by if r.origin else None) for r in runs) == [
+        ("kit", 0, BY), ("kit", 1, BY), ("local", 0, None), ("local", 1, None),
+    ]  # fmt: skip
+    for form in FORMATS:
+        text = " ".join(render(runs, form).split())
+        assert f"imported, run by {BY}" in text, form
+        if form in ("terminal", "markdown", "latex"):
+            assert ("kit\\P{}" if form == "latex" else "kit¶") in text
+            assert "local¶" not in text
+    page = report(runs, [])
+    assert f"imported, run by {BY}" in page
+    assert "kit¶" in page
+    # What was imported is exported with the name of who made it, not of who passes it on.
+    invoke("export", out, "--out", tmp_path / "again.zip", "--by", "us")
+    invoke("import", tmp_path / "again.zip", "--out", tmp_path / "third")
+    assert {f.run.method: f.origin.by for f in find([tmp_path / "third"]) if f.origin} == {"kit": BY, "local": "us"}
+
+
+def test_a_local_run_is_never_replaced(stranger: Path, tmp_path: Path) -> None:
+    ours = run(tmp_path / "ours", "kit", 0, psnr=20.0)
+    before = {path: path.read_bytes() for path in ours.path.rglob("*.json")}
+    done = invoke("import", exported(stranger), "--out", tmp_path / "ours")
+    assert f"left out {ours.path.name}: already here" in done.output
+    assert "1 runs imported" in done.output
+    assert {path: path.read_bytes() for path in ours.path.rglob("*.json")} == before
+    # Nor where it lies under another name.
+    shutil.rmtree(tmp_path / "ours")
+    ours = run(tmp_path / "ours", "kit", 0, psnr=20.0)
+    ours.path.rename(tmp_path / "ours" / "mine")
+    assert "1 runs imported" in invoke("import", tmp_path / "theirs.zip", "--out", tmp_path / "ours").output
+    assert "0 runs imported" in invoke("import", tmp_path / "theirs.zip", "--out", tmp_path / "ours").output
+
+
+def altered(what: str, folder: RunFolder) -> None:
+    """What a clone with other code, or a forger, would have stored."""
+    record = folder.path / "run.json"
+    [evaluation] = (folder.path / "eval").iterdir()
+    if what == "protocol":
+        rewrite(evaluation, lambda raw: raw["protocol"].update(rounding="none"))
+    elif what == "recipe":
+
+        def change(raw: JSON) -> None:
+            raw["recipe"]["steps"] = raw["identity"]["recipe"]["steps"] = 21
+            raw["key"] = digest(raw["identity"])
+            left = {k: v for k, v in raw["identity"].items() if k not in ("attention", "settings", "seed")}
+            raw["comparison"] = digest(left)
+
+        rewrite(record, change)
+        key = folder.run.key
+        rewrite(evaluation, lambda raw: raw.update(key=key))
+        folder.path.rename(folder.path.with_name(f"denoise-colour-kit-s1-{key[:10]}"))
+    elif what == "data":
+        rewrite(evaluation, lambda raw: raw.update(data_sha256="bb"))
+    else:
+        changes: dict[str, Callable[[JSON], object]] = {
+            "source": lambda raw: raw["source"].update(training="0" * 64),
+            "no source": lambda raw: raw.update(source=None),
+            "seed": lambda raw: raw.update(seed=7),
+            "key": lambda raw: raw["identity"].update(seed=7),
+            "attention": lambda raw: raw.update(attention="local"),
+            "settings": lambda raw: raw.update(settings={"k": 99}),
+            "comparison": lambda raw: raw.update(comparison="0" * 64),
+            "incomplete": lambda raw: (folder.path / "training.json").unlink(),
+        }
+        if what == "scoring":
+            rewrite(evaluation, lambda raw: raw["numerics"]["source"].update(scoring="0" * 64))
+        else:
+            rewrite(record, changes[what])
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("protocol", "was scored by another protocol awgn8.v1, which this kitbench calls awgn8.v1+"),
+        ("recipe", "was trained by another recipe smoke: steps 21, here 20."),
+        ("source", "was made by another source of the training (digest 0000000000, here "),
+        ("scoring", "was made by another source of the scoring (digest 0000000000, here "),
+        ("no source", "does not record the source that determined its numbers"),
+        ("data", "was scored on another version of data set Set_A: bb, the runs here on aa."),
+        ("seed", "contradicts itself: its name of the folder does not follow"),
+        ("key", "contradicts itself: its key does not follow"),
+        ("attention", "contradicts itself: its attention does not follow"),
+        ("settings", "contradicts itself: its settings does not follow"),
+        ("comparison", "contradicts itself: its comparison does not follow"),
+    ],
+)
+def test_an_altered_clone_is_refused_in_one_sentence_that_names_what_differs(
+    what: str, expected: str, stranger: Path, tmp_path: Path
+) -> None:
+    run(tmp_path / "ours", "local")
+    before = sorted((tmp_path / "ours").rglob("*"))
+    altered(what, find([stranger])[1])
+    done = invoke("import", exported(stranger), "--out", tmp_path / "ours", code=2)
+    assert expected in done.stderr
+    assert "Nothing was imported" in done.stderr
+    assert sorted((tmp_path / "ours").rglob("*")) == before
+
+
+def test_a_clone_that_differs_in_nothing_that_decides_a_number_is_imported_and_marked(
+    stranger: Path, tmp_path: Path
+) -> None:
+    run(tmp_path / "ours", "local")
+    for folder in find([stranger]):
+        rewrite(folder.path / "run.json", lambda raw: raw["environment"].update(commit="a" * 40 + "+dirty"))
+    invoke("import", exported(stranger), "--out", tmp_path / "ours")
+    text = render(find([tmp_path / "ours"]), "markdown")
+    assert f"imported, run by {BY}" in text
+    assert "aaaaaaaaaa+dirty" in text
+
+
+def replace(contents: Contents, name: str, data: bytes, listed: bool) -> None:
+    """Put a file into an archive, with `listed` also into its manifest."""
+    contents[name] = data
+    if listed:
+        manifest = json.loads(contents[MANIFEST])
+        manifest["files"][name] = hashlib.sha256(data).hexdigest()
+        contents[MANIFEST] = json.dumps(manifest).encode()
+
+
+def first(contents: Contents, end: str) -> str:
+    return next(name for name in contents if name.endswith(end))
+
+
+FAULTS: dict[str, tuple[Callable[[Contents], object], str]] = {
+    "checksum": (
+        lambda c: replace(c, first(c, "run.json"), b"{}", listed=False),
+        "run.json does not have the checksum that the manifest states",
+    ),
+    "traversal": (lambda c: replace(c, "../evil/run.json", b"{}", listed=True), "'../evil/run.json', which is not the"),
+    "inner traversal": (
+        lambda c: replace(c, first(c, "run.json").replace("run.json", "eval/../../../x.json"), b"{}", listed=True),
+        "which is not the name of a record",
+    ),
+    "absolute": (lambda c: replace(c, "/etc/run.json", b"{}", listed=True), "'/etc/run.json', which is not the name"),
+    "pickle": (lambda c: replace(c, "a/checkpoint.pt", b"", listed=True), "'a/checkpoint.pt', which is not the name"),
+    "origin": (lambda c: replace(c, "a/origin.json", b"{}", listed=True), "'a/origin.json', which is not the name"),
+    "unlisted": (lambda c: replace(c, "a/run.json", b"{}", listed=False), "contains a/run.json, unlike what its"),
+    "missing": (lambda c: c.pop(first(c, "training.json")), "lacks "),
+    "nobody": (
+        lambda c: replace(c, "a/run.json", b"{}", listed=True),
+        "does not state for each of its runs who made it",
+    ),
+    "no record": (
+        lambda c: replace(c, first(c, "run.json"), b'{"schema_version": 1}', listed=True),
+        "is not a valid record",
+    ),
+    "no manifest": (lambda c: c.pop(MANIFEST), f"contains no {MANIFEST}"),
+    "newer": (
+        lambda c: c.update({MANIFEST: b'{"schema_version": 2}'}),
+        "has schema version '2', this kitbench reads 1",
+    ),
+    "no json": (lambda c: c.update({MANIFEST: b"{"}), f"has no valid {MANIFEST}"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_damaged_or_hostile_archive_is_refused_and_nothing_is_written(
+    fault: str, stranger: Path, tmp_path: Path
+) -> None:
+    change, expected = FAULTS[fault]
+    archive = repacked(exported(stranger), change)
+    before = sorted(tmp_path.rglob("*"))
+    done = invoke("import", archive, "--out", tmp_path / "ours", code=2)
+    assert expected in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("cut", [0.0, 0.3, 0.9])
+def test_a_truncated_archive_is_refused(cut: float, stranger: Path, tmp_path: Path) -> None:
+    archive = exported(stranger)
+    data = archive.read_bytes()
+    archive.write_bytes(data[: int(len(data) * cut)])
+    assert "cannot be read as an archive of runs" in invoke("import", archive, "--out", tmp_path / "o", code=2).stderr
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(stranger: Path, tmp_path: Path) -> None:
+    archive = exported(stranger)
+    data = bytearray(archive.read_bytes())
+    for place in range(40, len(data), len(data) // 12):
+        archive.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+        done = CliRunner().invoke(cli, ["import", str(archive), "--out", str(tmp_path / "o")])
+        assert done.exit_code in (0, 2), done.output
+        if done.exit_code == 2:
+            assert not (tmp_path / "o").exists()
+        else:  # a field of the ZIP format that no content depends on
+            for folder in find([stranger]):
+                assert (tmp_path / "o" / folder.path.name / "run.json").read_bytes() == (
+                    folder.path / "run.json"
+                ).read_bytes()
+            shutil.rmtree(tmp_path / "o")
+
+
+def test_what_fails_half_way_is_taken_back(stranger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive, rename = exported(stranger), Path.rename
+
+    def full(self: Path, target: Path) -> Path:
+        if list((tmp_path / "ours").glob("denoise-*")):
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    done = invoke("import", archive, "--out", tmp_path / "ours", code=2)
+    assert "No space left on device" in done.stderr
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("by", ["", "x" * 81, "two\nlines", "a|b", "<script>"])
+def test_who_made_the_runs_is_one_plain_line(by: str, stranger: Path, tmp_path: Path) -> None:
+    invoke("export", stranger, "--out", tmp_path / "x.zip", "--by", by, code=2)
+    assert not (tmp_path / "x.zip").exists()
+
+
+def test_exports_say_what_they_need(stranger: Path, tmp_path: Path) -> None:
+    assert "names nobody" in invoke("export", stranger, "--out", tmp_path / "x.zip", code=2).stderr
+    assert "must end in .zip" in invoke("export", stranger, "--out", tmp_path / "x.tar", code=2).stderr
+    for folder in find([stranger]):
+        (folder.path / "training.json").unlink()
+    done = invoke("export", stranger, "--out", tmp_path / "x.zip", "--by", BY, code=2)
+    assert "None of the 2 runs is complete" in done.stderr
+
+
+def test_stored_reference_runs_of_older_source_are_refused(tmp_path: Path) -> None:
+    """They were made by other code than this, and say so."""
+    invoke("export", ROOT / "results" / "reference" / "denoise-cbsd68-cpu", "--out", tmp_path / "x.zip", "--by", "us")
+    done = invoke("import", tmp_path / "x.zip", "--out", tmp_path / "ours", code=2)
+    assert "source" in done.stderr

@@ -1,0 +1,246 @@
+"""What somebody new types: methods, sets and runs named in the ways that one guesses; help that can be read."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import cv2
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from kitbench.cli.main import cli
+from kitbench.errors import InputError
+from kitbench.model.methods import method_cards
+from kitbench.spec import loading
+from tests.conftest import TINY
+from tests.stored import store
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that holds tiny.toml, and the present one."""
+    (tmp_path / "tiny.toml").write_text(TINY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KITBENCH_DATA", raising=False)
+    return tmp_path
+
+
+def call(*arguments: str, code: int = 0) -> Result:
+    """The command line, in this process."""
+    done = CliRunner().invoke(cli, list(arguments))
+    assert done.exit_code == code, (done.output, done.exception)
+    return done
+
+
+def cells(*arguments: str) -> list[str]:
+    """The cells that a run with these arguments would work on."""
+    lines = call("run", "--suite", "tiny.toml", *arguments, "--dry-run").stdout.splitlines()
+    return [line.split()[0] for line in lines if line.startswith(("colour/", "gray/"))]
+
+
+# Methods
+
+
+@pytest.mark.parametrize(
+    "words", [["--method", "kit", "--method", "conv"], ["--method", "kit,conv"], ["--methods", "kit, conv"]]
+)
+def test_methods_are_repeated_or_listed_with_commas(here: Path, words: list[str]) -> None:
+    assert cells(*words) == ["colour/input", "colour/kit/0", "colour/conv/0"]
+
+
+def test_scale_takes_its_methods_as_run_does_and_drops_none(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--methods A --methods B` measured B alone."""
+    seen: list[tuple[str, ...]] = []
+
+    def stop(options: object, console: object) -> None:
+        seen.append(options.methods)  # type: ignore[attr-defined]
+        raise InputError("far enough")
+
+    monkeypatch.setattr("kitbench.cost.sweep.run.run_scale", stop)
+    both = ("window", "global:form=sdpa")
+    call("scale", "--methods", both[0], "--methods", both[1], code=2)
+    call("scale", "--method", ",".join(both), code=2)
+    call("scale", code=2)
+    assert seen[:2] == [both, both]
+    assert seen[2][0] == "kit"
+
+
+def test_every_shipped_method_that_can_be_trained_is_accepted_in_any_suite() -> None:
+    kinds = {name: kind for name, (kind, _) in method_cards().items()}
+    for name, kind in kinds.items():
+        chosen = loading.load_suite("denoise", methods=[name], shipped=kinds)
+        if kind == "training-free":
+            assert (dict(chosen.methods), chosen.references) == ({}, (name,))
+        else:
+            assert [(key, method.attention) for key, method in chosen.methods.items()] == [(name, name)]
+    both = loading.load_suite("denoise", methods=["nlm", "kit"], shipped=kinds)
+    assert (list(both.methods), both.references) == (["kit"], ("nlm",))
+    with pytest.raises(InputError, match="did you mean 'neighbourhood'"):
+        loading.load_suite("denoise", methods=["neighborhood"], shipped=kinds)
+
+
+def test_a_method_that_the_suite_does_not_name_takes_settings_and_runs(here: Path) -> None:
+    assert cells("--method", "neighbourhood", "--set", "methods.neighbourhood.size=3") == [
+        "colour/input",
+        "colour/neighbourhood/0",
+    ]
+    assert cells("--method", "input") == ["colour/input"]
+    assert "eval" in call("run", "--suite", "tiny.toml", "--method", "dncnn", "--dry-run", code=2).stderr
+
+
+# Sets
+
+
+@pytest.mark.parametrize("source", ["embedded", "folder"])
+@pytest.mark.parametrize("value", ["A,B", "['A', 'B']", "A, B"])
+def test_a_short_key_names_the_sets_of_every_mode(source: str, value: str) -> None:
+    data = getattr(loading.load_suite("denoise", overrides=[f"data.train={value}", "data.test=C"]).data, source)
+    assert [(sets.train, sets.test) for sets in (data.colour, data.gray)] == [(("A", "B"), ("C",))] * 2
+    assert getattr(loading.load_suite("denoise", overrides=["data.modes=gray"]).data, source).modes == ("gray",)
+
+
+def test_what_no_set_can_be_is_refused() -> None:
+    with pytest.raises(InputError, match=r"--set data.train: .*'A,B'"):
+        loading.load_suite("denoise", overrides=["data.train=3"])
+    with pytest.raises(InputError, match="did you mean 'data.train'"):
+        loading.load_suite("denoise", overrides=["data.trian=A"])
+
+
+def test_sets_are_chosen_by_options_alone(here: Path) -> None:
+    assert cells("--train-set", "skimage-train", "--test-set", "skimage-validation") == [
+        "colour/input",
+        "colour/kit/0",
+        "colour/conv/0",
+    ]
+    wrong = call("run", "--suite", "tiny.toml", "--test-set", "CBSD86", "--dry-run", code=2)
+    assert "did you mean 'CBSD68'" in wrong.stderr
+
+
+def pictures(folder: Path, count: int) -> None:
+    """As many gray pictures of noise, 64 x 48 px."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 256, (48, 64), np.uint8)
+        cv2.imwrite(str(folder / f"{number:02}.png"), pixels)
+
+
+def test_a_data_folder_with_test_sets_only_says_which_keys_choose_others(here: Path) -> None:
+    pictures(here / "data" / "Set12", 12)
+    words = ("run", "--suite", "tiny.toml", "--data", "data", "--dry-run")
+    missing = call(*words, "--set", "data.modes=gray", code=2).stderr
+    assert "BSDS500-399 is not in data" in missing
+    assert "--train-set" in missing
+    assert "data.folder.gray.train" in missing
+    # Without --train-set a colour mode would be trained that has no test set here.
+    done = call(*words, "--train-set", "skimage-train", code=2)
+    assert "Set12" in done.stderr  # twelve pictures, but not those of Set12
+
+
+def test_a_gray_set_in_colour_mode_says_how_to_run_gray_alone(here: Path) -> None:
+    done = call("run", "--suite", "tiny.toml", "--test-set", "skimage-gray", "--dry-run", code=2)
+    assert "is gray" in done.stderr
+    assert "--set data.modes=gray" in done.stderr
+    assert cells("--test-set", "skimage-gray", "--set", "data.modes=gray")[0] == "gray/input"
+
+
+def test_an_unknown_set_names_the_nearest_ones_and_not_all(here: Path) -> None:
+    done = call("run", "--suite", "tiny.toml", "--test-set", "Kodak", "--dry-run", code=2)
+    assert "Kodak24" in done.stderr
+    assert "kitbench list" in done.stderr
+    assert len(done.stderr) < 300
+
+
+# Runs
+
+
+def test_a_run_is_named_by_the_first_digits_of_its_key(here: Path) -> None:
+    folders = [store(here / "results" / "deep", "kit", 30.0 + seed, seed=seed) for seed in (0, 1)]
+    keys = [folder.run.key for folder in folders]
+    short = [key[:8] for key in keys]
+    named = call("diff", *short).stdout
+    assert named == call("diff", *(str(folder.path) for folder in folders)).stdout
+    assert call("diff", *keys).stdout == named
+    assert call("diff", *(f"results/{key[:6]}" for key in keys)).stdout == named
+    assert "kit" in call("table", short[0]).stdout
+
+
+def test_digits_that_name_no_run_or_several_are_refused(here: Path) -> None:
+    stored = store(here / "results", "kit", 30.0)
+    key = stored.run.key
+    other = ("0" if key[0] != "0" else "1") + key[1:]
+    assert "No run whose key begins with" in call("table", other[:10], code=2).stderr
+    assert "No run whose key begins with" in call("table", key[:-1] + ("0" if key[-1] != "0" else "1"), code=2).stderr
+    store(here / "results" / "copy", "kit", 30.0)
+    refused = call("diff", key[:10], key[:10], code=2).stderr
+    assert "results/copy" in refused
+    assert "is not a folder" in call("table", "missing", code=2).stderr
+
+
+def test_diff_rounds_shows_what_moved_and_names_the_image_that_moved_most(here: Path) -> None:
+    psnr = np.array([30.0, 31.0, 32.0])
+    store(here / "a", "kit", psnr, settings={"k": 4})
+    store(here / "b", "kit", psnr + np.array([0.01, 0.5, 0.0]), ssim=0.5 + 1e-13, settings={"patch": 8})
+    lines = call("diff", "a", "b").stdout.splitlines()
+    assert "setting: settings.k: 4 in the first run, not stated in the second" in lines
+    assert "setting: settings.patch: 8 in the second run, not stated in the first" in lines
+    [mean] = [line for line in lines if "mean over 3 images" in line]
+    assert mean.startswith(
+        "numbers: Set_A σ25 awgn8.v1, mean over 3 images, of which 3 differ: 31.00 and 31.17 (+0.17) dB"
+    )
+    assert "SSIM 0.5000 and 0.5000 (+1e-13)" in mean
+    [most] = [line for line in lines if "most of all" in line]
+    assert "most of all 1: 31.00 and 31.50 (+0.5) dB" in most
+    assert not [line for line in lines if re.search(r"\d\.\d{7}", line)]
+
+
+def test_the_missing_weights_of_lpips_are_told_once_with_the_option_that_names_them(here: Path) -> None:
+    (here / "tiny.toml").write_text(TINY.replace('lpips = "none"', 'lpips = "squeeze"'))
+    words = ("run", "--suite", "tiny.toml", "--method", "input", "--lpips-weights", "nowhere")
+    assert "--lpips-weights FILE" in call(*words).stdout
+    again = call(*words, "--set", "task.sigma_test=[15, 25]").stdout
+    assert "lpips" not in again
+    assert "σ15" in again
+
+
+# Help
+
+
+def commands() -> list[click.Command]:
+    return [
+        one
+        for command in cli.commands.values()
+        for one in (command, *(command.commands.values() if isinstance(command, click.Group) else ()))
+    ]
+
+
+@pytest.mark.parametrize("group", ["", "data"])
+def test_no_summary_of_a_command_is_cut_off(group: str) -> None:
+    lines = call(*group.split(), "--help").stdout.splitlines()
+    assert not [line for line in lines[1:] if line.endswith("...")]
+    assert all(len(line) <= 80 for line in lines)
+
+
+def test_every_option_is_described_and_says_its_default() -> None:
+    for command in commands():
+        for option in command.params:
+            if isinstance(option, click.Option) and not option.hidden:
+                assert option.help, (command.name, option.name)
+                assert not option.help.startswith("Of "), (command.name, option.help)
+    text = " ".join(call("run", "--help").stdout.split())
+    for default in ("--seeds", "--preset"):
+        line = text[text.index(default) :][:160]
+        assert "by default" in line, default
+
+
+def test_completion_is_offered_by_the_installed_command() -> None:
+    """As docs/running.md says."""
+    code = "from kitbench.cli.main import cli; cli(prog_name='kitbench')"
+    environment = os.environ | {"_KITBENCH_COMPLETE": "bash_complete", "COMP_WORDS": "kitbench cur", "COMP_CWORD": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "plain,curves\n"

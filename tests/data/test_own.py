@@ -1,0 +1,131 @@
+"""Plain folders of pictures as sets: clean ones, pairs, and every way in which a folder is not one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kitbench.data.cards import cards
+from kitbench.data.images import to_gray
+from kitbench.data.own import card_of_set
+from kitbench.data.photograph import read_set
+from kitbench.errors import InputError
+from kitbench.runs.prepare import choose_sets, set_sha256
+from kitbench.spec import loading
+from kitbench.spec.fields import Mode
+from kitbench.spec.suite import SetNames
+from kitbench.store.folder import RunFolder
+from tests.conftest import TINY
+from tests.data.test_cards import image, own_pairs, write
+
+
+def read(folder: Path, mode: Mode = "colour"):
+    return read_set(card_of_set(f"{folder}/"), None, mode)
+
+
+def test_pictures_of_any_format_are_read_by_name_in_order(tmp_path: Path) -> None:
+    for number, name in enumerate(("b.PNG", "a.bmp", "c.tif")):
+        write(tmp_path / name, image(number))
+    (tmp_path / "notes.txt").write_text("no picture")
+    write(tmp_path / "deeper" / "d.png", image(9))
+    photos = read(tmp_path)
+    assert [photo.name for photo in photos] == ["a", "b", "c"]
+    for photo, number in zip(photos, (1, 0, 2), strict=True):
+        np.testing.assert_array_equal(photo.pixels, image(number))
+    np.testing.assert_array_equal(read(tmp_path, "gray")[0].pixels, to_gray(image(1)))
+
+
+def test_pairs_are_matched_by_name_whatever_their_format(tmp_path: Path) -> None:
+    own_pairs(tmp_path, 3)
+    folder = tmp_path / "own"
+    (folder / "input" / "1.png").unlink()
+    write(folder / "input" / "1.bmp", image(55))
+    photos = read(folder)
+    assert [photo.name for photo in photos] == ["input/0", "input/1", "input/2"]
+    for number, photo in enumerate(photos):
+        np.testing.assert_array_equal(photo.pixels, image(number))
+        np.testing.assert_array_equal(photo.degraded, image(55 if number == 1 else 100 + number))
+    assert set(card_of_set(f"{folder}/").tasks) == {"deblur", "derain", "denoise-real"}
+
+
+def test_the_digest_of_a_folder_is_that_of_its_content_and_not_of_its_place(tmp_path: Path) -> None:
+    for place in ("one", "two"):
+        write(tmp_path / place / "a.png", image(1))
+    one, two = (set_sha256(read(tmp_path / place)) for place in ("one", "two"))
+    assert one == two
+    write(tmp_path / "two" / "a.png", image(2))
+    assert set_sha256(read(tmp_path / "two")) != one
+
+
+def test_what_is_no_folder_of_pictures_is_refused_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "photos" / "deeper" / "a.png", image(0))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "half" / "input").mkdir(parents=True)
+    for suffix in ("png", "bmp"):
+        write(tmp_path / "twice" / f"a.{suffix}", image(0))
+    own_pairs(tmp_path, 2)
+    (tmp_path / "own" / "input" / "0.png").unlink()
+    write(tmp_path / "mixed" / "a.png", image(0))
+    write(tmp_path / "mixed" / "b.png", image(0, colour=False))
+    write(tmp_path / "broken" / "a.png", image(0))
+    (tmp_path / "broken" / "b.png").write_bytes((tmp_path / "broken" / "a.png").read_bytes()[:300])
+    Image.fromarray(np.zeros((16, 16), np.uint16)).save(tmp_path / "empty.png")
+    for name, sentence in (
+        ("photos", "named by a path with a slash: ./photos"),
+        ("photo", "Unknown data set 'photo'"),
+        ("./photos", "has no pictures; its subfolder photos/deeper has some: name that"),
+        ("./empty", "put some there (.bmp, .jpeg,"),
+        ("./none", "./none is not a folder"),
+        ("./empty.png", "is not a folder"),
+        ("./half", "has input/ without target/"),
+        ("./twice", "has a.bmp and a.png, two pictures of one name"),
+        ("./own", "own/target/0.png has no input; expected one of that name as input/*.png: add it, or remove"),
+        ("./mixed", "b.png is gray, expected colour"),
+        ("./broken", "b.png is not a readable image"),
+    ):
+        with pytest.raises(InputError) as refusal:
+            read_set(card_of_set(name), None, "colour")
+        assert sentence in str(refusal.value)
+
+
+def test_a_shipped_name_is_still_that_of_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "Set12" / "a.png", image(0))
+    assert card_of_set("Set12") is cards()["Set12"]
+    assert card_of_set("./Set12").count == 1
+    assert not any(card.own for card in cards().values())
+
+
+def test_pairs_are_no_set_for_gaussian_noise(tmp_path: Path) -> None:
+    own_pairs(tmp_path, 2)
+    chosen = [f'data.embedded.colour.test=["{tmp_path}/own"]']
+    names, _ = choose_sets(loading.load_suite("derain", overrides=chosen), None)
+    assert names["colour"].test == (f"{tmp_path}/own",)
+    with pytest.raises(InputError, match="is made for deblur and derain and denoise-real, the suite's task is denoise"):
+        choose_sets(loading.load_suite("denoise", overrides=chosen), None)
+
+
+def test_a_path_has_one_spelling_and_lies_beside_the_suite_that_names_it(tmp_path: Path) -> None:
+    names = SetNames(train=("./photos/", "photos/", "BSDS500"), test=("a/../b//c",))
+    assert names.train == ("./photos", "./photos", "BSDS500")
+    assert names.test == ("b/c",)
+    text = TINY.replace('colour = { train = ["skimage-train"]', 'colour = { train = ["./photos"]')
+    (tmp_path / "tiny.toml").write_text(text)
+    found = loading.load_suite(str(tmp_path / "tiny.toml")).data.embedded.colour
+    assert found is not None
+    assert found.train == (f"{tmp_path}/photos",)
+    assert found.test == ("skimage-test",)
+
+
+def test_scores_of_two_folders_of_one_name_are_kept_apart() -> None:
+    run = RunFolder(Path("run"))
+    files = {run.evaluation_path(name, 25, "awgn8.v1").name for name in ("./a/b", "./a_b", "./c/b", "b")}
+    assert len(files) == 4
+    assert all(file.lstrip("a_").startswith("b") and "/" not in file for file in files)
+    assert "b-25-awgn8.v1.json" in files

@@ -1,0 +1,36 @@
+"""What a terminal shows of the cells that are under way."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from kitbench.runs.announce import Expected
+from kitbench.runs.cell import Cell
+from kitbench.runs.display import Display, leading
+from tests.stored import SUITE
+
+
+@pytest.mark.parametrize(("width", "whole"), [(80, False), (160, True)])
+def test_the_latest_validation_and_the_steps_are_in_the_line_however_narrow_the_terminal(
+    width: int, whole: bool
+) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=width, color_system=None)
+    cell = Cell(SUITE, "colour", "kit-random", "kit-random", None, {}, 0, "cpu", "00")
+    display = Display(console, {cell: Expected(600.0, 10.0)}, 1)
+    with display.shown():
+        display.advance(cell, "training", 3000, 12000, "validation 30.16 dB, training 29.87 dB, loss 0.0312")
+    last = [line for line in screen.getvalue().splitlines() if "3000/12000" in line][-1]
+    assert "[1/1] colour kit-random seed 0" in last
+    assert "validation 30.16 dB" in last
+    assert ("loss 0.0312" in last) == whole
+    assert "…" not in last
+
+
+def test_a_text_is_cut_between_its_parts() -> None:
+    assert leading("one, two, three", 15) == "one, two, three"
+    assert leading("one, two, three", 14) == "one, two"
+    assert leading("one, two, three", 1) == "one"
