@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from kitbench.apply.trained import load_trained
-from kitbench.data.cards import card
+from kitbench.data.own import card_of_set
 from kitbench.data.photograph import Photograph
 from kitbench.data.repetition import images_of
 from kitbench.errors import InputError, Interrupted
@@ -107,7 +107,7 @@ class PoolScoring:
     def photographs(self, name: str, mode: Mode) -> list[Photograph]:
         """The images of a test set. Raises InputError where they are not here."""
         if (name, mode) not in self._sets:
-            self._sets[name, mode] = images_of(card(name), self.root, mode)
+            self._sets[name, mode] = images_of(card_of_set(name), self.root, mode)
         return self._sets[name, mode]
 
     def _scores(self, run: Run, model: UNet, like: Evaluation, protocol: Protocol) -> Iterator[Score]:
