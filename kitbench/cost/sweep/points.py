@@ -189,7 +189,7 @@ def _next_size(curve: Sequence[Point], budget: int) -> int | None:
         return min(LARGEST_SIDE, 64 * math.ceil(last.size * max(1.01, math.sqrt(PAST * budget / last.bytes)) / 64))
     first = above[0]
     share = math.log(budget / last.bytes) / math.log(first.bytes / last.bytes)
-    size = 64 * int(last.size * (first.size / last.size) ** share / 64)
+    size: int = 64 * int(last.size * (first.size / last.size) ** share / 64)
     return size if first.size > WIDEST * last.size and last.size < size < first.size else None
 
 
