@@ -276,6 +276,7 @@ def test_every_published_figure_has_a_source_and_a_plausible_value_on_a_set_that
     cards = {tomllib.loads(path.read_text("utf-8"))["name"]: path for path in (ROOT / "datasets").glob("*.toml")}
     for model in published.published():
         assert model.source
+        assert (model.protocol in builtin("protocols")) == bool(model.weights_sha256)
         for figure in model.figures:
             assert 20 < figure.psnr_db < 45
             card = tomllib.loads(cards[figure.data_set].read_text("utf-8"))  # else it would stand beside no table
