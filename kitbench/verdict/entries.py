@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,8 +92,11 @@ def _shipped_methods() -> frozenset[str]:
 
 
 def from_file(run: Run) -> bool:
-    """Whether the attention is a file of the user's own: then `attention` is the SHA-256 of its text."""
-    return len(run.attention) == 64 and not set(run.attention) - set("0123456789abcdef")
+    """Whether the attention is a file of the user's own: then `attention` is the SHA-256 of its text.
+
+    A whole network with given weights is no attention: its text is always named so, and its weights tell it apart.
+    """
+    return "weights" not in run.settings and re.fullmatch("[0-9a-f]{64}", run.attention) is not None
 
 
 def bare_label(run: Run) -> str:
