@@ -96,7 +96,8 @@ class Attention(nn.Module):
             unit = F.normalize(tokens.flatten(0, 1).to(self.centres.dtype), dim=-1)
             refined = self.centres
             for _ in range(self.iterations):
-                members = F.one_hot(nearest(unit, refined), len(refined)).to(unit.dtype)  # [B * N, m]
+                numbers = torch.arange(len(refined), device=unit.device)
+                members = (nearest(unit, refined)[:, None] == numbers).to(unit.dtype)  # [B * N, m]
                 means = F.normalize(members.mT @ unit, dim=-1)
                 refined = torch.where(members.any(0)[:, None], means, refined)
             step = torch.where(self.updates == 0, refined.new_ones(()), 1 - self.decay)

@@ -216,7 +216,12 @@ def _eval_run(
 @click.argument("clean", type=click.Path(path_type=Path))
 @click.option("--protocol", required=True, metavar="NAME|FILE", help="How to score (kitbench list), e.g. awgn8.")
 @click.option(
-    "--format", "form", type=click.Choice(["terminal", "markdown", "csv"]), default="terminal", show_default=True
+    "--format",
+    "form",
+    type=click.Choice(["terminal", "markdown", "csv"]),
+    default="terminal",
+    show_default=True,
+    help="Form of the table.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Write the table to this file instead of the terminal.")
 @LPIPS

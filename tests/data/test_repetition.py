@@ -84,7 +84,7 @@ def test_a_changed_generator_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None
         generated_set(card("Repetition"), "colour")
     done = CliRunner().invoke(cli, ["data", "check", "Repetition"])
     assert done.exit_code == 1
-    assert "1 differences from its card" in done.output
+    assert "1 fault" in done.output
 
 
 def test_a_generated_set_is_listed_and_needs_no_download(tmp_path: object) -> None:
