@@ -42,8 +42,8 @@ def partners(restored: Path, clean: Path) -> list[Partners]:
     """The pictures of two folders, paired by their names without suffix, sorted.
 
     A restored picture may be called NAME-restored, as `kitbench restore` writes it; its NAME-side-by-side is left out.
-    Raises InputError for a folder
-    without pictures, a picture without a partner, and a pair of two sizes or of gray and colour.
+    Raises InputError for a folder without pictures, a picture without a partner, and a pair of two sizes or of gray
+    and colour.
     """
     own, targets = _by_name(restored), _by_name(clean)
     own = {name: path for name, path in own.items() if not name.endswith(BESIDE)}

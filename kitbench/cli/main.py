@@ -1,5 +1,4 @@
-"""The command line, put together: its commands are in run.py, score.py, results.py, exchange.py,
-scale.py and data.py.
+"""The command line, put together from the commands of this package's other modules.
 
 Commands parse, call and print. Slow modules are imported inside the commands, so that --help answers at once.
 """

@@ -78,6 +78,8 @@ def write_archive(path: Path, runs: Mapping[RunFolder, str]) -> Manifest:
 
 def read_archive(path: Path) -> tuple[Manifest, dict[str, bytes]]:
     """The manifest of an archive, and its other files by path. Raises InputError where it is not such an archive."""
+    if not path.is_file():
+        raise InputError(f"{path} is not a file; give an archive that `kitbench export` wrote.")
     try:
         with zipfile.ZipFile(path) as archive:
             contents = {info.filename: _member(archive, info) for info in _members(archive)}

@@ -280,6 +280,8 @@ def test_a_truncated_archive_is_refused(cut: float, stranger: Path, tmp_path: Pa
     data = archive.read_bytes()
     archive.write_bytes(data[: int(len(data) * cut)])
     assert "cannot be read as an archive of runs" in invoke("import", archive, "--out", tmp_path / "o", code=2).stderr
+    absent = tmp_path / "absent.zip"
+    assert f"{absent} is not a file" in invoke("import", absent, "--out", tmp_path / "o", code=2).stderr
     assert not (tmp_path / "o").exists()
 
 
