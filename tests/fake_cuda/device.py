@@ -28,7 +28,6 @@ import torch.distributed as dist
 from fake_state import BYTES, COUNT, after_fork, index_of, note
 from fake_tensors import Devices, is_pinned, pin_memory
 
-
 waits = 0
 """How often the host has waited for the device."""
 
