@@ -35,7 +35,7 @@ from kitbench.verdict.growth import Part, costly, linear_measured, linear_operat
 from kitbench.verdict.proposals import contrast_command, run_command
 from kitbench.verdict.provenance import Deviation, deviation_text, deviations
 from kitbench.verdict.retrieval import Retrieval, noted
-from kitbench.verdict.statistics import mean_interval
+from kitbench.verdict.statistics import MOST_SEEDS, mean_interval, seeds_to_find
 
 FULL_STEPS = 100_000
 """Training steps from which on a run may speak of the state of the art."""
@@ -204,6 +204,10 @@ def in_words(compared: Compared) -> str:
     text += f", {seeds}, {images}"
     if compared.detectable is not None:
         text += f", which detect {compared.detectable:.2f} dB or more with 80 % power"
+        if not compared.decided:
+            seeds = seeds_to_find(found.spread, compared.family)
+            more = f"takes {seeds} seeds" if seeds else f"is out of reach of {MOST_SEEDS} seeds"
+            text += f"; to find a difference of {abs(found.mean):.3f} dB {more}"
     return text + (f" ({found.note})" if found.note else "")
 
 
@@ -246,9 +250,16 @@ def _reach(runs: Runs) -> Part:
 
 def _noted(runs: Runs, question: str, value: Callable[[Retrieval], np.ndarray], what: str, bound: float) -> Part:
     """A part that is supported where the interval over seeds of a value that KiT's runs noted lies above a bound."""
-    block = next(iter(runs.with_methods("kit")), None)
+    of_blocks = [
+        (block, [e for group in block.methods["kit"].values() for e in group]) for block in runs.with_methods("kit")
+    ]
+    # The longest training whose runs say it, and of several seeds where there are such.
+    block, of_kit = max(
+        of_blocks,
+        key=lambda pair: (noted(pair[1]) is not None, len({e.run.seed for e in pair[1]}) > 1),
+        default=(None, []),
+    )
     command = run_command(block, ["kit"])
-    of_kit = [e for group in (block.methods["kit"] if block else {}).values() for e in group]
     found = noted(of_kit)
     if found is None:
         measured = any(entry.training and entry.training.notes for entry in of_kit)
@@ -256,7 +267,8 @@ def _noted(runs: Runs, question: str, value: Callable[[Retrieval], np.ndarray], 
         reason = only if measured else "no stored run of kit noted its retrieval"
         return Part(question, UNDECIDED, "", command=command, reason=reason)
     values = value(found)
-    words = f"{len(values)} seed{'s' * (len(values) > 1)}: {found}{_unlike(runs, found.runs)}"
+    after = f"{block.steps:,} steps, " if block else ""
+    words = f"{after}{len(values)} seed{'s' * (len(values) > 1)}: {found}{_unlike(runs, found.runs)}"
     interval = mean_interval(values)
     if interval is None:
         return Part(question, UNDECIDED, words, tuple(found.runs), command, "no interval over seeds")

@@ -47,6 +47,8 @@ class Compared:
     """Adjusted over all comparisons of the same family (a table, a page of claims)."""
     detectable: float | None = None
     """The smallest true difference in dB that would be found with 80 % power after that correction."""
+    family: int = 1
+    """How many comparisons were corrected together."""
 
     @property
     def decided(self) -> bool:
@@ -129,7 +131,7 @@ def adjusted(compared: Sequence[Compared]) -> list[Compared]:
 def with_correction(compared: Compared, p_holm: float, family: int) -> Compared:
     """A comparison with its adjusted p value (NaN: none) among `family` comparisons."""
     p = None if math.isnan(p_holm) else p_holm
-    return replace(compared, p_holm=p, detectable=detectable(compared.found.spread, family))
+    return replace(compared, p_holm=p, detectable=detectable(compared.found.spread, family), family=family)
 
 
 def equal_seeds(methods: Mapping[str, Columns]) -> list[str]:

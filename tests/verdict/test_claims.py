@@ -110,7 +110,7 @@ def test_claims_that_the_numbers_support_are_supported_with_figure_interval_and_
     assert retrieval.verdict == "supported"
     assert recall.words == "not decided: no interval over seeds"  # every seed the same
     assert recall.evidence == (
-        "5 seeds: of the 3 neighbours besides itself, at level 1 recall 0.700 (random patches 0.100), 20% touch the "
+        "3,000 steps, 5 seeds: of the 3 neighbours besides itself, at level 1 recall 0.700 (random patches 0.100), 20% touch the "
         "query patch, median distance 5 patches; at level 2 recall 0.900 (random patches 0.300), 40% touch the query "
         "patch, median distance 2 patches; on 20 degraded crops of 5 images (Set_A, Validation_A with σ25), at most "
         "256 px"
