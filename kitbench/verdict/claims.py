@@ -205,8 +205,8 @@ def in_words(compared: Compared) -> str:
     if compared.detectable is not None:
         text += f", which detect {compared.detectable:.2f} dB or more with 80 % power"
         if not compared.decided:
-            seeds = seeds_to_find(found.spread, compared.family)
-            more = f"takes {seeds} seeds" if seeds else f"is out of reach of {MOST_SEEDS} seeds"
+            needed = seeds_to_find(found.spread, compared.family)
+            more = f"takes {needed} seeds" if needed else f"is out of reach of {MOST_SEEDS} seeds"
             text += f"; to find a difference of {abs(found.mean):.3f} dB {more}"
     return text + (f" ({found.note})" if found.note else "")
 

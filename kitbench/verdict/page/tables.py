@@ -122,7 +122,7 @@ def differences_of(compared: Sequence[Compared]) -> Grid | None:
         "Paired by seed and image; an image's mean over its conditions. Interval and p hold for other seeds and other "
         "images; p is corrected for all pairs of methods, one interval is not.",
         "Detects: the smallest true difference that these seeds and images find with 80 % power after the correction.",
-        *dict.fromkeys(c.found.note + "." for c in compared if c.found.note),
+        *dict.fromkeys(f"{c.found.note[0].upper()}{c.found.note[1:]}." for c in compared if c.found.note),
     ]
     return Grid("Differences from the best", header, lines, notes)
 
