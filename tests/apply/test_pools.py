@@ -198,6 +198,19 @@ def test_the_error_is_that_of_the_mean_over_images(tmp_path: Path) -> None:
     assert sheet.lines[0][3] == f"+0.300 ± {0.1 / 3**0.5:.3f}"
 
 
+def test_images_of_one_scene_count_as_one_in_the_error(tmp_path: Path) -> None:
+    names = ("im1_kernel1", "im1_kernel2", "im2_kernel1", "im2_kernel2")
+    for size, psnr in ((64, [28.0] * 4), (WHOLE, [28.1, 28.3, 28.5, 28.7])):
+        member = pool_protocol(SHIPPED["awgn8"], size)
+        folder = store(tmp_path, "kit", psnr, data_set="Levin09", protocol=member.id)
+        path = folder.evaluation_path("Levin09", 25, member.stamp)
+        evaluation = next(e for e in folder.evaluations() if e.stamp == member.stamp)
+        named = [score.model_copy(update={"image": n}) for n, score in zip(names, evaluation.scores, strict=True)]
+        folder.write(str(path.relative_to(folder.path)), evaluation.model_copy(update={"scores": tuple(named)}))
+    [sheet] = pool_sheets(find([tmp_path]))
+    assert sheet.lines[0][3] == "+0.400 ± 0.200"  # of .2 and .6 dB
+
+
 def test_methods_of_other_seeds_are_not_ranked(tmp_path: Path) -> None:
     stored_at(tmp_path, "kit", 0, {64: [28.0, 29.0], WHOLE: [28.2, 29.4]})
     stored_at(tmp_path, "conv", 1, {64: [28.0, 29.0], WHOLE: [28.2, 29.4]})
