@@ -11,19 +11,25 @@ import torch
 from click.testing import CliRunner, Result
 from pydantic import ValidationError
 
+from kitbench.apply.pools import PoolScoring
 from kitbench.apply.trained import load_trained
 from kitbench.cli.main import cli
 from kitbench.data.cards import card
-from kitbench.data.photograph import read_set
+from kitbench.data.photograph import Photograph, read_set
+from kitbench.errors import Interrupted
 from kitbench.scoring import evaluate
 from kitbench.spec import loading
-from kitbench.spec.pools import SIZES, WHOLE, pool_family, pool_protocol
+from kitbench.spec.pools import WHOLE, pool_family, pool_protocol
 from kitbench.spec.suite import Protocol
 from kitbench.store.folder import RunFolder, find
+from kitbench.store.records import Score
+from kitbench.system.interrupt import Stop
 from kitbench.verdict.pools import pool_sheets
 from tests.stored import store
 
 SHIPPED = {protocol.id: protocol for protocol in loading.protocols()}
+SIZES = (64, 128, 256, 512, WHOLE)
+"""Those of `pools` by default."""
 
 
 # Protocols
@@ -55,6 +61,14 @@ def test_a_protocol_with_tiles_of_another_kind_is_in_no_family() -> None:
     assert pool_family(changed) not in (None, "awgn8.v1")
     with pytest.raises(ValidationError, match="tile must be at least 32"):
         pool_protocol(SHIPPED["awgn8"], 16)
+
+
+def test_a_protocol_of_the_users_own_is_the_member_of_its_family_that_it_describes() -> None:
+    """Else a run would be scored again by the same protocol of another version."""
+    mine = SHIPPED["awgn8"].model_copy(update={"id": "mine", "version": 2, "border": 4})
+    assert pool_protocol(mine, WHOLE).stamp == mine.stamp == pool_family(mine)
+    assert pool_family(pool_protocol(mine, 64)) == mine.stamp
+    assert pool_protocol(mine, 64).version == 2
 
 
 def test_stamps_of_older_protocols_did_not_change_with_the_new_key() -> None:
