@@ -176,6 +176,37 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_written(runs: Path)
     assert len(folder.evaluations()) == 1
 
 
+def test_no_run_is_scored_where_one_of_them_cannot_be(runs: Path, tiny_runs: Path) -> None:
+    conv = next(folder for folder in find([tiny_runs]) if folder.run.method == "conv")
+    shutil.copytree(conv.path, runs / conv.path.name)
+    *_, last = [folder for folder in find([runs]) if folder.trained]
+    last.weights.unlink()
+    done = run(runs, "--tile", "64")
+    assert done.exit_code == 2
+    assert f"{last.path.name} contains no weights.safetensors" in done.output
+    assert {len(folder.evaluations()) for folder in find([runs])} == {1}
+
+
+def test_a_stop_keeps_the_evaluations_that_are_complete(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, stop = kit_of(runs), Stop()
+    scoring = PoolScoring((64, 128), (), None, torch.device("cpu"))
+    images = len(scoring.photographs("skimage-test", "colour"))
+
+    def scores(restore: object, photos: list[Photograph], conditions: object) -> list[Score]:
+        return [Score(image=photo.name, psnr=30.0, ssim=0.5, lpips=None, seconds=0.0) for photo in photos]
+
+    def advance(done: int, total: int) -> None:
+        assert (done <= total, total) == (True, 2 * images)
+        stop.asked = done == images
+
+    monkeypatch.setattr(evaluate, "scores", scores)
+    with pytest.raises(Interrupted, match="complete evaluations are kept"):
+        scoring.score(folder, stop, advance)
+    assert len(folder.evaluations()) == 2  # of whole images, as before, and of the first size
+    assert scoring.score(folder, Stop(), lambda done, total: None) == 1
+    assert len(folder.evaluations()) == 3
+
+
 # Tables
 
 
