@@ -172,10 +172,14 @@ def test_a_column_that_cannot_decide_is_marked_in_a_table_that_can(three: Path) 
 
 SEVERAL_OF_A_SCENE = {
     "Levin09": [[f"im{i}_kernel{k}_img" for k in range(1, 9)] for i in range(1, 5)],
-    "GoPro": [[f"GOPR0{v}_11_00/blur/{f:06d}" for f in range(v)] for v in (3, 4)],
+    "GoPro": [[f"GOPR0{v}_11_00/blur/{f:06d}" for f in range(v)] for v in (3, 4)]
+    + [[f"input/GOPR0{v}_11_00-{f:06d}" for f in range(v)] for v in (5, 6)],
     "GoPro-gamma": [[f"GOPR0{v}_11_00/blur_gamma/{f:06d}" for f in range(v)] for v in (3, 4)],
     "RealBlur-J": [[f"RealBlur-J_ECC_IMCORR/scene{s:03d}/blur/blur_{n}" for n in range(5)] for s in (1, 2)],
     "RealBlur-R": [[f"RealBlur-R_BM3D_ECC_IMCORR/scene{s:03d}/blur/blur_{n}" for n in range(5)] for s in (1, 2)],
+    "HIDE": [["test/test-close-ups/1fromGOPR1000", "test/test-long-shot/2fromGOPR1000"], ["input/1fromGOPR1001"]],
+    "PolyU": [[f"CroppedImages/Canon5D2_5_160_3200_{what}_{n}_real" for n in (5, 11)] for what in ("chair", "plug")],
+    "Test2800": [[f"input/{picture}_{rain}" for rain in range(1, 15)] for picture in (901, 902)],
     "SIDD-validation": [[f"ValidationNoisyBlocksSrgb/{p:02d}_{b:02d}" for b in range(1, 33)] for p in range(1, 41)],
     "CBSD68": [["101085"], ["101087"], ["102061"]],
     "Rain100L": [["input/1"], ["input/10"]],
@@ -188,6 +192,21 @@ def test_images_of_one_scene_count_as_one_image(data_set: str) -> None:
     named = [{scene(data_set, image) for image in images} for images in scenes]
     assert [len(names) for names in named] == [1] * len(scenes)
     assert len(set.union(*named)) == len(scenes)
+
+
+@pytest.mark.parametrize("data_set", ["GoPro", "HIDE", "RealBlur-R", "SIDD-validation", "PolyU", "Test2800"])
+def test_images_whose_names_tell_no_scene_count_as_one(data_set: str) -> None:
+    assert len({scene(data_set, f"input/{n}") for n in range(30)}) == 1
+
+
+def test_a_scene_in_two_sets_counts_once(tmp_path: Path) -> None:
+    for method in ("kit", "conv"):
+        for data_set in ("Repetition", "Repetition-none", "CBSD68"):
+            store(tmp_path, method, [30.0, 31.0, 32.0], data_set=data_set)
+    [block] = blocks(entries(find([tmp_path]), None))
+    found = paired_scores([block.methods["kit"], block.methods["conv"]])
+    assert found.values.shape == (2, 1, 6)
+    assert {data_set for data_set, _ in found.images} == {"Repetition", "CBSD68"}
 
 
 def test_what_differs_between_scenes_alone_decides_nothing_however_many_images_show_them(tmp_path: Path) -> None:
