@@ -19,7 +19,7 @@ import numpy as np
 from kitbench.spec.fields import digest
 from kitbench.spec.shipped import suite_names
 from kitbench.store.records import Run, Tuning
-from kitbench.verdict.compare import Column, Compared, compare, with_correction
+from kitbench.verdict.compare import Column, Compared, compare, paired_scores, with_correction
 from kitbench.verdict.entries import Entry, bare_label, labels
 from kitbench.verdict.statistics import ALPHA, corrected
 
@@ -157,14 +157,24 @@ class Runs:
         wanted = run.suite, run.preset, run.mode, block.steps
         return next((t for t in self.tunings if (t.suite, t.preset, t.mode, t.steps) == wanted), None)
 
+    def under_one_recipe(self, a: str, b: str) -> dict[int, ComparedRuns]:
+        """By steps, the comparisons that measure the contrast a - b under one recipe: the two longest with such pairs.
+
+        Of several of one length, that at the recipe's own rate, else the weightiest.
+        """
+        found: dict[int, list[ComparedRuns]] = {}
+        for block in self.with_methods(a, b):
+            if paired_scores([block.methods[a], block.methods[b]]) is not None:
+                found.setdefault(block.steps, []).append(block)
+        return {
+            steps: next((block for block in found[steps] if self.at_own_rate(block)), found[steps][0])
+            for steps in sorted(found)[-2:]
+        }
+
     def compare(self, a: str, b: str) -> dict[Setup, Compared]:
         """The contrast a - b under every setup that was run, at the two longest trainings."""
-        candidates: dict[int, list[ComparedRuns]] = {}
-        for block in self.with_methods(a, b):
-            candidates.setdefault(block.steps, []).append(block)
         found: dict[Setup, Compared | None] = {}
-        for steps in sorted(candidates)[-2:]:
-            one = next((block for block in candidates[steps] if self.at_own_rate(block)), candidates[steps][0])
+        for steps, one in self.under_one_recipe(a, b).items():
             found[Setup(ONE, steps)] = compare_methods(one, a, b)
             tuning = self.tuning(one)
             if tuning is not None and (tuned := self._tuned(one, tuning, (a, b))) is not None:
@@ -202,7 +212,7 @@ def select(found: Sequence[Entry], tunings: Sequence[Tuning]) -> Runs:
     """
     trained = [entry for entry in found if entry.run.comparison]
     trials = {trial.key for tuning in tunings for trial in tuning.trials}
-    validation = {(tuning.suite, tuning.validation) for tuning in tunings}
+    validation = {(tuning.suite, name) for tuning in tunings for name in tuning.validation.split(", ")}
     kept = [
         entry
         for entry in trained

@@ -10,6 +10,7 @@ from kitbench.spec.loading import load_suite
 from kitbench.spec.shipped import suite_names
 from kitbench.store.records import Run
 from kitbench.verdict.contrasts import ONE, OWN, SMOKE, ComparedRuns, Contrast, Runs
+from kitbench.verdict.statistics import FEWEST_IMAGES
 
 SEEDS = 5
 """Seeds that a first proposal asks for."""
@@ -19,32 +20,31 @@ WHERE = "--data DIR --out OUT"
 
 
 def contrast_command(contrast: Contrast, runs: Runs) -> str:
-    """What would decide a contrast: first the search of rates, then another length of training, then more seeds."""
-    methods = [contrast.a, contrast.b]
+    """What would decide a contrast: first the search of rates, then another length of training, then more seeds.
+
+    Empty where it is images that are too few: no number of seeds makes up for them.
+    """
+    methods = (contrast.a, contrast.b)
     if not contrast.setups:
         return run_command(next(iter(runs.with_methods(*methods)), next(iter(runs.blocks), None)), methods)
     lengths = {
         choice: {setup.steps for setup in contrast.setups if setup.comparison == choice} for choice in (ONE, OWN)
     }
     seeds = max(compared.found.seeds for compared in contrast.setups.values())
+    blocks = runs.under_one_recipe(*methods)
     for steps in sorted(lengths[ONE] - lengths[OWN], reverse=True):
-        block = _block(runs, methods, steps)
+        block = blocks[steps]
         tuning = runs.tuning(block)
         if tuning is not None and set(methods) <= tuning.best.keys():
             return run_command(block, methods, seeds, tuned=True)
         return f"python -m kitbench tune{_settings(block.first.run)} {WHERE}"
     undecided = {setup: c.found.seeds for setup, c in contrast.setups.items() if not c.decided}
     if len(lengths[ONE]) < 2 or not undecided:
-        return run_command(_block(runs, methods, max(lengths[ONE])), methods, seeds, longer=LONGER)
+        return run_command(blocks[max(lengths[ONE])], methods, seeds, longer=LONGER)
     setup = min(undecided, key=lambda setup: (undecided[setup], setup))
-    block = _block(runs, methods, setup.steps)
-    return run_command(block, methods, max(SEEDS, 2 * undecided[setup]), tuned=setup.comparison == OWN)
-
-
-def _block(runs: Runs, methods: Sequence[str], steps: int) -> ComparedRuns:
-    """The comparison that a contrast measures under one recipe at this length."""
-    found = [block for block in runs.with_methods(*methods) if block.steps == steps]
-    return next((block for block in found if runs.at_own_rate(block)), found[0])
+    if contrast.setups[setup].found.images < FEWEST_IMAGES:
+        return ""
+    return run_command(blocks[setup.steps], methods, max(SEEDS, 2 * undecided[setup]), tuned=setup.comparison == OWN)
 
 
 def run_command(

@@ -120,6 +120,16 @@ def test_two_recipes_and_two_lengths_that_agree_decide(tmp_path: Path) -> None:
     assert verdict(tmp_path) == (UNDECIDED, "no difference is shown by one recipe, 9,000 steps")  # the longest count
 
 
+def test_runs_that_cannot_be_paired_are_no_setup(tmp_path: Path) -> None:
+    """At 9,000 steps and the recipe's own rate the methods share no seed: another rate is the one recipe of that length."""
+    for steps in (700, 3000):
+        tuned(runs(tmp_path, BETTER, steps=steps), BETTER, steps=steps)
+    tuned(tmp_path, WORSE, steps=9000)
+    runs(tmp_path, {"kit": 0.0}, steps=9000, seeds=(0, 1))
+    runs(tmp_path, {"local": 0.0}, steps=9000, seeds=(2, 3))
+    assert verdict(tmp_path) == (UNDECIDED, "the order changes with the length of training")
+
+
 def test_another_sign_at_the_best_rates_depends_on_the_learning_rate(tmp_path: Path) -> None:
     for steps in (700, 3000):
         tuned(runs(tmp_path, BETTER, steps=steps), WORSE, steps=steps)
@@ -139,6 +149,15 @@ def test_trials_of_the_search_are_not_compared(tmp_path: Path) -> None:
     columns = {column for b in chosen.blocks for of in b.methods.values() for column in of}
     assert seeds == set(range(5))
     assert columns == {("Set_A", "σ25")}
+
+
+def test_scores_on_any_validation_set_of_a_search_are_not_compared(tmp_path: Path) -> None:
+    runs(tmp_path, BETTER)
+    runs(tmp_path, BETTER, data_set="Set_B")
+    [record] = tunings(tuned(tmp_path, BETTER))
+    for sets, compared in (("validation", {"Set_A", "Set_B"}), ("validation, Set_B", {"Set_A"})):
+        chosen = select(entries(find([tmp_path]), None), [record.model_copy(update={"validation": sets})])
+        assert {column[0] for b in chosen.blocks for of in b.methods.values() for column in of} == compared
 
 
 def test_variants_are_left_out_and_named(tmp_path: Path) -> None:

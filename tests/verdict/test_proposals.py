@@ -117,3 +117,15 @@ def test_every_command_of_a_page_of_any_shipped_suite_parses(tmp_path: Path, tas
     groups = {parsed(command)[0] for command in commands}
     assert groups == {"run", "tune", "scale"}
     assert not any("smoke" in command for command in commands)
+
+
+def test_no_more_seeds_are_proposed_where_images_are_too_few(tmp_path: Path) -> None:
+    everything(tmp_path, EQUAL)
+    for file in tmp_path.glob("*/eval/*.json"):
+        record = json.loads(file.read_text())
+        record.pop("sha256")
+        record["scores"] = record["scores"][:3]
+        file.write_text(json.dumps(record))
+    part = page(tmp_path)[2].parts[0]
+    assert "3 images are too few to decide a difference" in part.evidence
+    assert part.command == ""
