@@ -193,6 +193,13 @@ def test_only_a_long_recipe_speaks_of_the_state_of_the_art(tmp_path: Path) -> No
     assert page(long)[5].parts[0].verdict == UNDECIDED  # not better than every other attention
     everything(tmp_path / "better", GOOD, (100_000, 300_000))
     assert page(tmp_path / "better")[5].parts[0].verdict == "supported"
+    others = {method: gain for method, gain in GOOD.items() if method != "local"}
+    everything(tmp_path / "mixed", {"kit": 0.5, "local": 0.2})
+    everything(tmp_path / "mixed", others, (100_000, 300_000))
+    mixed = page(tmp_path / "mixed")
+    assert mixed[2].verdict == "supported"  # KiT and local attention, after 3,000 steps
+    assert mixed[5].parts[0].words == "not decided: 3,000 steps of training say nothing of the state of the art"
+    assert "--preset full" in mixed[5].parts[0].command
 
 
 @pytest.mark.parametrize("what", ["one seed", "no difference", "one length", "smoke", "nothing"])
