@@ -112,6 +112,16 @@ def test_every_row_of_csv_and_json_names_its_runs_and_protocol(tmp_path: Path) -
     assert from_json[0]["lpips"] is None
 
 
+def test_a_block_of_references_is_titled_by_its_own_mode(tmp_path: Path) -> None:
+    for mode in ("gray", "colour"):
+        file = store(tmp_path / mode, "nlm", 30.0, seed=None).path / "run.json"
+        record = json.loads(file.read_text())
+        record.pop("sha256")
+        file.write_text(json.dumps(record | {"mode": mode}))
+    text = render(find([tmp_path / "gray", tmp_path / "colour"]), "markdown")
+    assert re.findall(r"denoise, (\w+): references", text) == ["colour", "gray"]
+
+
 def test_rows_of_two_protocols_are_refused_until_one_is_chosen(tmp_path: Path) -> None:
     store(tmp_path, "kit", 30.0)
     store(tmp_path, "kit", 31.0, protocol="awgn8-seed0")
