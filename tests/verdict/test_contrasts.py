@@ -121,7 +121,7 @@ def test_two_recipes_and_two_lengths_that_agree_decide(tmp_path: Path) -> None:
 
 
 def test_runs_that_cannot_be_paired_are_no_setup(tmp_path: Path) -> None:
-    """At 9,000 steps and the recipe's own rate the methods share no seed: another rate is the one recipe of that length."""
+    """At 9,000 steps the methods share no seed at the recipe's own rate: another rate is the one recipe there."""
     for steps in (700, 3000):
         tuned(runs(tmp_path, BETTER, steps=steps), BETTER, steps=steps)
     tuned(tmp_path, WORSE, steps=9000)
