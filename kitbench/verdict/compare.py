@@ -29,8 +29,8 @@ SCENES = {
     "PolyU": r"(?:.*/)?(.+)_\d+_real$",
     "Test2800": r"(?:.*/)?(\d+)_\d+$",
 }
-"""Sets that hold several images of one scene (kernels, frames of a video, shots, blocks or regions of a picture, several
-rains), with what names the scene in an image's name. Such images are no independent images."""
+"""Sets that hold several images of one scene (kernels, frames of a video, shots, blocks or regions of a picture,
+several rains), with what names the scene in an image's name. Such images are no independent images."""
 SAME_SCENES = {"GoPro-gamma": "GoPro", "RealBlur-R": "RealBlur-J", "Repetition-none": "Repetition"}
 """Sets that show the scenes of another one."""
 
