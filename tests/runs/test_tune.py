@@ -16,6 +16,7 @@ from kitbench.runs.prepare import Options
 from kitbench.spec import loading
 from kitbench.spec.suite import Suite
 from kitbench.store.records import Tuning, read_record
+from kitbench.verdict.tuning import tuning_caption
 
 LOW, MIDDLE, HIGH = RATES = (1e-3, 2e-3, 4e-3)
 Scores = Mapping[str, Mapping[float, float]]
@@ -103,3 +104,12 @@ def test_a_record_under_another_name_is_found_by_what_it_says(search: Search, tm
 
 def load_tunings(out: Path) -> list[Tuning]:
     return [read_record(Tuning, path) for path in sorted(out.glob("tuning*.json"))]
+
+
+def test_a_best_rate_at_the_edge_of_the_last_grid_is_said(search: Search) -> None:
+    rising = {LOW * 2**n: 29.0 + n for n in range(6)}
+    [record] = search({"colour": rising})
+    assert record.rates[-1] == record.best["kit"] == 8 * HIGH
+    assert "a rate beyond the grid may be better for kit, local" in tuning_caption(record)
+    [inside] = search({"colour": FINE})
+    assert "beyond" not in tuning_caption(inside)
