@@ -90,7 +90,7 @@ def test_one_seed_decides_nothing_in_words(tmp_path: Path) -> None:
     text = report(find([tmp_path]), [])
     assert "Nothing is decided about kit: one seed: no interval." in text
     assert "better than" not in text[: text.index('id="claims"')]
-    assert "trained too little" not in text
+    assert "trained long enough" not in text
     store(tmp_path, "nlm", 35.0, seed=None)
     assert "nlm, without any training, scores higher" in report(find([tmp_path]), [])
 
