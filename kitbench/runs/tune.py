@@ -11,17 +11,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from kitbench.errors import InputError, RunError
+from kitbench.runs.cell import decisive
 from kitbench.runs.prepare import Options
 from kitbench.runs.queue import run_suite
 from kitbench.spec.fields import Mode
 from kitbench.spec.suite import Data, SetNames, Source, Suite
 from kitbench.spec.tasks import Denoise
 from kitbench.store.folder import RunFolder
-from kitbench.store.records import Trial, Tuning, read_record
+from kitbench.store.records import Run, Trial, Tuning, read_record, shared_with_search
 
 FACTOR = 2.0
 """Between two neighbouring rates of the grid."""
@@ -58,12 +60,14 @@ def tune(suite: Suite, options: Options, search: Search, console: Console) -> li
     if search.seed in suite.seeds:
         raise InputError(f"--seed {search.seed} is one of the suite's seeds, whose runs are compared; give another.")
     rates, scored, widened = search.rates, dict[Mode, list[Trial]](), 0
+    shared: dict[Mode, dict[str, Any]] = {}
     todo: Sequence[float] = rates
     while todo:
         for rate in todo:
             console.print(f"[bold]trial[/bold]     learning rate {rate:g}", highlight=False)
-            for mode, found in _trial(suite, options, rate, search.seed, console).items():
-                scored.setdefault(mode, []).extend(found)
+            for run, trial in _trial(suite, options, rate, search.seed, console):
+                scored.setdefault(run.mode, []).append(trial)
+                shared[run.mode] = shared_with_search(run.identity)
         # A mode whose sets are missing has no trial; where no mode has any, all diverged.
         modes = scored or _source(suite, options)
         trials = {mode: with_diverged(scored.get(mode, ()), list(suite.methods), rates) for mode in modes}
@@ -77,6 +81,7 @@ def tune(suite: Suite, options: Options, search: Search, console: Console) -> li
             lr=suite.recipe.lr, rates=rates, widened=widened > 0,
             validation=", ".join(_source(suite, options)[mode].validation),
             trials=tuple(sorted(own, key=lambda trial: (trial.method, trial.lr))), best=best[mode],
+            shared=shared[mode],
         )  # fmt: skip
         RunFolder(options.out).write(record_name(suite, mode), record)
         records.append(record)
@@ -108,20 +113,19 @@ def best_rates(trials: Sequence[Trial]) -> dict[str, float]:
     return best
 
 
-def _trial(suite: Suite, options: Options, rate: float, seed: int, console: Console) -> dict[Mode, list[Trial]]:
-    """Every method trained at one rate, as far as its training did not diverge; by mode."""
+def _trial(suite: Suite, options: Options, rate: float, seed: int, console: Console) -> list[tuple[Run, Trial]]:
+    """Every method trained at one rate, as far as its training did not diverge."""
     chosen = trial_suite(suite, _source(suite, options), rate, seed)
     complete, failed = run_suite(chosen, replace(options, out=options.out / "tuning"), console)
     other = [sentence for sentence in failed if "training diverged" not in sentence]
     if other:
         raise RunError(f"{len(other)} trials failed: " + "; ".join(other))
-    found: dict[Mode, list[Trial]] = {}
+    found = []
     for folder in complete:
         record = folder.run
         means = [evaluation.mean_psnr for evaluation in folder.evaluations()]
         psnr = math.fsum(means) / len(means)
-        trial = Trial(method=record.method, lr=rate, psnr_db=psnr, key=record.key)
-        found.setdefault(record.mode, []).append(trial)
+        found.append((record, Trial(method=record.method, lr=rate, psnr_db=psnr, key=record.key)))
     return found
 
 
@@ -178,16 +182,34 @@ def _stored(suite: Suite, mode: Mode, out: Path) -> tuple[Path, Tuning] | None:
     return next(iter(found), None)
 
 
+def _check_shared(suite: Suite, record: Tuning, path: Path) -> None:
+    """Raises InputError where a search was made with another recipe or backbone; earlier records do not say."""
+    parts = shared_with_search({"recipe": decisive(suite.recipe), "backbone": suite.backbone.model_dump(mode="json")})
+    differing = [
+        f"{part}.{key}"
+        for part, ours in parts.items()
+        for theirs in [record.shared.get(part, ours)]
+        for key in dict.fromkeys((*ours, *theirs))
+        if ours.get(key) != theirs.get(key)
+    ]
+    if differing:
+        raise InputError(
+            f"{path} was made with another {', '.join(differing)}; run `kitbench tune` with the same recipe and "
+            f"backbone."
+        )
+
+
 def tuned_suites(suite: Suite, out: Path) -> list[Suite]:
     """Parts of a suite, in each of which every method is trained at its own best rate: one for each mode and rate.
 
-    Raises InputError where no search is stored in `out`, it was made with other steps, or it lacks a method.
+    Raises InputError where no search is stored in `out`, it was made with another recipe or backbone, or lacks a method.
     """
     sources, found = {name: getattr(suite.data, name) for name in ("embedded", "folder")}, []
     for mode in dict.fromkeys(mode for source in sources.values() for mode in source.modes):
         if (search := _stored(suite, mode, out)) is None:
             continue
         path, record = search
+        _check_shared(suite, record, path)
         lacking = suite.methods.keys() - record.best.keys()
         if lacking:
             raise InputError(f"{path} holds no rate of {', '.join(sorted(lacking))}; run `kitbench tune` again.")

@@ -18,7 +18,7 @@ import numpy as np
 
 from kitbench.spec.fields import digest
 from kitbench.spec.shipped import suite_names
-from kitbench.store.records import Run, Tuning
+from kitbench.store.records import Run, Tuning, shared_with_search
 from kitbench.verdict.compare import Column, Compared, compare, paired_scores, with_correction
 from kitbench.verdict.entries import Entry, bare_label, labels
 from kitbench.verdict.statistics import ALPHA, corrected
@@ -153,9 +153,15 @@ class Runs:
         return [block for block in self.blocks if set(methods) <= block.methods.keys()]
 
     def tuning(self, block: ComparedRuns) -> Tuning | None:
+        """The search of rates that holds for a comparison: of its suite, preset, mode and length.
+
+        Its task, images, backbone and recipe must be those of the comparison too, which records of earlier versions do
+        not state.
+        """
         run = block.first.run
         wanted = run.suite, run.preset, run.mode, block.steps
-        return next((t for t in self.tunings if (t.suite, t.preset, t.mode, t.steps) == wanted), None)
+        own = [t for t in self.tunings if (t.suite, t.preset, t.mode, t.steps) == wanted]
+        return next((t for t in own if t.shared in ({}, shared_with_search(run.identity))), None)
 
     def under_one_recipe(self, a: str, b: str) -> dict[int, ComparedRuns]:
         """By steps, the comparisons that measure the contrast a - b under one recipe: the two longest with such pairs.
@@ -277,11 +283,11 @@ class Contrast:
 def decide_contrasts(contrasts: Mapping[K, tuple[str, str, Mapping[Setup, Compared]]]) -> dict[K, Contrast]:
     """Contrasts (a, b, differences by setup) of one page, corrected together."""
     known = {key: setups for key, (_, _, setups) in contrasts.items() if setups}
-    p = np.zeros((len(known), max((len(setups) for setups in known.values()), default=1)))
+    raw = np.zeros((len(known), max((len(setups) for setups in known.values()), default=1)))
     for place, setups in enumerate(known.values()):
         values = [compared.found.p for compared in setups.values()]
-        p[place, : len(values)] = [math.nan if value is None else value for value in values]
-    adjusted = dict(zip(known, corrected(p), strict=True))
+        raw[place, : len(values)] = [math.nan if value is None else value for value in values]
+    adjusted = dict(zip(known, corrected(raw), strict=True))
     decided = {}
     for key, (a, b, setups) in contrasts.items():
         found = {
@@ -289,12 +295,15 @@ def decide_contrasts(contrasts: Mapping[K, tuple[str, str, Mapping[Setup, Compar
             for place, (setup, compared) in enumerate(setups.items())
         }
         if found:
-            verdict, reason = decide({setup: _sign(compared) for setup, compared in found.items()})
+            # Where one setup has no p, the contrast has none: the others are judged by their own, to name that one alone.
+            joint = all(compared.p_holm is not None for compared in found.values())
+            p = {setup: compared.p_holm if joint else compared.found.p for setup, compared in found.items()}
+            verdict, reason = decide({setup: _sign(p[setup], compared) for setup, compared in found.items()})
         else:
             verdict, reason = UNDECIDED, f"no stored runs of both {a} and {b} under one recipe"
         decided[key] = Contrast(a, b, found, verdict, reason)
     return decided
 
 
-def _sign(compared: Compared) -> int:
-    return 0 if compared.p_holm is None or compared.p_holm >= ALPHA else int(math.copysign(1, compared.found.mean))
+def _sign(p: float | None, compared: Compared) -> int:
+    return 0 if p is None or p >= ALPHA else int(math.copysign(1, compared.found.mean))

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from kitbench.errors import InputError, RunError
 from kitbench.runs import tune
+from kitbench.runs.cell import decisive
 from kitbench.runs.prepare import Options
 from kitbench.spec import loading
 from kitbench.spec.suite import Suite
@@ -34,11 +35,13 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Search:
     def of(scores: Scores, steps: int = 700) -> list[Tuning]:
         def run(chosen: Suite, options: Options, console: Console) -> tuple[list[Any], list[str]]:
             rate, complete, failed = chosen.recipe.lr, [], []
+            identity = {"recipe": decisive(chosen.recipe), "backbone": chosen.backbone.model_dump(mode="json")}
             for mode, own in scores.items():
                 for method in chosen.methods:
                     if rate in own:
                         evaluations = [SimpleNamespace(mean_psnr=own[rate])]
-                        record = SimpleNamespace(method=method, mode=mode, key=f"{mode}-{method}-{rate}")
+                        key = f"{mode}-{method}-{rate}"
+                        record = SimpleNamespace(method=method, mode=mode, key=key, identity=identity | {"seed": 1000})
                         complete.append(SimpleNamespace(run=record, evaluations=lambda found=evaluations: found))
                     else:
                         failed.append(f"{mode}-{method}-s1000: training diverged: loss nan at step 9; stopped")
@@ -92,6 +95,14 @@ def test_searches_of_two_lengths_lie_side_by_side(search: Search, tmp_path: Path
         assert (part.recipe.steps, part.recipe.lr) == (steps, rate)
     with pytest.raises(InputError, match="this recipe has 1400; run `kitbench tune` with the same recipe"):
         tune.tuned_suites(suite_of(1400), tmp_path)
+
+
+def test_rates_that_were_searched_with_another_recipe_or_backbone_are_refused(search: Search, tmp_path: Path) -> None:
+    search({"colour": FINE}, 700)
+    for change in ("recipe.batch=2", "backbone.width=24"):
+        chosen = loading.load_suite("denoise", "quick", ["recipe.steps=700", change], ["kit", "local"])
+        with pytest.raises(InputError, match=rf"was made with another {change.partition('=')[0]}; run `kitbench tune`"):
+            tune.tuned_suites(chosen, tmp_path)
 
 
 def test_a_record_under_another_name_is_found_by_what_it_says(search: Search, tmp_path: Path) -> None:
