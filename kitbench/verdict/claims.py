@@ -277,6 +277,6 @@ def markdown(found: Sequence[Claim]) -> str:
             if part.runs:
                 lines.append(f"  Runs: {', '.join(part.runs)}.")
             if part.command:
-                lines.append(f"  To decide it: `{part.command}`")
+                lines.append(f"  Next step: `{part.command}`")
         lines.append("")
     return "\n".join(lines)

@@ -24,7 +24,7 @@ class Part:
     evidence: str
     runs: tuple[str, ...] = ()
     command: str = ""
-    """What would decide it; empty where it is decided."""
+    """The next step towards a decision; empty where there is one, or where no run can bring it."""
     reason: str = ""
     """Why it is not decided."""
     by_construction: bool = False

@@ -1,4 +1,4 @@
-"""Commands that would decide what stored runs leave open: with the settings of the runs that they add to."""
+"""Next steps towards what stored runs leave open: commands with the settings of the runs that they add to."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ CARRIED = ("--set", "--train-set", "--test-set")
 
 
 def contrast_command(contrast: Contrast, runs: Runs) -> str:
-    """What would decide a contrast: first the search of rates, then another length of training, then more seeds.
+    """The next step towards a decision: the search of rates, then another length of training, then twice as many seeds.
 
-    Empty where it is images that are too few: no number of seeds makes up for them.
+    Twice is a step and no estimate of what decides. Empty where images are too few: no number of seeds makes up for that.
     """
     methods = (contrast.a, contrast.b)
     if not contrast.setups:
