@@ -202,7 +202,8 @@ def _check_shared(suite: Suite, record: Tuning, path: Path) -> None:
 def tuned_suites(suite: Suite, out: Path) -> list[Suite]:
     """Parts of a suite, in each of which every method is trained at its own best rate: one for each mode and rate.
 
-    Raises InputError where no search is stored in `out`, it was made with another recipe or backbone, or lacks a method.
+    Raises InputError where no search is stored in `out`, it was made with another recipe or backbone, or a
+    method is not in it.
     """
     sources, found = {name: getattr(suite.data, name) for name in ("embedded", "folder")}, []
     for mode in dict.fromkeys(mode for source in sources.values() for mode in source.modes):

@@ -295,7 +295,7 @@ def decide_contrasts(contrasts: Mapping[K, tuple[str, str, Mapping[Setup, Compar
             for place, (setup, compared) in enumerate(setups.items())
         }
         if found:
-            # Where one setup has no p, the contrast has none: the others are judged by their own, to name that one alone.
+            # Where one setup has no p, the contrast has none; the reason is to name that setup and not the others.
             joint = all(compared.p_holm is not None for compared in found.values())
             p = {setup: compared.p_holm if joint else compared.found.p for setup, compared in found.items()}
             verdict, reason = decide({setup: _sign(p[setup], compared) for setup, compared in found.items()})

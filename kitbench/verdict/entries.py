@@ -74,8 +74,8 @@ def _each_once(found: Sequence[Entry]) -> list[Entry]:
         first = kept.setdefault((run.key, run.method, evaluation.data_set, evaluation.sigma), entry)
         if first.evaluation is not evaluation and _scores(first) != _scores(entry):
             raise InputError(
-                f"Run {run.key[:10]} is in two of these folders, with unequal scores on {evaluation.data_set}; give one "
-                f"of them, and compare them with `kitbench diff`."
+                f"Run {run.key[:10]} is in two of these folders, with unequal scores on {evaluation.data_set}; give "
+                f"one of them, and compare them with `kitbench diff`."
             )
     return list(kept.values())
 

@@ -173,13 +173,13 @@ def notes_of(block: pd.DataFrame) -> list[str]:
 def _other_bests(block: pd.DataFrame) -> list[str]:
     """Of columns whose best by printed means is not the one that the others are compared with."""
     notes = []
-    for column, own in block[block["ranked"]].groupby(["data_set", "condition"], sort=False):
+    for (data_set, condition), own in block[block["ranked"]].groupby(["data_set", "condition"], sort=False):
         tested = next(iter(own["best"].dropna()), None)
         printed = own.set_index("method")["psnr_db"].round(2)
         if tested is not None and printed[tested] < printed.max():
             notes.append(
-                f"{heading(column)}: the others are compared with {tested}, whose mean is the highest where every scene, or "
-                "every image that all of them have, counts once."
+                f"{heading((str(data_set), str(condition)))}: the others are compared with {tested}, whose mean is the "
+                "highest where every scene, or every image that all of them have, counts once."
             )
     return notes
 

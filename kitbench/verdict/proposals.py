@@ -26,7 +26,7 @@ CARRIED = ("--set", "--train-set", "--test-set")
 def contrast_command(contrast: Contrast, runs: Runs) -> str:
     """The next step towards a decision: the search of rates, then another length of training, then twice as many seeds.
 
-    Twice is a step and no estimate of what decides. Empty where images are too few: no number of seeds makes up for that.
+    Twice is a step and no estimate of what decides. Empty where images are too few: no number of seeds makes up for it.
     """
     methods = (contrast.a, contrast.b)
     if not contrast.setups:

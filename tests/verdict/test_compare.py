@@ -242,14 +242,18 @@ def test_what_differs_between_scenes_alone_decides_nothing_however_many_images_s
 
 def test_where_the_best_over_scenes_is_not_the_best_mean_the_table_says_so(tmp_path: Path) -> None:
     """kit is better on four of five pictures, conv on the one that most kernels show."""
-    images = [f"im{picture}_kernel{k}_img" for picture, kernels in enumerate((1, 1, 1, 1, 8), 1) for k in range(kernels)]
+    images = [
+        f"im{picture}_kernel{k}_img" for picture, kernels in enumerate((1, 1, 1, 1, 8), 1) for k in range(kernels)
+    ]
     for method, gain in (("kit", [0.5] * 4 + [-0.5] * 8), ("conv", [0.0] * 12)):
         run = store(tmp_path, method, 30 + np.array(gain), data_set="Levin09", sigma=None)
         rename(run, images)
     table = rows(find([tmp_path])).set_index("method")
     assert table.loc["conv", "psnr_db"] > table.loc["kit", "psnr_db"]
     assert table.loc["conv", "best"] == "kit"
-    assert "Levin09: the others are compared with kit, whose mean is the highest" in render(find([tmp_path]), "markdown")
+    assert "Levin09: the others are compared with kit, whose mean is the highest" in render(
+        find([tmp_path]), "markdown"
+    )
 
 
 def test_every_table_names_the_runs_of_every_row(three: Path) -> None:

@@ -156,9 +156,7 @@ def test_a_search_with_another_recipe_is_no_search_for_these_runs(tmp_path: Path
     found, records = entries(find([tmp_path]), None), tunings(tmp_path)
     for batch, setups in ((QUICK.recipe.batch, 4), (2, 2)):
         searched = [
-            record.model_copy(
-                update={"shared": shared_with_search(own | {"recipe": own["recipe"] | {"batch": batch}})}
-            )
+            record.model_copy(update={"shared": shared_with_search(own | {"recipe": own["recipe"] | {"batch": batch}})})
             for record in records
             for own in [_identity(found, record.steps)]
         ]

@@ -142,10 +142,10 @@ def recorded(out: Path, command: list[str] | None = None, **record: Any) -> None
 
 def test_images_and_noise_levels_that_the_runs_command_chose_are_proposed_again(tmp_path: Path) -> None:
     runs(tmp_path, GOOD, seeds=(0,))
-    chosen = ["--train-set", "../my photos", "--set=task.sigma_test=[25]", "--set", "methods.kit.k=9", "--test-set=Set12"]
+    chosen = ["--train-set", "my/photos", "--set=task.sigma_test=[25]", "--set", "methods.kit.k=9", "--test-set=Set12"]
     recorded(tmp_path, command=["kitbench", "run", "--suite", "denoise", "--set", "recipe.lr=0.7", *chosen])
     _, options, suite = reach(tmp_path)
-    assert (options["train_set"], options["test_set"]) == (("../my photos",), ("Set12",))
+    assert (options["train_set"], options["test_set"]) == (("my/photos",), ("Set12",))
     assert suite.task.sigma_test == (25,)
     assert (suite.recipe, suite.methods) == (QUICK.recipe, QUICK.methods)
 

@@ -129,7 +129,7 @@ def test_a_block_of_references_is_titled_by_its_own_mode(tmp_path: Path) -> None
         file = store(tmp_path / mode, "nlm", 30.0, seed=None).path / "run.json"
         record = json.loads(file.read_text())
         record.pop("sha256")
-        file.write_text(json.dumps(record | {"mode": mode}))
+        file.write_text(json.dumps(record | {"mode": mode, "key": mode}))
     text = render(find([tmp_path / "gray", tmp_path / "colour"]), "markdown")
     assert re.findall(r"denoise, (\w+): references", text) == ["colour", "gray"]
 
