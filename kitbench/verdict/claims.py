@@ -212,16 +212,19 @@ def in_words(compared: Compared) -> str:
 
 
 def _best_of_all(kind: Kind, contrasts: Sequence[Contrast], runs: Runs) -> Part:
-    """Whether KiT is better than every other attention, of recipes that are long enough to ask."""
+    """Whether KiT is better than every other attention; contrasts of too short recipes decide nothing."""
     question = f"On {TASKS[kind]}, does KiT restore better than global, window and local attention?"
-    verdict = combined(contrast.verdict for contrast in contrasts)
-    undecided = [contrast for contrast in contrasts if contrast.verdict == UNDECIDED]
-    reason = undecided[0].reason if verdict == UNDECIDED else ""
-    steps = max((setup.steps for contrast in contrasts for setup in contrast.setups), default=0)
+    longest = [max((setup.steps for setup in contrast.setups), default=0) for contrast in contrasts]
+    short = [steps for steps in longest if 0 < steps < FULL_STEPS]
+    verdicts = [UNDECIDED if steps < FULL_STEPS else c.verdict for steps, c in zip(longest, contrasts, strict=True)]
+    verdict, reason, command = combined(verdicts), "", ""
+    if verdict == UNDECIDED:
+        open_one = next(c for c, own in zip(contrasts, verdicts, strict=True) if own == UNDECIDED)
+        reason = f"{max(short):,} steps of training say nothing of the state of the art" if short else open_one.reason
+        enough = not short and max(longest) >= FULL_STEPS
+        command = contrast_command(open_one, runs) if enough else run_command(None, [], task=kind)
     if runs.smoke and not runs.blocks:
         reason = "only smoke runs are stored, which settle no claim"
-    elif steps and steps < FULL_STEPS:
-        verdict, reason = UNDECIDED, f"{steps:,} steps of training say nothing of the state of the art"
     evidence = "; ".join(
         f"{setup}: {compared.a} - {compared.b} {compared.found.mean:+.3f} dB"
         + (f", adjusted p {compared.p_holm:.3g}" if compared.p_holm is not None else "")
@@ -229,9 +232,6 @@ def _best_of_all(kind: Kind, contrasts: Sequence[Contrast], runs: Runs) -> Part:
         for setup, compared in contrast.setups.items()
     )
     keys = dict.fromkeys(k for contrast in contrasts for compared in contrast.setups.values() for k in compared.runs)
-    command = ""
-    if verdict == UNDECIDED:
-        command = contrast_command(undecided[0], runs) if steps >= FULL_STEPS else run_command(None, [], task=kind)
     evidence += _unlike(runs, keys)
     return Part(question, verdict, evidence + (_left_out(runs) if evidence else ""), tuple(keys), command, reason)
 
@@ -289,6 +289,6 @@ def markdown(found: Sequence[Claim]) -> str:
             if part.runs:
                 lines.append(f"  Runs: {', '.join(part.runs)}.")
             if part.command:
-                lines.append(f"  To decide it: `{part.command}`")
+                lines.append(f"  Next step: `{part.command}`")
         lines.append("")
     return "\n".join(lines)

@@ -17,8 +17,8 @@ is never narrower than Student's interval over seeds alone or over images alone.
 interval touches zero, so it is never below either Student's p value.
 
 A family of comparisons is corrected by Holm's method (Scandinavian Journal of Statistics 6, 1979), which holds however
-the comparisons depend on one another. All functions take whole stacks of arrays: what benchmarks/statistics.py
-simulates is what the tables call.
+the comparisons depend on one another. All functions take whole stacks of arrays: what the tables call is what
+benchmarks/error_rates.py simulates.
 """
 
 from __future__ import annotations
