@@ -28,9 +28,16 @@ SCENES = {
     "SIDD-validation": r".*/(\d+)_\d+$",
     "PolyU": r"(?:.*/)?(.+)_\d+_real$",
     "Test2800": r"(?:.*/)?(\d+)_\d+$",
+    "Rain100L": r".*?0*(\d+)$",
 }
 """Sets that hold several images of one scene (kernels, frames of a video, shots, blocks or regions of a picture,
 several rains), with what names the scene in an image's name. Such images are no independent images."""
+REPEATED = {
+    "Rain100L": {
+        "4": "3", "14": "5", "25": "6", "36": "7", "47": "8", "58": "9", "69": "10", "80": "11", "91": "12",
+    },
+}  # fmt: skip
+"""Pictures that a set holds twice, pixel for pixel, under another rain: the second one, and the first."""
 SAME_SCENES = {"GoPro-gamma": "GoPro", "RealBlur-R": "RealBlur-J", "Repetition-none": "Repetition"}
 """Sets that show the scenes of another one."""
 
@@ -107,7 +114,8 @@ def scene(data_set: str, image: str) -> str:
     if data_set not in SCENES:
         return image
     found = re.match(SCENES[data_set], image)
-    return found[1] if found else ""
+    name = found[1] if found else ""
+    return REPEATED.get(data_set, {}).get(name, name)
 
 
 def _by_seed(entries: Iterable[Entry]) -> dict[int, dict[str, float]]:

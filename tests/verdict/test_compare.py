@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from kitbench.data.cards import card
+from kitbench.data.photograph import read_set
 from kitbench.spec.shipped import builtin
 from kitbench.store.folder import RunFolder, find
 from kitbench.verdict import published
@@ -182,7 +184,7 @@ SEVERAL_OF_A_SCENE = {
     "Test2800": [[f"input/{picture}_{rain}" for rain in range(1, 15)] for picture in (901, 902)],
     "SIDD-validation": [[f"ValidationNoisyBlocksSrgb/{p:02d}_{b:02d}" for b in range(1, 33)] for p in range(1, 41)],
     "CBSD68": [["101085"], ["101087"], ["102061"]],
-    "Rain100L": [["input/1"], ["input/10"]],
+    "Rain100L": [["input/3", "input/4"], ["rainy/rain-005", "rainy/rain-014"], ["input/1"], ["input/30"]],
 }
 
 
@@ -192,6 +194,15 @@ def test_images_of_one_scene_count_as_one_image(data_set: str) -> None:
     named = [{scene(data_set, image) for image in images} for images in scenes]
     assert [len(names) for names in named] == [1] * len(scenes)
     assert len(set.union(*named)) == len(scenes)
+
+
+def test_pictures_that_rain100l_holds_twice_count_once(data_root: Path) -> None:
+    if not (data_root / "Rain100L").is_dir():
+        pytest.skip(f"Rain100L is not in {data_root}")
+    scenes: dict[bytes, set[str]] = {}
+    for photo in read_set(card("Rain100L"), data_root, "colour"):
+        scenes.setdefault(photo.pixels.tobytes(), set()).add(scene("Rain100L", photo.name))
+    assert len(scenes) == len(set.union(*scenes.values())) == 91
 
 
 @pytest.mark.parametrize("data_set", ["GoPro", "HIDE", "RealBlur-R", "SIDD-validation", "PolyU", "Test2800"])
