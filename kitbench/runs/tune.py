@@ -15,7 +15,8 @@ from pathlib import Path
 from rich.console import Console
 
 from kitbench.errors import InputError, RunError
-from kitbench.runs.prepare import Options
+from kitbench.runs.initial import initial_weights
+from kitbench.runs.prepare import Options, choose_sets
 from kitbench.runs.queue import run_suite
 from kitbench.spec.fields import Mode
 from kitbench.spec.suite import Data, SetNames, Source, Suite
@@ -57,6 +58,7 @@ def tune(suite: Suite, options: Options, search: Search, console: Console) -> li
     """
     if search.seed in suite.seeds:
         raise InputError(f"--seed {search.seed} is one of the suite's seeds, whose runs are compared; give another.")
+    suite, _ = initial_weights(suite, options.out)  # trials have a folder of their own, where no hash would be found
     rates, trials, widened = search.rates, dict[Mode, list[Trial]](), 0
     todo: Sequence[float] = rates
     while todo:
@@ -112,7 +114,7 @@ def _trial(suite: Suite, options: Options, rate: float, seed: int, console: Cons
         psnr = math.fsum(means) / len(means)
         trial = Trial(method=record.method, lr=rate, psnr_db=psnr, key=record.key)
         found.setdefault(record.mode, []).append(trial)
-    modes = list(found) or list(chosen.data.embedded.modes)
+    modes, _ = choose_sets(chosen, options.data)  # also one in which every training diverged
     for mode in modes:
         ended = {trial.method for trial in found.get(mode, [])}
         for name in chosen.methods.keys() - ended:
