@@ -16,7 +16,7 @@ from rich.console import Console
 
 from kitbench.errors import InputError, RunError
 from kitbench.runs.initial import initial_weights
-from kitbench.runs.prepare import Options, choose_sets
+from kitbench.runs.prepare import Options
 from kitbench.runs.queue import run_suite
 from kitbench.spec.fields import Mode
 from kitbench.spec.suite import Data, SetNames, Source, Suite
@@ -114,7 +114,7 @@ def _trial(suite: Suite, options: Options, rate: float, seed: int, console: Cons
         psnr = math.fsum(means) / len(means)
         trial = Trial(method=record.method, lr=rate, psnr_db=psnr, key=record.key)
         found.setdefault(record.mode, []).append(trial)
-    modes, _ = choose_sets(chosen, options.data)  # also one in which every training diverged
+    modes = list(found) or list(chosen.data.embedded.modes)
     for mode in modes:
         ended = {trial.method for trial in found.get(mode, [])}
         for name in chosen.methods.keys() - ended:
