@@ -10,7 +10,9 @@ Cost: 4 H W C^2 for the projections, 2 chunk H W C for the attention in chunks, 
     r) for the dictionary of E entries with queries of r = C / heads numbers.  Linear in H and W.
 Departures: our reading where the paper leaves it open: its third branch, window attention, is left out (baseline
     `window`); the dictionary belongs to one block and is not refined from block to block, because an attention knows
-    no other block; the last chunk is filled from the first instead of with mirrored positions.
+    no other block; the last chunk is filled from the first instead of with mirrored positions; one learned sharpness
+    serves all entries (its code: one each), and logits in the chunks are scaled by 1 / sqrt(d) (its code: by a learned
+    factor).
 """
 
 from __future__ import annotations

@@ -11,8 +11,10 @@ Cost: 4 H W C^2 + 2 m C^2 for the projections, 4 group H W C + 2 m H W C for the
     with m centres; in training another 2 iterations m H W C.  Linear in H and W.
 Departures: our reading where the paper leaves it open: the keys of the centres and the grouping come from the moving
     average in training too (the paper: the refined centres), so that both modes compute the same; no gradient flows
-    through the centres; decay is .99, for recipes of some hundred steps (its code: .999); the last group is filled from
-    the first instead of mirrored, and its next one is the first; no convolution behind the attention.
+    through the centres, which start from random directions (its code: from means of the first batch); decay is .99, for
+    recipes of some hundred steps (its code: .999); the last group is filled from the first instead of mirrored, and its
+    next one is the first; no convolution behind the attention, and no local attention after it (the paper: one in each
+    block; here the baseline `window`).
 Note: the centres move once a forward pass in training, by the images of that pass.  So a batch that is split over
     passes or processes gives other results, and not by rounding alone.
 """

@@ -10,8 +10,11 @@ Cost: 4 H W C^2 for the projections and 3 S H W C for similarities and attention
 Departures: our reading where the paper leaves it open: both samples in one softmax (its code: in turn, block by block);
     the degree grows with the rank of the detail in the image, from 1 to 2 k - 1, so that its mean is k on every image
     (its code: in proportion to the detail, with a budget for each window); detail against a mean and not a bilinear
-    copy of half the size; no convolutions and gates around the aggregation.  Candidates as similar as the last attended
-    one are attended too; where there are fewer candidates than the degree, all are.
+    copy of half the size; all positions share one grid (its code: each has the one that runs through it); scaled dot
+    products without position bias (its code: cosines times a learned factor, and a bias computed from the positions);
+    edges are found in every block (its code: once for a group of blocks); no convolutions and gates around the
+    aggregation.  Candidates as similar as the last attended one are attended too; where there are fewer candidates than
+    the degree, all are.
 """
 
 from __future__ import annotations

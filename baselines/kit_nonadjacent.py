@@ -59,6 +59,11 @@ class Attention(kit.Attention):
         # As plain numbers: while a network is traced, sizes are tensors.
         self.grid = layout.grid(int(x.shape[1]), int(x.shape[2]), self.patch)
 
+    def attended(self, x: Tensor) -> tuple[Tensor, int]:
+        """As KiT's."""
+        self.set_grid(x)
+        return super().attended(x)
+
     def search(self, descriptors: Tensor) -> Tensor:
         """Neighbours int64 [B, N, k] of descriptors [B, N, D] of the patches of the map that was given last."""
         return self.apart(self.candidates(descriptors, descriptors.shape[1]))

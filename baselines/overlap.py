@@ -10,8 +10,9 @@ Cost: 4 H W C^2 for the projections and 2 (1 + overlap)^2 M^2 H W C for the atte
 Parameters: q, k, v and proj as the others; a bias of ((2 + overlap) M - 1)^2 entries a head, where a window has
     (2 M - 1)^2.
 Departures: positions outside the image are not attended (the papers pad keys and values with zeros, which then take
-    part in the softmax); every block is of this kind, where the papers alternate it with another attention.  The
-    windows overlap in every block, so that shift has no purpose and is ignored, as in the papers.
+    part in the softmax); every block is of this kind (HAT: the last of a group of window blocks; X-Restormer: every
+    second, after one over channels); the position bias is HAT's table (X-Restormer: products of the query and learned
+    vectors).  The windows overlap in every block, so that shift has no purpose and is ignored, as in the papers.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 A world gives every method, seed and image a score: the method's true mean, plus effects of the method's seed, of the
 image on the method, and of all three. (What a seed or an image does to all methods alike cancels in differences.) The
 first world has the spreads of the stored runs on CBSD68. Others have other spreads between seeds, seeds and images in
-other numbers, methods of unequal spread, and image effects with heavy or skewed tails. The functions that rates_of the
+other numbers, methods of unequal spread, and image effects with heavy or skewed tails. The functions that judge the
 scores are those that tables and claims call. Printed for each world:
 
 - false marks: share of tables with at least one row marked as different from the best although it is not, the larger of

@@ -6,18 +6,19 @@ its own (kitbench/spec/pools.py), and each evaluation a record in the run's fold
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from kitbench.apply.trained import load_trained
+from kitbench.apply.trained import load_trained, trained_method
 from kitbench.data.own import card_of_set
 from kitbench.data.photograph import Photograph
 from kitbench.data.repetition import images_of
 from kitbench.errors import InputError, Interrupted
 from kitbench.model.backbone import UNet
+from kitbench.model.methods import Restore
 from kitbench.runs.prepare import set_sha256
 from kitbench.runs.source import scoring_digest
 from kitbench.scoring import evaluate
@@ -50,7 +51,8 @@ class PoolScoring:
     def missing(self, folder: RunFolder) -> list[tuple[Evaluation, Protocol]]:
         """What is still to be scored of a run: an evaluation of the same images, and the protocol to score by.
 
-        Raises InputError for sets that the run was not scored on, or whose images here are others.
+        Raises InputError for sets that the run was not scored on, or whose images here are others, and where something
+        is to be scored without weights or method.
         """
         run = folder.run
         found: dict[tuple[str, float | None, str], tuple[Evaluation, Protocol]] = {}
@@ -63,17 +65,20 @@ class PoolScoring:
         if not found:
             wanted = f"none of {', '.join(self.data_sets)}" if self.data_sets else "no set"
             raise InputError(f"{folder.path} was scored on {wanted} yet; score it first, with `kitbench run`.")
-        return [
+        todo = [
             (like, protocol)
             for like, protocol in found.values()
             if folder.evaluation(like.data_set, self._checked(run, like), like.sigma, protocol.stamp) is None
         ]
+        if todo:
+            trained_method(folder, self.method_file)
+        return todo
 
     def score(self, folder: RunFolder, stop: Stop, advance: Callable[[int, int], None]) -> int:
         """Score and store what is missing of a run; the number of evaluations that were made.
 
-        advance: called with the images done and their total. Raises InputError for a run without weights, Interrupted
-        between two images once `stop()` is true, RunError for an image that cannot be scored.
+        advance: called with the images done and their total. Raises InputError as `missing`, Interrupted between two
+        images once `stop()` is true, RunError for an image that cannot be scored.
         """
         todo = self.missing(folder)
         if not todo:
@@ -87,13 +92,14 @@ class PoolScoring:
         done = 0
         with folder.lock():
             for like, protocol in todo:
-                scores = []
-                for score in self._scores(run, model, like, protocol):
-                    scores.append(score)
+                restore, conditions = self._scorer(run, model, like, protocol)
+                scores: list[Score] = []
+                for photo in self.photographs(like.data_set, run.mode):
+                    if stop():
+                        raise Interrupted(f"stopped while scoring {folder.path.name}; complete evaluations are kept")
+                    scores += evaluate.scores(restore, [photo], conditions)
                     done += 1
                     advance(done, total)
-                    if stop() and done < total:
-                        raise Interrupted(f"stopped while scoring {folder.path.name}; what was scored is kept")
                 record = Evaluation(
                     key=run.key, data_set=like.data_set, data_sha256=like.data_sha256, sigma=like.sigma,
                     protocol=protocol, stamp=protocol.stamp, numerics=numerics(scoring_digest()),
@@ -110,14 +116,16 @@ class PoolScoring:
             self._sets[name, mode] = images_of(card_of_set(name), self.root, mode)
         return self._sets[name, mode]
 
-    def _scores(self, run: Run, model: UNet, like: Evaluation, protocol: Protocol) -> Iterator[Score]:
+    def _scorer(
+        self, run: Run, model: UNet, like: Evaluation, protocol: Protocol
+    ) -> tuple[Restore, evaluate.Conditions]:
+        """The network as a function of an image, and under which conditions images are scored."""
         assert run.recipe is not None
         net = protocol.lpips
         if net != "none" and net not in self._lpips and available(net, self.lpips_weights) is None:
             self._lpips[net] = LPIPS(net, self.lpips_weights)
         restore = evaluate.network(model, self.device, protocol, run.recipe.precision)
-        conditions = evaluate.Conditions(like.data_set, run.task, like.sigma, protocol, self._lpips.get(net))
-        return evaluate.scores(restore, self.photographs(like.data_set, run.mode), conditions)
+        return restore, evaluate.Conditions(like.data_set, run.task, like.sigma, protocol, self._lpips.get(net))
 
     def _checked(self, run: Run, like: Evaluation) -> str:
         """The digest of a test set's images here, which must be those that the run was scored on."""

@@ -127,7 +127,7 @@ def network_features(model: UNet, image: Tensor) -> Iterator[FeatureMap]:
 
 
 def _count(found: Recall, scene: Scene, sigma: float, features: FeatureMap, patch: int) -> None:
-    """Add what is found on one map with patches of one size."""
+    """Add what is found on one map with patches of one size, for each k that does not exceed their number."""
     side = patch * features.stride
     if scene.side % side:
         return
@@ -141,10 +141,10 @@ def _count(found: Recall, scene: Scene, sigma: float, features: FeatureMap, patc
     width = descriptors.shape[-1]
     rotations = torch.randn(ROUNDS, width, retrieval.MAX_BUCKETS // 2, generator=random).to(descriptors.device)
     # Both searches order what they find, so that the best k are the first k.
-    most = max(NEIGHBOURS)
+    most = min(max(NEIGHBOURS), len(group))
     exact = retrieval.exact(descriptors, most)[0].cpu().numpy()
     hashed = retrieval.lsh(descriptors, most, rotations, CHUNK, adjacent=True)[0].cpu().numpy()
-    for k in NEIGHBOURS:
+    for k in (k for k in NEIGHBOURS if k <= len(group)):
         search = Search(features.name, features.descriptor, patch, k)
         tally = found.setdefault((scene.kind, search), {}).setdefault(sigma, Tally())
         having = copies > 0

@@ -19,6 +19,22 @@ from kitbench.store.records import Run
 def load_trained(folder: RunFolder, method_file: Path | None, device: torch.device) -> tuple[UNet, Run]:
     """The trained network of a run, in evaluation mode. Raises InputError where there is none or it does not fit.
 
+    method_file: as in `trained_method`.
+    """
+    loaded, run = trained_method(folder, method_file), folder.run
+    assert run.backbone is not None
+    model = UNet(CHANNELS[run.mode], run.backbone, loaded, dict(run.settings), derive(run.seed, "model"))
+    try:
+        model.load_state_dict(trained_state(folder))
+    except RuntimeError as error:
+        fault = str(error).splitlines()[0]
+        raise InputError(f"{folder.weights} does not fit the run's network ({fault}); train the run again.") from error
+    return model.to(device).eval(), run
+
+
+def trained_method(folder: RunFolder, method_file: Path | None) -> methods.Loaded:
+    """The method of a trained run. Raises InputError where the run is not trained, or weights or method are not here.
+
     method_file: the Python file of a method that is not shipped; it must be the one that the run was trained with.
     """
     run = folder.run
@@ -32,10 +48,4 @@ def load_trained(folder: RunFolder, method_file: Path | None, device: torch.devi
     loaded = methods.load_method(run.attention if shipped else str(method_file), run.method)
     if not shipped and loaded.source_sha256 != run.attention:
         raise InputError(f"{method_file} is not the version that {folder.path.name} was trained with; give that one.")
-    model = UNet(CHANNELS[run.mode], run.backbone, loaded, dict(run.settings), derive(run.seed, "model"))
-    try:
-        model.load_state_dict(trained_state(folder))
-    except RuntimeError as error:
-        fault = str(error).splitlines()[0]
-        raise InputError(f"{folder.weights} does not fit the run's network ({fault}); train the run again.") from error
-    return model.to(device).eval(), run
+    return loaded

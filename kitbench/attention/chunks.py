@@ -1,8 +1,8 @@
 """Attention of tokens in an order that puts related ones side by side: cut into chunks that attend the chunks around.
 
-The order is closed to a circle, so that every chunk has neighbours.  Who sorts tokens by hash code, nearest centre or
-category attends with this.  Source: Reformer (Kitaev et al., ICLR 2020, section 2); the circle instead of padding is
-our own.
+The order is closed to a circle, so that every chunk has neighbours.  The attentions that sort tokens by hash code,
+nearest centre or category share this.  Source: Reformer (Kitaev et al., ICLR 2020, section 2); the circle instead of
+padding is our own.
 
 B images of N tokens.  A table is [B, N, ...]; an order is int64 [B, N], a permutation of the tokens of each image.
 """

@@ -25,13 +25,25 @@ from kitbench.errors import ExitCode, InputError
 @click.option("--protocol", help="Only rows of this protocol (id, or id.vN).")
 @click.option("--out", type=click.Path(path_type=Path), help="Write to this file instead of the terminal.")
 @click.option("--wide", is_flag=True, help="Terminal: all columns, however wide.")
-def table(paths: tuple[Path, ...], form: Any, protocol: str | None, out: Path | None, wide: bool) -> None:
+@click.option("--against", metavar="METHOD", help="Instead: how far all others lie above this method, set by set.")
+def table(
+    paths: tuple[Path, ...], form: Any, protocol: str | None, out: Path | None, wide: bool, against: str | None
+) -> None:
     """Print a table of stored runs, given by their folders or by folders that contain such folders."""
     from kitbench.store.folder import find
     from kitbench.verdict.render import render
 
+    if against is not None and form not in ("markdown", "terminal"):
+        raise InputError(f"--against prints Markdown, on the terminal too, but --format is {form}; leave it out.")
     runs = find(paths)
-    give(render(runs, form, protocol, wide), out)
+    if against is None:
+        text = render(runs, form, protocol, wide)
+    else:
+        from kitbench.verdict.against import against_sheets
+        from kitbench.verdict.sheets import sheet_markdown
+
+        text = "\n".join(map(sheet_markdown, against_sheets(runs, against, protocol)))
+    give(text, out)
     for failure in filter(None, (run.failure for run in runs)):
         click.secho(f"failed, so missing or incomplete in the table: {failure}", fg="red", err=True)
 

@@ -6,9 +6,9 @@ content of the same kind. A scene is one of two:
 - copies: a ground without repetition, on which squares stand twice, at a known distance;
 - periodic: one square, repeated over the whole image.
 
-The ground is value noise: sums of smoothly interpolated random grids of 64 px down to 2 px, nearly alike in contrast at
-every scale, as photographs are. All arithmetic is in integers on raw bits of Philox, whose stream NumPy guarantees, so
-that the pixels are the same on every platform; the checksums on the cards state them.
+The ground is value noise: sums of linearly interpolated random grids of 64 px down to 2 px, the finer the weaker.
+All arithmetic is in integers on raw bits of Philox, whose stream NumPy guarantees, so that the pixels are the same on
+every platform; the checksums on the cards state them.
 """
 
 from __future__ import annotations

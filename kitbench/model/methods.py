@@ -91,9 +91,9 @@ class Loaded:
             if key not in self.settings:
                 raise InputError(f"Method {self.name!r} has no setting {key!r}; {nearest(key, self.settings)}")
             try:
-                resolved[key] = TypeAdapter(self.settings[key][0]).validate_python(
-                    value, strict=not isinstance(value, int)
-                )
+                # Lax for whole numbers alone: they may stand for floats. True is no number.
+                adapter = TypeAdapter(self.settings[key][0])
+                resolved[key] = adapter.validate_python(value, strict=type(value) is not int)
             except ValidationError as error:
                 message = error.errors(include_url=False)[0]["msg"]
                 raise InputError(
@@ -237,7 +237,7 @@ def _setting(parameter: inspect.Parameter, init: Callable[..., None], where: str
 
 def check_method(method: Loaded, levels: Mapping[int, tuple[int, int, int]], settings: Mapping[str, Any]) -> None:
     """Run the attention forward and backward at each level's (channels, heads, side) before any training, and what else
-    a run will call of it: `macs` and `report`.
+    a run will call of it: `macs`, `needed_macs`, `report` and `attended`.
 
     Raises InputError where it fails, returns another shape or dtype than its input's or values that are not finite, or
     has trainable parameters without a gradient: DistributedDataParallel would wait for them forever.
@@ -284,21 +284,50 @@ def _trial(module: nn.Module, x: torch.Tensor) -> str | None:
 
 
 def _extras(module: Any, x: torch.Tensor) -> str | None:
-    """What is wrong with the results of `macs` and `report`, where the module has them; None where nothing is."""
+    """What is wrong with what `macs`, `needed_macs`, `report` and `attended` return, where the module has them.
+
+    None where nothing is. x: [B, H, W, C].
+    """
     import torch
 
-    if hasattr(module, "macs"):
-        macs = module.macs(x.shape[1], x.shape[2])
-        if type(macs) is not int:
-            return f"macs(height, width) returned {macs!r}, expected a whole number (int) of multiply-adds of one image"
-    if hasattr(module, "report"):
-        with torch.inference_mode():
+    for name in ("macs", "needed_macs"):
+        if hasattr(module, name):
+            macs = getattr(module, name)(x.shape[1], x.shape[2])
+            if type(macs) is not int:
+                return (
+                    f"{name}(height, width) returned {macs!r}, expected a whole number (int) of multiply-adds of one "
+                    "image"
+                )
+    if hasattr(module, "needed_macs") and not hasattr(module, "macs"):
+        return "it has needed_macs but no macs(height, width), the multiply-adds executed; add it"
+    with torch.inference_mode():
+        if hasattr(module, "report"):
             report = module.eval().report(x.detach())
-        try:
-            json.dumps(dict(report))
-        except (TypeError, ValueError) as error:
-            return f"report(x) must return a dictionary of numbers and texts, which JSON can hold: {error}"
+            try:
+                json.dumps(dict(report))
+            except (TypeError, ValueError) as error:
+                return f"report(x) must return a dictionary of numbers and texts, which JSON can hold: {error}"
+        if hasattr(module, "attended") and not _are_patches(module.eval().attended(x.detach()), len(x)):
+            return (
+                "attended(x) must return the patches that each patch attends, int64 [B, N, k], itself first, numbered "
+                "row by row from 0, and the number of columns of their grid (int)"
+            )
     return None
+
+
+def _are_patches(found: Any, batch: int) -> bool:
+    """Whether `found` is what a method `attended` must return for a batch of so many images."""
+    import torch
+
+    if not (isinstance(found, tuple | list) and len(found) == 2 and isinstance(found[0], torch.Tensor)):
+        return False
+    patches, columns = found
+    if patches.dtype != torch.int64 or patches.dim() != 3 or len(patches) != batch or not patches.numel():
+        return False
+    count = patches.shape[1]
+    whole_rows = type(columns) is int and columns >= 1 and count % columns == 0
+    itself_first = bool((patches[..., 0] == torch.arange(count, device=patches.device)).all())
+    return whole_rows and itself_first and int(patches.min()) >= 0 and int(patches.max()) < count
 
 
 def _forward_of(module: nn.Module, x: torch.Tensor) -> str:

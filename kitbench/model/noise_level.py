@@ -31,19 +31,22 @@ def at_noise_level(network: nn.Module, sigma: float | None, method: str) -> nn.M
 
     A second argument of forward is the noise level where it has no default, or is named `sigma`. sigma: in 8-bit grey
     levels; None where the task states none. method: its name, for messages. Raises InputError where forward requires
-    other arguments, or a noise level that the task does not state.
+    other arguments or a noise level that the task does not state, or takes `sigma` in another place where it is stated.
     """
     signature = inspect.signature(network.forward)
     places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     second = [p for p in signature.parameters.values() if p.kind in places][1:2]
     takes_level = any(p.default is p.empty or p.name == "sigma" for p in second)
+    refusal = InputError(
+        f"Method {method!r}: forward must take (x), or (x, sigma) where the network needs the noise level, found "
+        f"{signature}."
+    )
+    if sigma is not None and "sigma" in signature.parameters and all(p.name != "sigma" for p in second):
+        raise refusal  # it would be left out, and the network scored without
     try:
         signature.bind(*[None] * (1 + takes_level))
     except TypeError as error:
-        raise InputError(
-            f"Method {method!r}: forward must take (x), or (x, sigma) where the network needs the noise level, "
-            f"found {signature}."
-        ) from error
+        raise refusal from error
     if not takes_level or (sigma is None and second[0].default is not inspect.Parameter.empty):
         return network
     if sigma is None:

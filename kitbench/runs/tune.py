@@ -11,10 +11,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from kitbench.errors import InputError, RunError
+from kitbench.runs.cell import decisive
 from kitbench.runs.initial import initial_weights
 from kitbench.runs.prepare import Options
 from kitbench.runs.queue import run_suite
@@ -22,7 +24,7 @@ from kitbench.spec.fields import Mode
 from kitbench.spec.suite import Data, SetNames, Source, Suite
 from kitbench.spec.tasks import Denoise
 from kitbench.store.folder import RunFolder
-from kitbench.store.records import Trial, Tuning, read_record
+from kitbench.store.records import Run, Trial, Tuning, read_record, shared_with_search
 
 FACTOR = 2.0
 """Between two neighbouring rates of the grid."""
@@ -59,13 +61,18 @@ def tune(suite: Suite, options: Options, search: Search, console: Console) -> li
     if search.seed in suite.seeds:
         raise InputError(f"--seed {search.seed} is one of the suite's seeds, whose runs are compared; give another.")
     suite, _ = initial_weights(suite, options.out)  # trials have a folder of their own, where no hash would be found
-    rates, trials, widened = search.rates, dict[Mode, list[Trial]](), 0
+    rates, scored, widened = search.rates, dict[Mode, list[Trial]](), 0
+    shared: dict[Mode, dict[str, Any]] = {}
     todo: Sequence[float] = rates
     while todo:
         for rate in todo:
             console.print(f"[bold]trial[/bold]     learning rate {rate:g}", highlight=False)
-            for mode, found in _trial(suite, options, rate, search.seed, console).items():
-                trials.setdefault(mode, []).extend(found)
+            for run, trial in _trial(suite, options, rate, search.seed, console):
+                scored.setdefault(run.mode, []).append(trial)
+                shared[run.mode] = shared_with_search(run.identity)
+        # A mode whose sets are missing has no trial; where no mode has any, all diverged.
+        modes = scored or _source(suite, options)
+        trials = {mode: with_diverged(scored.get(mode, ()), list(suite.methods), rates) for mode in modes}
         best = {mode: best_rates(own) for mode, own in trials.items()}
         todo = beyond(rates, [rate for own in best.values() for rate in own.values()]) if widened < WIDENINGS else ()
         rates, widened = tuple(sorted((*rates, *todo))), widened + bool(todo)
@@ -76,6 +83,7 @@ def tune(suite: Suite, options: Options, search: Search, console: Console) -> li
             lr=suite.recipe.lr, rates=rates, widened=widened > 0,
             validation=", ".join(_source(suite, options)[mode].validation),
             trials=tuple(sorted(own, key=lambda trial: (trial.method, trial.lr))), best=best[mode],
+            shared=shared[mode],
         )  # fmt: skip
         RunFolder(options.out).write(record_name(suite, mode), record)
         records.append(record)
@@ -89,6 +97,13 @@ def beyond(rates: Sequence[float], best: Sequence[float]) -> tuple[float, ...]:
     return (*low, *high)
 
 
+def with_diverged(scored: Sequence[Trial], methods: Sequence[str], rates: Sequence[float]) -> list[Trial]:
+    """These trials of one mode and, without a score, those of all other methods and rates: their training diverged."""
+    known = {(trial.method, trial.lr) for trial in scored}
+    absent = [(method, rate) for method in methods for rate in rates if (method, rate) not in known]
+    return [*scored, *(Trial(method=method, lr=rate, psnr_db=None, key="") for method, rate in absent)]
+
+
 def best_rates(trials: Sequence[Trial]) -> dict[str, float]:
     """By method, the rate with the highest PSNR, the lower of two equal ones. Raises RunError where there is none."""
     best = {}
@@ -100,25 +115,19 @@ def best_rates(trials: Sequence[Trial]) -> dict[str, float]:
     return best
 
 
-def _trial(suite: Suite, options: Options, rate: float, seed: int, console: Console) -> dict[Mode, list[Trial]]:
-    """Every method trained at one rate; by mode."""
+def _trial(suite: Suite, options: Options, rate: float, seed: int, console: Console) -> list[tuple[Run, Trial]]:
+    """Every method trained at one rate, as far as its training did not diverge."""
     chosen = trial_suite(suite, _source(suite, options), rate, seed)
     complete, failed = run_suite(chosen, replace(options, out=options.out / "tuning"), console)
     other = [sentence for sentence in failed if "training diverged" not in sentence]
     if other:
         raise RunError(f"{len(other)} trials failed: " + "; ".join(other))
-    found: dict[Mode, list[Trial]] = {}
+    found = []
     for folder in complete:
         record = folder.run
         means = [evaluation.mean_psnr for evaluation in folder.evaluations()]
         psnr = math.fsum(means) / len(means)
-        trial = Trial(method=record.method, lr=rate, psnr_db=psnr, key=record.key)
-        found.setdefault(record.mode, []).append(trial)
-    modes = list(found) or list(chosen.data.embedded.modes)
-    for mode in modes:
-        ended = {trial.method for trial in found.get(mode, [])}
-        for name in chosen.methods.keys() - ended:
-            found.setdefault(mode, []).append(Trial(method=name, lr=rate, psnr_db=None, key=""))
+        found.append((record, Trial(method=record.method, lr=rate, psnr_db=psnr, key=record.key)))
     return found
 
 
@@ -154,25 +163,56 @@ def trial_suite(suite: Suite, sets: Mapping[Mode, SetNames], rate: float, seed: 
 
 
 def record_name(suite: Suite, mode: Mode) -> str:
-    return f"tuning-{suite.name}-{suite.preset}-{mode}.json"
+    """Searches at several lengths of training lie side by side: claims need those of two."""
+    return f"tuning-{suite.name}-{suite.preset}-{mode}-{suite.recipe.steps}.json"
+
+
+def _stored(suite: Suite, mode: Mode, out: Path) -> tuple[Path, Tuning] | None:
+    """The search of this suite, preset, mode and length, whatever its file is called; None where there is none.
+
+    Raises InputError where all searches there are of other lengths.
+    """
+    read = [(path, read_record(Tuning, path)) for path in sorted(out.glob("tuning*.json"))]
+    own = [(path, r) for path, r in read if (r.suite, r.preset, r.mode) == (suite.name, suite.preset, mode)]
+    found = [(path, record) for path, record in own if record.steps == suite.recipe.steps]
+    if own and not found:
+        path, record = own[0]
+        raise InputError(
+            f"{path} was made with {record.steps} steps, this recipe has {suite.recipe.steps}; run `kitbench tune` "
+            f"with the same recipe."
+        )
+    return next(iter(found), None)
+
+
+def _check_shared(suite: Suite, record: Tuning, path: Path) -> None:
+    """Raises InputError where a search was made with another recipe or backbone; earlier records do not say."""
+    parts = shared_with_search({"recipe": decisive(suite.recipe), "backbone": suite.backbone.model_dump(mode="json")})
+    differing = [
+        f"{part}.{key}"
+        for part, ours in parts.items()
+        for theirs in [record.shared.get(part, ours)]
+        for key in dict.fromkeys((*ours, *theirs))
+        if ours.get(key) != theirs.get(key)
+    ]
+    if differing:
+        raise InputError(
+            f"{path} was made with another {', '.join(differing)}; run `kitbench tune` with the same recipe and "
+            f"backbone."
+        )
 
 
 def tuned_suites(suite: Suite, out: Path) -> list[Suite]:
     """Parts of a suite, in each of which every method is trained at its own best rate: one for each mode and rate.
 
-    Raises InputError where no search is stored in `out`, it was made with other steps, or it lacks a method.
+    Raises InputError where no search is stored in `out`, it was made with another recipe or backbone, or a
+    method is not in it.
     """
     sources, found = {name: getattr(suite.data, name) for name in ("embedded", "folder")}, []
     for mode in dict.fromkeys(mode for source in sources.values() for mode in source.modes):
-        path = out / record_name(suite, mode)
-        if not path.is_file():
+        if (search := _stored(suite, mode, out)) is None:
             continue
-        record: Tuning = read_record(Tuning, path)
-        if record.steps != suite.recipe.steps:
-            raise InputError(
-                f"{path} was made with {record.steps} steps, this recipe has {suite.recipe.steps}; run `kitbench tune` "
-                f"with the same recipe."
-            )
+        path, record = search
+        _check_shared(suite, record, path)
         lacking = suite.methods.keys() - record.best.keys()
         if lacking:
             raise InputError(f"{path} holds no rate of {', '.join(sorted(lacking))}; run `kitbench tune` again.")

@@ -10,8 +10,6 @@ from kitbench.spec.suite import Protocol
 
 WHOLE = 0
 """A protocol's `tile` for whole images."""
-SIZES = (64, 128, 256, 512, WHOLE)
-"""Tiles that methods are scored at by default, pixels."""
 
 
 def pool_overlap(tile: int) -> int:
@@ -22,12 +20,13 @@ def pool_overlap(tile: int) -> int:
 def pool_protocol(protocol: Protocol, tile: int) -> Protocol:
     """The member with tiles of this side (0: whole images) of a protocol's family; all other keys are the protocol's.
 
-    A shipped protocol of its name and content is that member. Raises pydantic's ValidationError for a tile below 32.
+    So is the version, but a shipped protocol of the member's name and content is that member. Raises pydantic's
+    ValidationError for a tile below 32.
     """
     base = re.sub(r"-tile\d*$", "", protocol.id)
     keys = protocol.model_dump(exclude={"id", "version", "summary", "tile", "overlap", "placement"})
     member = Protocol(
-        id=f"{base}-tile{tile}" if tile else base, version=1, tile=tile, overlap=pool_overlap(tile),
+        id=f"{base}-tile{tile}" if tile else base, version=protocol.version, tile=tile, overlap=pool_overlap(tile),
         placement="even" if tile else "edge", **keys,
         summary=f"As {base}, restored in tiles of {tile} px at equal distances." if tile else f"As {base}.",
     )  # fmt: skip

@@ -234,6 +234,8 @@ class Tuning(Frozen):
     trials: tuple[Trial, ...]
     best: dict[str, float]
     """By method: the rate of its trial with the highest PSNR."""
+    shared: dict[str, Any] = Field(default_factory=dict)
+    """`shared_with_search` of every trial. Empty in records of earlier versions."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -249,6 +251,16 @@ class Tuning(Frozen):
             if scored[self.best[method]] < max(scored.values()):
                 raise ValueError(f"the best rate of method {method} is not that of its trial with the highest PSNR")
         return self
+
+
+def shared_with_search(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a run's identity that a search of rates for it must have: task, training images, backbone, recipe.
+
+    Without the rate itself, and what says where a run was made.
+    """
+    found = {key: value for key, value in identity.items() if key not in ("attention", "settings", "seed", "device")}
+    recipe = {key: value for key, value in identity["recipe"].items() if key not in ("lr", "threads")}
+    return found | {"recipe": recipe}
 
 
 class Origin(Frozen):

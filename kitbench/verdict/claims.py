@@ -35,7 +35,7 @@ from kitbench.verdict.growth import Part, costly, linear_measured, linear_operat
 from kitbench.verdict.proposals import contrast_command, run_command
 from kitbench.verdict.provenance import Deviation, deviation_text, deviations
 from kitbench.verdict.retrieval import Retrieval, noted
-from kitbench.verdict.statistics import mean_interval
+from kitbench.verdict.statistics import MOST_SEEDS, mean_interval, seeds_to_find
 
 FULL_STEPS = 100_000
 """Training steps from which on a run may speak of the state of the art."""
@@ -204,20 +204,27 @@ def in_words(compared: Compared) -> str:
     text += f", {seeds}, {images}"
     if compared.detectable is not None:
         text += f", which detect {compared.detectable:.2f} dB or more with 80 % power"
+        if not compared.decided:
+            needed = seeds_to_find(found.spread, compared.family)
+            more = f"takes {needed} seeds" if needed else f"is out of reach of {MOST_SEEDS} seeds"
+            text += f"; to find a difference of {abs(found.mean):.3f} dB {more}"
     return text + (f" ({found.note})" if found.note else "")
 
 
 def _best_of_all(kind: Kind, contrasts: Sequence[Contrast], runs: Runs) -> Part:
-    """Whether KiT is better than every other attention, of recipes that are long enough to ask."""
+    """Whether KiT is better than every other attention; contrasts of too short recipes decide nothing."""
     question = f"On {TASKS[kind]}, does KiT restore better than global, window and local attention?"
-    verdict = combined(contrast.verdict for contrast in contrasts)
-    undecided = [contrast for contrast in contrasts if contrast.verdict == UNDECIDED]
-    reason = undecided[0].reason if verdict == UNDECIDED else ""
-    steps = max((setup.steps for contrast in contrasts for setup in contrast.setups), default=0)
+    longest = [max((setup.steps for setup in contrast.setups), default=0) for contrast in contrasts]
+    short = [steps for steps in longest if 0 < steps < FULL_STEPS]
+    verdicts = [UNDECIDED if steps < FULL_STEPS else c.verdict for steps, c in zip(longest, contrasts, strict=True)]
+    verdict, reason, command = combined(verdicts), "", ""
+    if verdict == UNDECIDED:
+        open_one = next(c for c, own in zip(contrasts, verdicts, strict=True) if own == UNDECIDED)
+        reason = f"{max(short):,} steps of training say nothing of the state of the art" if short else open_one.reason
+        enough = not short and max(longest) >= FULL_STEPS
+        command = contrast_command(open_one, runs) if enough else run_command(None, [], task=kind)
     if runs.smoke and not runs.blocks:
         reason = "only smoke runs are stored, which settle no claim"
-    elif steps and steps < FULL_STEPS:
-        verdict, reason = UNDECIDED, f"{steps:,} steps of training say nothing of the state of the art"
     evidence = "; ".join(
         f"{setup}: {compared.a} - {compared.b} {compared.found.mean:+.3f} dB"
         + (f", adjusted p {compared.p_holm:.3g}" if compared.p_holm is not None else "")
@@ -225,9 +232,6 @@ def _best_of_all(kind: Kind, contrasts: Sequence[Contrast], runs: Runs) -> Part:
         for setup, compared in contrast.setups.items()
     )
     keys = dict.fromkeys(k for contrast in contrasts for compared in contrast.setups.values() for k in compared.runs)
-    command = ""
-    if verdict == UNDECIDED:
-        command = contrast_command(undecided[0], runs) if steps >= FULL_STEPS else run_command(None, [], task=kind)
     evidence += _unlike(runs, keys)
     return Part(question, verdict, evidence + (_left_out(runs) if evidence else ""), tuple(keys), command, reason)
 
@@ -246,9 +250,16 @@ def _reach(runs: Runs) -> Part:
 
 def _noted(runs: Runs, question: str, value: Callable[[Retrieval], np.ndarray], what: str, bound: float) -> Part:
     """A part that is supported where the interval over seeds of a value that KiT's runs noted lies above a bound."""
-    block = next(iter(runs.with_methods("kit")), None)
+    of_blocks = [
+        (block, [e for group in block.methods["kit"].values() for e in group]) for block in runs.with_methods("kit")
+    ]
+    # The longest training whose runs say it, and of several seeds where there are such.
+    block, of_kit = max(
+        of_blocks,
+        key=lambda pair: (noted(pair[1]) is not None, len({e.run.seed for e in pair[1]}) > 1),
+        default=(None, []),
+    )
     command = run_command(block, ["kit"])
-    of_kit = [e for group in (block.methods["kit"] if block else {}).values() for e in group]
     found = noted(of_kit)
     if found is None:
         measured = any(entry.training and entry.training.notes for entry in of_kit)
@@ -256,7 +267,8 @@ def _noted(runs: Runs, question: str, value: Callable[[Retrieval], np.ndarray], 
         reason = only if measured else "no stored run of kit noted its retrieval"
         return Part(question, UNDECIDED, "", command=command, reason=reason)
     values = value(found)
-    words = f"{len(values)} seed{'s' * (len(values) > 1)}: {found}{_unlike(runs, found.runs)}"
+    after = f"{block.steps:,} steps, " if block else ""
+    words = f"{after}{len(values)} seed{'s' * (len(values) > 1)}: {found}{_unlike(runs, found.runs)}"
     interval = mean_interval(values)
     if interval is None:
         return Part(question, UNDECIDED, words, tuple(found.runs), command, "no interval over seeds")
@@ -277,6 +289,6 @@ def markdown(found: Sequence[Claim]) -> str:
             if part.runs:
                 lines.append(f"  Runs: {', '.join(part.runs)}.")
             if part.command:
-                lines.append(f"  To decide it: `{part.command}`")
+                lines.append(f"  Next step: `{part.command}`")
         lines.append("")
     return "\n".join(lines)

@@ -20,14 +20,19 @@ Columns = Mapping[Column, Sequence[Entry]]
 K = TypeVar("K", bound=Hashable)
 SCENES = {
     "Levin09": r"(im\d+)_kernel",
-    "GoPro": r"([^/]+)/blur/",
-    "GoPro-gamma": r"([^/]+)/blur_gamma/",
-    "RealBlur-J": r".*/([^/]+)/blur/",
-    "RealBlur-R": r".*/([^/]+)/blur/",
+    "GoPro": r".*(GOPR\d+_\d+_\d+)",
+    "GoPro-gamma": r".*(GOPR\d+_\d+_\d+)",
+    "HIDE": r".*from(GOPR\d+)",
+    "RealBlur-J": r".*(scene\d+)",
+    "RealBlur-R": r".*(scene\d+)",
     "SIDD-validation": r".*/(\d+)_\d+$",
+    "PolyU": r"(?:.*/)?(.+)_\d+_real$",
+    "Test2800": r"(?:.*/)?(\d+)_\d+$",
 }
-"""Sets that hold several images of one scene (kernels, frames of a video, shots, blocks of a picture), with what names
-the scene in an image's name. Such images are no independent images."""
+"""Sets that hold several images of one scene (kernels, frames of a video, shots, blocks or regions of a picture,
+several rains), with what names the scene in an image's name. Such images are no independent images."""
+SAME_SCENES = {"GoPro-gamma": "GoPro", "RealBlur-R": "RealBlur-J", "Repetition-none": "Repetition"}
+"""Sets that show the scenes of another one."""
 
 
 def heading(column: Column) -> str:
@@ -47,6 +52,8 @@ class Compared:
     """Adjusted over all comparisons of the same family (a table, a page of claims)."""
     detectable: float | None = None
     """The smallest true difference in dB that would be found with 80 % power after that correction."""
+    family: int = 1
+    """How many comparisons were corrected together."""
 
     @property
     def decided(self) -> bool:
@@ -68,8 +75,8 @@ def paired_scores(methods: Sequence[Columns]) -> Scores | None:
     """Scores of methods over the columns, seeds and images that all have; None where there are none.
 
     The conditions (noise levels) of an image are averaged, because they are no independent images; so are the images of
-    one scene (`SCENES`), which stand for one image. An image that any method restored exactly has no finite PSNR and is
-    left out.
+    one scene (`SCENES`), in one set or in two (`SAME_SCENES`), which stand for one image. An image that any method
+    restored exactly has no finite PSNR and is left out.
     """
     columns = sorted(set.intersection(*(set(columns) for columns in methods)))
     tables = [{column: _by_seed(of[column]) for column in columns} for of in methods]
@@ -86,15 +93,21 @@ def paired_scores(methods: Sequence[Columns]) -> Scores | None:
     by_scene: dict[tuple[str, str], list[Array]] = {}
     for (data_set, image), mean in means.items():
         if np.isfinite(mean).all():
-            by_scene.setdefault((data_set, scene(data_set, image)), []).append(mean)
+            by_scene.setdefault((SAME_SCENES.get(data_set, data_set), scene(data_set, image)), []).append(mean)
     stacked = [np.mean(values, 0) for values in by_scene.values()]
     return Scores(np.stack(stacked, -1), tuple(seeds), tuple(by_scene)) if stacked else None
 
 
 def scene(data_set: str, image: str) -> str:
-    """What an image of a set shows: the image itself, except in a set of `SCENES`."""
-    found = re.match(SCENES[data_set], image) if data_set in SCENES else None
-    return found[1] if found else image
+    """What an image of a set shows: the image itself, except in a set of `SCENES`.
+
+    There it is nothing (an empty text) where the name of the image does not say it: all such images count as one, since
+    nobody knows which of them are independent.
+    """
+    if data_set not in SCENES:
+        return image
+    found = re.match(SCENES[data_set], image)
+    return found[1] if found else ""
 
 
 def _by_seed(entries: Iterable[Entry]) -> dict[int, dict[str, float]]:
@@ -129,7 +142,7 @@ def adjusted(compared: Sequence[Compared]) -> list[Compared]:
 def with_correction(compared: Compared, p_holm: float, family: int) -> Compared:
     """A comparison with its adjusted p value (NaN: none) among `family` comparisons."""
     p = None if math.isnan(p_holm) else p_holm
-    return replace(compared, p_holm=p, detectable=detectable(compared.found.spread, family))
+    return replace(compared, p_holm=p, detectable=detectable(compared.found.spread, family), family=family)
 
 
 def equal_seeds(methods: Mapping[str, Columns]) -> list[str]:

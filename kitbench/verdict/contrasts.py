@@ -18,8 +18,8 @@ import numpy as np
 
 from kitbench.spec.fields import digest
 from kitbench.spec.shipped import suite_names
-from kitbench.store.records import Run, Tuning
-from kitbench.verdict.compare import Column, Compared, compare, with_correction
+from kitbench.store.records import Run, Tuning, shared_with_search
+from kitbench.verdict.compare import Column, Compared, compare, paired_scores, with_correction
 from kitbench.verdict.entries import Entry, bare_label, labels
 from kitbench.verdict.statistics import ALPHA, corrected
 
@@ -153,18 +153,34 @@ class Runs:
         return [block for block in self.blocks if set(methods) <= block.methods.keys()]
 
     def tuning(self, block: ComparedRuns) -> Tuning | None:
+        """The search of rates that holds for a comparison: of its suite, preset, mode and length.
+
+        Its task, images, backbone and recipe must be those of the comparison too, which records of earlier versions do
+        not state.
+        """
         run = block.first.run
         wanted = run.suite, run.preset, run.mode, block.steps
-        return next((t for t in self.tunings if (t.suite, t.preset, t.mode, t.steps) == wanted), None)
+        own = [t for t in self.tunings if (t.suite, t.preset, t.mode, t.steps) == wanted]
+        return next((t for t in own if t.shared in ({}, shared_with_search(run.identity))), None)
+
+    def under_one_recipe(self, a: str, b: str) -> dict[int, ComparedRuns]:
+        """By steps, the comparisons that measure the contrast a - b under one recipe: the two longest with such pairs.
+
+        Of several of one length, that at the recipe's own rate, else the weightiest.
+        """
+        found: dict[int, list[ComparedRuns]] = {}
+        for block in self.with_methods(a, b):
+            if paired_scores([block.methods[a], block.methods[b]]) is not None:
+                found.setdefault(block.steps, []).append(block)
+        return {
+            steps: next((block for block in found[steps] if self.at_own_rate(block)), found[steps][0])
+            for steps in sorted(found)[-2:]
+        }
 
     def compare(self, a: str, b: str) -> dict[Setup, Compared]:
         """The contrast a - b under every setup that was run, at the two longest trainings."""
-        candidates: dict[int, list[ComparedRuns]] = {}
-        for block in self.with_methods(a, b):
-            candidates.setdefault(block.steps, []).append(block)
         found: dict[Setup, Compared | None] = {}
-        for steps in sorted(candidates)[-2:]:
-            one = next((block for block in candidates[steps] if self.at_own_rate(block)), candidates[steps][0])
+        for steps, one in self.under_one_recipe(a, b).items():
             found[Setup(ONE, steps)] = compare_methods(one, a, b)
             tuning = self.tuning(one)
             if tuning is not None and (tuned := self._tuned(one, tuning, (a, b))) is not None:
@@ -202,7 +218,7 @@ def select(found: Sequence[Entry], tunings: Sequence[Tuning]) -> Runs:
     """
     trained = [entry for entry in found if entry.run.comparison]
     trials = {trial.key for tuning in tunings for trial in tuning.trials}
-    validation = {(tuning.suite, tuning.validation) for tuning in tunings}
+    validation = {(tuning.suite, name) for tuning in tunings for name in tuning.validation.split(", ")}
     kept = [
         entry
         for entry in trained
@@ -267,11 +283,11 @@ class Contrast:
 def decide_contrasts(contrasts: Mapping[K, tuple[str, str, Mapping[Setup, Compared]]]) -> dict[K, Contrast]:
     """Contrasts (a, b, differences by setup) of one page, corrected together."""
     known = {key: setups for key, (_, _, setups) in contrasts.items() if setups}
-    p = np.zeros((len(known), max((len(setups) for setups in known.values()), default=1)))
+    raw = np.zeros((len(known), max((len(setups) for setups in known.values()), default=1)))
     for place, setups in enumerate(known.values()):
         values = [compared.found.p for compared in setups.values()]
-        p[place, : len(values)] = [math.nan if value is None else value for value in values]
-    adjusted = dict(zip(known, corrected(p), strict=True))
+        raw[place, : len(values)] = [math.nan if value is None else value for value in values]
+    adjusted = dict(zip(known, corrected(raw), strict=True))
     decided = {}
     for key, (a, b, setups) in contrasts.items():
         found = {
@@ -279,12 +295,15 @@ def decide_contrasts(contrasts: Mapping[K, tuple[str, str, Mapping[Setup, Compar
             for place, (setup, compared) in enumerate(setups.items())
         }
         if found:
-            verdict, reason = decide({setup: _sign(compared) for setup, compared in found.items()})
+            # Where one setup has no p, the contrast has none; the reason is to name that setup and not the others.
+            joint = all(compared.p_holm is not None for compared in found.values())
+            p = {setup: compared.p_holm if joint else compared.found.p for setup, compared in found.items()}
+            verdict, reason = decide({setup: _sign(p[setup], compared) for setup, compared in found.items()})
         else:
             verdict, reason = UNDECIDED, f"no stored runs of both {a} and {b} under one recipe"
         decided[key] = Contrast(a, b, found, verdict, reason)
     return decided
 
 
-def _sign(compared: Compared) -> int:
-    return 0 if compared.p_holm is None or compared.p_holm >= ALPHA else int(math.copysign(1, compared.found.mean))
+def _sign(p: float | None, compared: Compared) -> int:
+    return 0 if p is None or p >= ALPHA else int(math.copysign(1, compared.found.mean))

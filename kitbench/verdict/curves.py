@@ -136,7 +136,9 @@ def _clock(run: Run) -> str:
     threads = run.recipe.threads if run.recipe else None
     if run.device != "cpu":
         return f"on {run.device}"
-    return "one thread" if threads == 1 else f"{threads or 'not fixed'} threads"
+    if threads is None:
+        return "threads not fixed"
+    return "one thread" if threads == 1 else f"{threads} threads"
 
 
 def _curve(method: str, own: Sequence[tuple[RunFolder, dict[int, float]]]) -> Curve:

@@ -46,7 +46,13 @@ def _pair(a: object, b: object) -> str:
         return f"{_short(b if a is None else a)} in the {there} run, not stated in the {absent}"
     if isinstance(a, Scored) and isinstance(b, Scored):
         return f"{_moved(a.psnr, b.psnr, 2)} dB, SSIM {_moved(a.ssim, b.ssim, 4)}"
-    return f"{_short(a)} and {_short(b)}"
+    return _both(a, b)
+
+
+def _both(a: object, b: object) -> str:
+    """Two unequal values as short as they may be without looking equal."""
+    short = _short(a), _short(b)
+    return " and ".join(short if short[0] != short[1] else (repr(a), repr(b)))
 
 
 def _moved(a: float, b: float, digits: int) -> str:
@@ -179,4 +185,4 @@ def _unequal(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[tuple[str, 
 
 def unequal_fields(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """The fields in which two identities differ, each with both values: `recipe.steps (700 and 20)`."""
-    return [f"{name} ({_short(one)} and {_short(two)})" for name, one, two in _unequal(_flat(a), _flat(b))]
+    return [f"{name} ({_both(one, two)})" for name, one, two in _unequal(_flat(a), _flat(b))]

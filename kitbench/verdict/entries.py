@@ -30,7 +30,11 @@ class Entry:
 
 
 def entries(runs: Sequence[RunFolder], protocol: str | None) -> list[Entry]:
-    """All stored evaluations, of one protocol. Raises InputError where there are two and none was chosen."""
+    """All stored evaluations, of one protocol, each once though its run be in two folders.
+
+    Raises InputError where there are two protocols and none was chosen, two versions of a data set, or two copies of a
+    run with unequal scores.
+    """
     found = [
         Entry(record, folder.training, evaluation, origin.by if origin else None)
         for folder in runs
@@ -59,7 +63,25 @@ def entries(runs: Sequence[RunFolder], protocol: str | None) -> list[Entry]:
                 f"Two versions of data set {name} ({contents[name][:8]}, {content[:8]}) cannot be in one table; "
                 f"give fewer runs."
             )
-    return found
+    return _each_once(found)
+
+
+def _each_once(found: Sequence[Entry]) -> list[Entry]:
+    """Without further copies of a run: a seed that counts twice makes an interval too narrow."""
+    kept: dict[tuple[str, str, str, float | None], Entry] = {}
+    for entry in found:
+        run, evaluation = entry.run, entry.evaluation
+        first = kept.setdefault((run.key, run.method, evaluation.data_set, evaluation.sigma), entry)
+        if first.evaluation is not evaluation and _scores(first) != _scores(entry):
+            raise InputError(
+                f"Run {run.key[:10]} is in two of these folders, with unequal scores on {evaluation.data_set}; give "
+                f"one of them, and compare them with `kitbench diff`."
+            )
+    return list(kept.values())
+
+
+def _scores(entry: Entry) -> list[tuple[str, float | None, float]]:
+    return [(score.image, score.psnr, score.ssim) for score in entry.evaluation.scores]
 
 
 def under(evaluation: Evaluation, protocol: str) -> bool:

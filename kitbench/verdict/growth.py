@@ -24,7 +24,7 @@ class Part:
     evidence: str
     runs: tuple[str, ...] = ()
     command: str = ""
-    """What would decide it; empty where it is decided."""
+    """The next step towards a decision; empty where there is one, or where no run can bring it."""
     reason: str = ""
     """Why it is not decided."""
     by_construction: bool = False
@@ -91,14 +91,22 @@ def _exponents(
         reason = f"no sweep with the {absent} of {method} at three sizes is stored"
         return Part(question, UNDECIDED, "", command=SWEEP, reason=reason)
     sweep, points = found
-    words = ", ".join(f"{name} {f.value:.2f} ± {f.half_width or 0:.2f} ({f.points} sizes)" for name, f in fits.items())
+    words = ", ".join(
+        f"{name} {f.value:.2f} ± {f.half_width or 0:.2f} ({_sizes(points, name)})" for name, f in fits.items()
+    )
     verdicts = {verdict(f.value - (f.half_width or 0), f.value + (f.half_width or 0)) for f in fits.values()}
     worst = combined(verdicts)
     return Part(
-        question, worst, f"exponents in pixels of {method} from {points[0].size} to {points[-1].size} px: {words}",
+        question, worst, f"exponents in pixels of {method}: {words}",
         (f"sweep {sweep.key[:10]}",), SWEEP if worst == UNDECIDED else "",
         "an interval holds the bound" if worst == UNDECIDED else "", by_construction=quantities == ("multiply-adds",),
     )  # fmt: skip
+
+
+def _sizes(points: Sequence[Point], quantity: str) -> str:
+    """Where a quantity is known: `5 sizes from 64 to 1024 px`."""
+    sizes = [point.size for point in points if QUANTITIES[quantity](point)]
+    return f"{len(sizes)} sizes from {sizes[0]} to {sizes[-1]} px"
 
 
 def _curve(sweeps: Sequence[Sweep], method: str) -> tuple[Sweep, list[Point]] | None:
@@ -118,6 +126,7 @@ def costly(sweeps: Sequence[Sweep]) -> Part:
     question = f"Does global attention take {times} on large maps only?"
     pair = [(s, _curve([s], "global"), _curve([s], "window")) for s in sweeps]
     both = [(s, {p.size: p for p in a[1]}, {p.size: p for p in b[1]}) for s, a, b in pair if a and b]
+    both = [found for found in both if found[1].keys() & found[2].keys()]
     if not both:
         reason = "no sweep of both global and window attention is stored"
         return Part(question, UNDECIDED, "", command=SWEEP, reason=reason)

@@ -125,11 +125,12 @@ def ladder_sheet(ladder: Ladder) -> Sheet:
         cells = [_difference(of[budget]) if budget in of else "n/a" for budget in ladder.budgets]
         lines.append((f"{line.a} - {line.b}", *cells, line.order))
     compared = [rung.compared.found for line in ladder.lines for rung in line.rungs]
-    seeds, images = (_range([getattr(c, name) for c in compared]) for name in ("seeds", "images"))
+    seeds, images = (_range([getattr(c, f"{name}s") for c in compared], name) for name in ("seed", "image"))
+    interval = " and its 95 % interval over seeds and images" if any(c.interval for c in compared) else ""
     tested = sum(c.p is not None for c in compared)
     reasons = "; ".join(dict.fromkeys(c.note for c in compared if c.note))
     notes = [
-        f"Mean over all test images and its 95 % interval over seeds and images; {seeds} seeds, {images} images.",
+        f"Mean over all test images{interval}; {seeds}, {images}.",
         f"The order is decided at 5 %, with Holm's correction over {tested} differences of this table; one interval is "
         "not corrected.",
         f"Not decided: {reasons}.",
@@ -138,8 +139,10 @@ def ladder_sheet(ladder: Ladder) -> Sheet:
     return Sheet(f"Budget ladder: {ladder.title}", ("Difference, dB", *heads, "Order"), tuple(lines), tuple(chosen))
 
 
-def _range(values: Sequence[int]) -> str:
-    return f"{min(values)}" if min(values) == max(values) else f"{min(values)} to {max(values)}"
+def _range(values: Sequence[int], what: str) -> str:
+    """`1 seed`, `3 seeds`, `3 to 5 seeds`."""
+    low, high = min(values), max(values)
+    return f"{low} {what}{'s' * (low > 1)}" if low == high else f"{low} to {high} {what}s"
 
 
 def _difference(compared: Compared) -> str:

@@ -157,6 +157,7 @@ def notes_of(block: pd.DataFrame) -> list[str]:
         notes.append(f"{star} {detects(compared['detectable_db'].max())}")
     together = [str(name) for name in dict.fromkeys(compared["data_set"]) if name in SCENES]
     notes += [f"{name}: the images of one scene are averaged and count as one image." for name in together]
+    notes += _other_bests(block)
     others = block[[unranked(row) for _, row in block.iterrows()]]
     if len(others):
         seeds = "; ".join(dict.fromkeys(block[block["ranked"]]["seeds"]))
@@ -167,6 +168,20 @@ def notes_of(block: pd.DataFrame) -> list[str]:
     notes += [f"¶ Runs of {', '.join(methods)} were made unlike most: {text}." for text, methods in made.items()]
     reasons = dict.fromkeys(compared["statistics_note"].dropna())
     return notes + [f"{reason[0].upper()}{reason[1:]}; such differences are not decided." for reason in reasons]
+
+
+def _other_bests(block: pd.DataFrame) -> list[str]:
+    """Of columns whose best by printed means is not the one that the others are compared with."""
+    notes = []
+    for (data_set, condition), own in block[block["ranked"]].groupby(["data_set", "condition"], sort=False):
+        tested = next(iter(own["best"].dropna()), None)
+        printed = own.set_index("method")["psnr_db"].round(2)
+        if tested is not None and printed[tested] < printed.max():
+            notes.append(
+                f"{heading((str(data_set), str(condition)))}: the others are compared with {tested}, whose mean is the "
+                "highest where every scene, or every image that all of them have, counts once."
+            )
+    return notes
 
 
 def detects(db: float) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from kitbench.errors import InputError
 from kitbench.spec.pools import WHOLE, pool_family, size_text
 from kitbench.store.folder import RunFolder
-from kitbench.verdict.compare import Column, heading
+from kitbench.verdict.compare import Column, heading, scene
 from kitbench.verdict.contrasts import ComparedRuns, blocks
 from kitbench.verdict.entries import Entry, entries
 from kitbench.verdict.layout import caption_of
@@ -31,6 +31,8 @@ class PoolRow:
     """Those that were scored at every size."""
     by_size: dict[int, Array]
     """PSNR of every image, mean over seeds, dB [images], by the side of the tiles; widest last (0: whole images)."""
+    scenes: tuple[str, ...]
+    """What each image shows."""
 
     def mean(self, size: int) -> float:
         return float(self.by_size[size].mean())
@@ -39,6 +41,17 @@ class PoolRow:
     def best(self) -> int:
         """The size with the highest mean."""
         return max(self.by_size, key=self.mean)
+
+    def gain(self) -> tuple[float, float | None]:
+        """Widest - narrowest, dB: the mean over images, and its standard error, None for one image.
+
+        In the error the images of one scene, which are not independent, count as one.
+        """
+        narrowest, *_, widest = self.by_size.values()
+        difference = widest - narrowest
+        by_scene = [difference[np.array(self.scenes) == one].mean() for one in dict.fromkeys(self.scenes)]
+        error = float(np.std(by_scene, ddof=1)) / math.sqrt(len(by_scene)) if len(by_scene) > 1 else None
+        return float(difference.mean()), error
 
 
 def by_width(size: int) -> float:
@@ -103,9 +116,11 @@ def pool_rows(blocks_of: Mapping[int, ComparedRuns], column: Column) -> list[Poo
             continue
         images = sorted(set.intersection(*(set(of[seed]) for of in scored.values() for seed in seeds)))
         values = np.array([[[of[seed][image] for image in images] for seed in seeds] for of in scored.values()])
-        values = values[:, :, np.isfinite(values).all((0, 1))].mean(1)
-        if values.size:
-            found.append(PoolRow(method, tuple(seeds), dict(zip(scored, values, strict=True))))
+        finite = np.isfinite(values).all((0, 1))
+        if finite.any():
+            by_size = dict(zip(scored, values[:, :, finite].mean(1), strict=True))
+            scenes = tuple(scene(column[0], image) for image, kept in zip(images, finite, strict=True) if kept)
+            found.append(PoolRow(method, tuple(seeds), by_size, scenes))
     return found
 
 
@@ -126,18 +141,17 @@ def _sheet(caption: str, rows: Sequence[PoolRow]) -> Sheet:
         leaders, ranking = {}, "no column is ranked, because the methods have different seeds"
     lines = []
     for row in rows:
-        known = [size for size in sizes if size in row.by_size]
         cells = [_cell(row, size, leaders.get(size)) for size in sizes]
-        wider = row.by_size[known[-1]] - row.by_size[known[0]]
-        spread = f" ± {float(wider.std(ddof=1)) / math.sqrt(len(wider)):.3f}" if len(wider) > 1 else ""
+        mean, error = row.gain()
         best = f"{row.mean(row.best):.2f} ({size_text(row.best)})"
-        gain = f"{float(wider.mean()):+.3f}{spread}"
+        gain = f"{mean:+.3f}" + ("" if error is None else f" ± {error:.3f}")
         lines.append((row.method, *cells, gain, best, ",".join(map(str, row.seeds))))
     header = ("Method", *map(size_text, sizes), "Widest - narrowest", "At its best size", "Seeds")
     notes = (
         "PSNR in dB, mean over images and seeds. Each size is a protocol of its own, so columns are not ranked against "
-        f"one another; {ranking}. Widest - narrowest: mean ± standard error over images, of the sizes that the method "
-        "was scored at. The best size is chosen on these same images, so its value is a little too high.",
+        f"one another; {ranking}. Widest - narrowest: mean ± standard error over images (over scenes, where a set has "
+        "several images of one), of the sizes that the method was scored at. The best size is chosen on these same "
+        "images, so its value is a little too high.",
     )
     return Sheet(caption, header, tuple(lines), notes)
 

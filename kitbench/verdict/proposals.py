@@ -1,50 +1,54 @@
-"""Commands that would decide what stored runs leave open: with the settings of the runs that they add to."""
+"""Next steps towards what stored runs leave open: commands with the settings of the runs that they add to."""
 
 from __future__ import annotations
 
 import json
 import shlex
 from collections.abc import Sequence
+from itertools import pairwise
 
 from kitbench.spec.loading import load_suite
 from kitbench.spec.shipped import suite_names
+from kitbench.spec.suite import SetNames
 from kitbench.store.records import Run
 from kitbench.verdict.contrasts import ONE, OWN, SMOKE, ComparedRuns, Contrast, Runs
+from kitbench.verdict.statistics import FEWEST_IMAGES
 
 SEEDS = 5
 """Seeds that a first proposal asks for."""
 LONGER = 4
 """How many times as long a second training is."""
 WHERE = "--data DIR --out OUT"
+CARRIED = ("--set", "--train-set", "--test-set")
+"""Options of a run's command that may change what its record does not tell."""
 
 
 def contrast_command(contrast: Contrast, runs: Runs) -> str:
-    """What would decide a contrast: first the search of rates, then another length of training, then more seeds."""
-    methods = [contrast.a, contrast.b]
+    """The next step towards a decision: the search of rates, then another length of training, then twice as many seeds.
+
+    Twice is a step and no estimate of what decides. Empty where images are too few: no number of seeds makes up for it.
+    """
+    methods = (contrast.a, contrast.b)
     if not contrast.setups:
         return run_command(next(iter(runs.with_methods(*methods)), next(iter(runs.blocks), None)), methods)
     lengths = {
         choice: {setup.steps for setup in contrast.setups if setup.comparison == choice} for choice in (ONE, OWN)
     }
     seeds = max(compared.found.seeds for compared in contrast.setups.values())
+    blocks = runs.under_one_recipe(*methods)
     for steps in sorted(lengths[ONE] - lengths[OWN], reverse=True):
-        block = _block(runs, methods, steps)
+        block = blocks[steps]
         tuning = runs.tuning(block)
         if tuning is not None and set(methods) <= tuning.best.keys():
             return run_command(block, methods, seeds, tuned=True)
-        return f"python -m kitbench tune{_settings(block.first.run)} {WHERE}"
+        return f"python -m kitbench tune{_settings(block.first.run)} {_place(block)}"
     undecided = {setup: c.found.seeds for setup, c in contrast.setups.items() if not c.decided}
     if len(lengths[ONE]) < 2 or not undecided:
-        return run_command(_block(runs, methods, max(lengths[ONE])), methods, seeds, longer=LONGER)
+        return run_command(blocks[max(lengths[ONE])], methods, seeds, longer=LONGER)
     setup = min(undecided, key=lambda setup: (undecided[setup], setup))
-    block = _block(runs, methods, setup.steps)
-    return run_command(block, methods, max(SEEDS, 2 * undecided[setup]), tuned=setup.comparison == OWN)
-
-
-def _block(runs: Runs, methods: Sequence[str], steps: int) -> ComparedRuns:
-    """The comparison that a contrast measures under one recipe at this length."""
-    found = [block for block in runs.with_methods(*methods) if block.steps == steps]
-    return next((block for block in found if runs.at_own_rate(block)), found[0])
+    if contrast.setups[setup].found.images < FEWEST_IMAGES:
+        return ""
+    return run_command(blocks[setup.steps], methods, max(SEEDS, 2 * undecided[setup]), tuned=setup.comparison == OWN)
 
 
 def run_command(
@@ -63,7 +67,7 @@ def run_command(
     settings = f" --suite {task} --preset full" if block is None else _settings(block.first.run, longer, tuned)
     chosen = "".join(f" --method {name}" for name in methods if " " not in name)
     numbers = ",".join(map(str, range(seeds)))
-    return f"python -m kitbench run{settings}{chosen}{' --tuned' * tuned} --seeds {numbers} {WHERE}"
+    return f"python -m kitbench run{settings}{chosen}{' --tuned' * tuned} --seeds {numbers} {_place(block)}"
 
 
 def _settings(run: Run, longer: int = 1, tuned: bool = False) -> str:
@@ -83,8 +87,30 @@ def _settings(run: Run, longer: int = 1, tuned: bool = False) -> str:
             del changed["recipe.steps"]
     if tuned:
         changed.pop("recipe.lr", None)
-    texts = [shlex.quote(f"{key}={json.dumps(value)}") for key, value in sorted(changed.items())]
-    return f" --suite {_suite(run)} --preset {run.preset}" + "".join(f" --set {text}" for text in texts)
+    options = [("--set", f"{key}={json.dumps(value)}") for key, value in sorted(changed.items())] + _carried(run, tuned)
+    texts = "".join(f" {option} {shlex.quote(value)}" for option, value in options)
+    return f" --suite {_suite(run)} --preset {run.preset}{texts}"
+
+
+def _carried(run: Run, tuned: bool) -> list[tuple[str, str]]:
+    """What the run's command changed and its record does not tell: images, noise levels; all of a user's own suite."""
+    words: list[str] = []
+    for word in run.environment.command:
+        words += word.split("=", 1) if word.startswith(tuple(f"{option}=" for option in CARRIED)) else [word]
+    left_out = ["methods.", "seeds", "recipe.steps"]  # methods are compared at their default settings
+    left_out += ["recipe.lr"] * tuned if run.suite not in suite_names() else ["recipe.", "backbone."]
+    pairs = [(option, value) for option, value in pairwise(words) if option in CARRIED]
+    return [(o, value) for o, value in pairs if o != "--set" or not value.startswith(tuple(left_out))]
+
+
+def _place(block: ComparedRuns | None) -> str:
+    """Where images and runs lie; runs that were trained on embedded photographs need no images of the user's."""
+    if block is not None and block.first.run.suite in suite_names():
+        run = block.first.run
+        embedded: SetNames | None = getattr(load_suite(run.suite, run.preset).data.embedded, run.mode)
+        if embedded is not None and run.train_sets.keys() == set(embedded.train):
+            return "--out OUT"
+    return WHERE
 
 
 def _suite(run: Run) -> str:

@@ -63,11 +63,11 @@ def render(runs: Sequence[RunFolder], form: Format, protocol: str | None = None,
 
 def split(table: pd.DataFrame, found: Sequence[Entry]) -> Iterator[tuple[pd.DataFrame, Run]]:
     """The rows that may be compared, block by block, each with a run that shares what the block shares."""
-    described = {entry.run.comparison[:10]: entry.run for entry in found}
+    described = {(entry.run.mode, entry.run.comparison[:10]): entry.run for entry in found}
     for mode in dict.fromkeys(table["mode"]):
         here = table[table["mode"] == mode]
         for comparison in [name for name in dict.fromkeys(here["comparison"]) if name] or [""]:
-            yield here[here["comparison"].isin([comparison, ""])], described[comparison]
+            yield here[here["comparison"].isin([comparison, ""])], described[mode, comparison]
 
 
 def _published(figures: list[list[str]], form: Format) -> str:

@@ -17,15 +17,15 @@ is never narrower than Student's interval over seeds alone or over images alone.
 interval touches zero, so it is never below either Student's p value.
 
 A family of comparisons is corrected by Holm's method (Scandinavian Journal of Statistics 6, 1979), which holds however
-the comparisons depend on one another. All functions take whole stacks of arrays: what benchmarks/statistics.py
-simulates is what the tables call.
+the comparisons depend on one another. All functions take whole stacks of arrays: what the tables call is what
+benchmarks/error_rates.py simulates.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
 
@@ -243,4 +243,28 @@ def detectable(found: Spread, comparisons: int) -> float | None:
         middle = (low + high) / 2
         power = special.ndtr((middle - half) / error).mean() + special.ndtr((-middle - half) / error).mean()
         low, high = (low, middle) if power > POWER else (middle, high)
+    return high
+
+
+MOST_SEEDS = 200
+
+
+def seeds_to_find(found: Spread, comparisons: int) -> int | None:
+    """The fewest seeds, up to MOST_SEEDS, with which a true difference of the measured size is found with 80 % power.
+
+    found: of one array of differences, whose variances are taken for the true ones; the images stay as many. None where
+    MOST_SEEDS are too few: then images are what is lacking, or the spread is not known.
+    """
+
+    def enough(seeds: int) -> bool:
+        more = replace(found, of_seeds=found.of_seeds * (found.seeds / seeds), seeds=seeds)
+        least = detectable(more, comparisons)
+        return least is not None and least <= abs(float(found.mean))
+
+    if not enough(MOST_SEEDS):
+        return None
+    low, high = 1, MOST_SEEDS  # too few, enough
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
     return high

@@ -22,9 +22,11 @@ def tuning_table(record: Tuning, form: str = "simple") -> str:
 def tuning_caption(record: Tuning) -> str:
     """What was searched, and what * means."""
     grown = "; the grid was widened, since a best rate lay at its edge" if record.widened else ""
+    edge = [method for method, rate in record.best.items() if rate in (record.rates[0], record.rates[-1])]
+    beyond = f"; a rate beyond the grid may be better for {', '.join(edge)}" if edge else ""
     return (
         f"{record.suite}, {record.mode}, preset {record.preset}: PSNR in dB on {record.validation} after "
-        f"{record.steps} steps, seed {record.seed}; * the method's best{grown}"
+        f"{record.steps} steps, seed {record.seed}; * the method's best{grown}{beyond}"
     )
 
 

@@ -11,19 +11,25 @@ import torch
 from click.testing import CliRunner, Result
 from pydantic import ValidationError
 
+from kitbench.apply.pools import PoolScoring
 from kitbench.apply.trained import load_trained
 from kitbench.cli.main import cli
 from kitbench.data.cards import card
-from kitbench.data.photograph import read_set
+from kitbench.data.photograph import Photograph, read_set
+from kitbench.errors import Interrupted
 from kitbench.scoring import evaluate
 from kitbench.spec import loading
-from kitbench.spec.pools import SIZES, WHOLE, pool_family, pool_protocol
+from kitbench.spec.pools import WHOLE, pool_family, pool_protocol
 from kitbench.spec.suite import Protocol
 from kitbench.store.folder import RunFolder, find
+from kitbench.store.records import Score
+from kitbench.system.interrupt import Stop
 from kitbench.verdict.pools import pool_sheets
 from tests.stored import store
 
 SHIPPED = {protocol.id: protocol for protocol in loading.protocols()}
+SIZES = (64, 128, 256, 512, WHOLE)
+"""Those of `pools` by default."""
 
 
 # Protocols
@@ -55,6 +61,14 @@ def test_a_protocol_with_tiles_of_another_kind_is_in_no_family() -> None:
     assert pool_family(changed) not in (None, "awgn8.v1")
     with pytest.raises(ValidationError, match="tile must be at least 32"):
         pool_protocol(SHIPPED["awgn8"], 16)
+
+
+def test_a_protocol_of_the_users_own_is_the_member_of_its_family_that_it_describes() -> None:
+    """Else a run would be scored again by the same protocol of another version."""
+    mine = SHIPPED["awgn8"].model_copy(update={"id": "mine", "version": 2, "border": 4})
+    assert pool_protocol(mine, WHOLE).stamp == mine.stamp == pool_family(mine)
+    assert pool_family(pool_protocol(mine, 64)) == mine.stamp
+    assert pool_protocol(mine, 64).version == 2
 
 
 def test_stamps_of_older_protocols_did_not_change_with_the_new_key() -> None:
@@ -162,6 +176,37 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_written(runs: Path)
     assert len(folder.evaluations()) == 1
 
 
+def test_no_run_is_scored_where_one_of_them_cannot_be(runs: Path, tiny_runs: Path) -> None:
+    conv = next(folder for folder in find([tiny_runs]) if folder.run.method == "conv")
+    shutil.copytree(conv.path, runs / conv.path.name)
+    *_, last = [folder for folder in find([runs]) if folder.trained]
+    last.weights.unlink()
+    done = run(runs, "--tile", "64")
+    assert done.exit_code == 2
+    assert f"{last.path.name} contains no weights.safetensors" in done.output
+    assert {len(folder.evaluations()) for folder in find([runs])} == {1}
+
+
+def test_a_stop_keeps_the_evaluations_that_are_complete(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, stop = kit_of(runs), Stop()
+    scoring = PoolScoring((64, 128), (), None, torch.device("cpu"))
+    images = len(scoring.photographs("skimage-test", "colour"))
+
+    def scores(restore: object, photos: list[Photograph], conditions: object) -> list[Score]:
+        return [Score(image=photo.name, psnr=30.0, ssim=0.5, lpips=None, seconds=0.0) for photo in photos]
+
+    def advance(done: int, total: int) -> None:
+        assert (done <= total, total) == (True, 2 * images)
+        stop.asked = done == images
+
+    monkeypatch.setattr(evaluate, "scores", scores)
+    with pytest.raises(Interrupted, match="complete evaluations are kept"):
+        scoring.score(folder, stop, advance)
+    assert len(folder.evaluations()) == 2  # of whole images, as before, and of the first size
+    assert scoring.score(folder, Stop(), lambda done, total: None) == 1
+    assert len(folder.evaluations()) == 3
+
+
 # Tables
 
 
@@ -196,6 +241,19 @@ def test_the_error_is_that_of_the_mean_over_images(tmp_path: Path) -> None:
     stored_at(tmp_path, "kit", 0, {64: [28.0, 29.0, 30.0], WHOLE: [28.2, 29.4, 30.3]})
     [sheet] = pool_sheets(find([tmp_path]))
     assert sheet.lines[0][3] == f"+0.300 ± {0.1 / 3**0.5:.3f}"
+
+
+def test_images_of_one_scene_count_as_one_in_the_error(tmp_path: Path) -> None:
+    names = ("im1_kernel1", "im1_kernel2", "im2_kernel1", "im2_kernel2")
+    for size, psnr in ((64, [28.0] * 4), (WHOLE, [28.1, 28.3, 28.5, 28.7])):
+        member = pool_protocol(SHIPPED["awgn8"], size)
+        folder = store(tmp_path, "kit", psnr, data_set="Levin09", protocol=member.id)
+        path = folder.evaluation_path("Levin09", 25, member.stamp)
+        evaluation = next(e for e in folder.evaluations() if e.stamp == member.stamp)
+        named = [score.model_copy(update={"image": n}) for n, score in zip(names, evaluation.scores, strict=True)]
+        folder.write(str(path.relative_to(folder.path)), evaluation.model_copy(update={"scores": tuple(named)}))
+    [sheet] = pool_sheets(find([tmp_path]))
+    assert sheet.lines[0][3] == "+0.400 ± 0.200"  # of .2 and .6 dB
 
 
 def test_methods_of_other_seeds_are_not_ranked(tmp_path: Path) -> None:

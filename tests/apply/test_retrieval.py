@@ -92,6 +92,18 @@ def test_patches_that_are_larger_than_what_was_copied_do_not_count() -> None:
         assert sum(search.features == f"{stride}" for _, search in found) == expected
 
 
+def test_a_map_of_few_patches_has_no_row_for_more_neighbours_than_it_has() -> None:
+    """As at the deepest level of a network of four: 8 x 8 positions of 8 px are 4 patches of an image of 128 px."""
+    [scene] = [scene for scene in SCENES if scene.name == "copies-128-064-a"]
+    found: retrieval.Recall = {}
+    retrieval._count(found, scene, 0.0, FeatureMap("bottom.0", 8, "mean", torch.rand(1, 16, 16, 2)), 8)
+    [(_, search)] = found
+    assert search.k == 4
+    tally = found["copies", search][0.0]
+    assert tally.counted == 2
+    assert tally.exact == tally.hashed == tally.chance == 2  # all patches are neighbours
+
+
 def test_the_features_of_a_network_are_the_tokens_that_its_attentions_get(tiny_runs: Path) -> None:
     [folder] = [run for run in find([tiny_runs]) if run.run.method == "kit" and run.run.seed == 0]
     model, _ = load_trained(folder, None, CPU)

@@ -268,6 +268,15 @@ def test_kit_without_adjacent_patches_equals_a_loop(size: tuple[int, int], shift
 
 
 @pytest.mark.parametrize("shift", [False, True])
+def test_the_patches_that_it_attends_are_told_without_a_pass_before(shift: bool) -> None:
+    module = build(kit_nonadjacent.Attention, shift=shift, patch=3, k=4, retrieval="exact", chunk=12)
+    x = tokens(13, 11)
+    found, columns = module.attended(x)
+    assert columns == 4
+    assert found[0].tolist() == nearest((x.roll((-1, -1), (1, 2)) if shift else x)[0], 3, 4, shift)
+
+
+@pytest.mark.parametrize("shift", [False, True])
 def test_hashing_offers_the_best_of_its_candidates_that_do_not_touch(shift: bool) -> None:
     module = build(kit_nonadjacent.Attention, shift=shift, patch=2, k=4, rounds=2, chunk=14)
     x = tokens(17, 23)

@@ -73,6 +73,11 @@ IN_PLACE = """        y = self.mix(x).exp()
         y.add_(1)
         return z + y
 """
+MACS = "\n    def macs(self, h, w):\n        return 1\n"
+ATTENDED = """
+    def attended(self, x):
+        itself = torch.arange(12)[None]  # of 3 rows of 4 patches
+        return """
 
 
 @pytest.mark.parametrize(
@@ -116,6 +121,17 @@ def test_an_exception_of_the_own_file_is_told_with_its_line_before_anything_is_w
         ("return self.mix(x)", "with torch.no_grad():\n            return self.mix(x)", "without a gradient"),
         (FORWARD, f"{FORWARD}\n    def macs(self, h, w):\n        return None\n", "macs(height, width) returned None"),
         (FORWARD, f"{FORWARD}\n    def report(self, x):\n        return {{'r': x}}\n", "report(x) must return"),
+        (FORWARD, f"{FORWARD}\n    def needed_macs(self, h, w):\n        return 1\n", "needed_macs but no macs"),
+        (
+            FORWARD,
+            f"{FORWARD}{MACS}    def needed_macs(self, h, w):\n        return 0.5\n",
+            "needed_macs(height, width) returned 0.5",
+        ),
+        (FORWARD, f"{FORWARD}{ATTENDED}4", "attended(x) must return the patches"),
+        (FORWARD, f"{FORWARD}{ATTENDED}itself[:, :, None].expand(2, -1, -1)", "attended(x) must return the patches"),
+        (FORWARD, f"{FORWARD}{ATTENDED}(itself[..., None].flip(1).expand(2, -1, -1), 4)", "itself first"),
+        (FORWARD, f"{FORWARD}{ATTENDED}(itself[..., None].expand(2, -1, -1), 5)", "the number of columns"),
+        (FORWARD, f"{FORWARD}{ATTENDED}(torch.stack([itself, itself + 1], -1).expand(2, -1, -1), 4)", "from 0"),
         ("def forward", "def foward", 'missing the required "forward" function'),
         ("import torch\n", "import torch\nimport beside\n", "move what it needs of beside.py into it"),
     ],

@@ -28,17 +28,21 @@ import torch.distributed as dist
 from fake_state import BYTES, COUNT, after_fork, index_of, note
 from fake_tensors import Devices, is_pinned, pin_memory
 
+waits = 0
+"""How often the host has waited for the device."""
+
 
 class Event:
-    """CUDA's event: the time at which the CPU got there."""
+    """CUDA's event: the time at which the CPU got there. The device is behind the host, and passes an event only when
+    the host waits for it."""
 
     def __init__(
         self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False, external: bool = False
     ) -> None:
-        self.enable_timing, self.at = enable_timing, 0.0
+        self.enable_timing, self.at, self.waits = enable_timing, 0.0, 0
 
     def record(self, stream: Any = None) -> None:
-        self.at = time.perf_counter()
+        self.at, self.waits = time.perf_counter(), waits
 
     def elapsed_time(self, end: Event) -> float:
         """Milliseconds."""
@@ -46,15 +50,22 @@ class Event:
             raise ValueError("Both events must be recorded, with enable_timing=True, before elapsed time is asked for.")
         return 1e3 * max(end.at - self.at, 1e-6)
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        synchronize()
+
     def query(self) -> bool:
-        return True
+        return waits > self.waits
 
     def wait(self, stream: Any = None) -> None: ...
 
 
+def synchronize() -> None:
+    global waits
+    waits += 1
+
+
 class Stream:
-    """CUDA's stream, of a device that does at once what it is told."""
+    """CUDA's stream."""
 
     def __init__(self, device: Any = None, priority: int = 0, **kwargs: Any) -> None:
         self.device = torch.device(
@@ -64,7 +75,9 @@ class Stream:
     def is_capturing(self) -> bool:
         return False
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        synchronize()
+
     def wait_stream(self, stream: Any) -> None: ...
     def record_event(self, event: Any = None) -> Any:
         event = event or Event()
@@ -125,7 +138,7 @@ COMPILED: dict[str, Any] = {
     "_cuda_setDevice": set_device,
     "_cuda_exchangeDevice": lambda device: fake_state.current if device < 0 else set_device(device),
     "_cuda_maybeExchangeDevice": lambda device: fake_state.current if device < 0 else set_device(device),
-    "_cuda_synchronize": lambda: None,
+    "_cuda_synchronize": synchronize,
     "_cuda_emptyCache": empty_cache,
     "_cuda_setMemoryFraction": set_fraction,
     "_cuda_getMemoryFraction": lambda device: fake_state.ALLOCATORS[number(device)].fraction,
@@ -139,7 +152,7 @@ COMPILED: dict[str, Any] = {
     "_accelerator_getAccelerator": lambda: torch.device("cuda"),
     "_accelerator_getDeviceIndex": lambda: fake_state.current,
     "_accelerator_setDeviceIndex": set_device,
-    "_accelerator_synchronizeDevice": lambda device: None,
+    "_accelerator_synchronizeDevice": lambda device: synchronize(),
     "_accelerator_emptyCache": empty_cache,
     "_accelerator_getStream": lambda device: Stream(),
     "_cuda_getCurrentStream": lambda device: (0, number(device), 1),

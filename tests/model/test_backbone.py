@@ -128,6 +128,8 @@ def test_an_unknown_or_wrong_setting_is_refused(tmp_path) -> None:
         methods.load_method("kit").resolve({"retreival": "exact"})
     with pytest.raises(InputError, match="k is 'four'"):
         methods.load_method("kit").resolve({"k": "four"})
+    with pytest.raises(InputError, match="k is True"):
+        methods.load_method("kit").resolve({"k": True})
     with pytest.raises(InputError, match="did you mean 'window'"):
         methods.load_method("windw")
     with pytest.raises(InputError, match="does not exist"):

@@ -105,6 +105,16 @@ class Three(nn.Module):
         return x
 
 
+class ByKeyword(nn.Module):
+    def forward(self, x: Tensor, *, sigma: Tensor | None = None) -> Tensor:
+        return x
+
+
+class Third(nn.Module):
+    def forward(self, x: Tensor, mask: Tensor | None = None, sigma: Tensor | None = None) -> Tensor:
+        return x
+
+
 class NoImage(nn.Module):
     def forward(self) -> Tensor:
         return torch.zeros(1)
@@ -118,6 +128,7 @@ class NoImage(nn.Module):
         (Optional(), 51.0, 0.2),
         (Optional(), None, 0.0),
         (Blind(), None, 0.0),
+        (ByKeyword(), None, 0.0),
     ],
 )
 def test_the_noise_level_is_handed_to_a_required_second_argument_or_one_named_sigma(
@@ -133,6 +144,8 @@ def test_the_noise_level_is_handed_to_a_required_second_argument_or_one_named_si
         (Required(), None, "'mine' needs the noise level .level., which only tasks of kind denoise state"),
         (Three(), 25.0, r"forward must take \(x\), or \(x, sigma\) .* found \(x: .*sigma: .*mask: "),
         (NoImage(), 25.0, r"forward must take \(x\)"),
+        (ByKeyword(), 25.0, r"forward must take \(x\), or \(x, sigma\) .* found \(x: .*\*, sigma: "),
+        (Third(), 25.0, r"forward must take \(x\), or \(x, sigma\) .* found \(x: .*mask: .*sigma: "),
     ],
 )
 def test_a_forward_that_cannot_be_called_is_refused(network: nn.Module, sigma: float | None, expected: str) -> None:

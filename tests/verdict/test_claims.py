@@ -110,7 +110,7 @@ def test_claims_that_the_numbers_support_are_supported_with_figure_interval_and_
     assert retrieval.verdict == "supported"
     assert recall.words == "not decided: no interval over seeds"  # every seed the same
     assert recall.evidence == (
-        "5 seeds: of the 3 neighbours besides itself, at level 1 recall 0.700 (random patches 0.100), 20% touch the "
+        "3,000 steps, 5 seeds: of the 3 neighbours besides itself, at level 1 recall 0.700 (random patches 0.100), 20% touch the "
         "query patch, median distance 5 patches; at level 2 recall 0.900 (random patches 0.300), 40% touch the query "
         "patch, median distance 2 patches; on 20 degraded crops of 5 images (Set_A, Validation_A with σ25), at most "
         "256 px"
@@ -121,6 +121,7 @@ def test_claims_that_the_numbers_support_are_supported_with_figure_interval_and_
     assert found[6].parts[0].by_construction
     assert measured.words == "supported"
     assert "time 1.00" in measured.evidence
+    assert "memory 1.00 ± 0.00 (4 sizes from 64 to 512 px)" in measured.evidence
     assert measured.runs == ("sweep abcdef0123",)
 
 
@@ -193,6 +194,13 @@ def test_only_a_long_recipe_speaks_of_the_state_of_the_art(tmp_path: Path) -> No
     assert page(long)[5].parts[0].verdict == UNDECIDED  # not better than every other attention
     everything(tmp_path / "better", GOOD, (100_000, 300_000))
     assert page(tmp_path / "better")[5].parts[0].verdict == "supported"
+    others = {method: gain for method, gain in GOOD.items() if method != "local"}
+    everything(tmp_path / "mixed", {"kit": 0.5, "local": 0.2})
+    everything(tmp_path / "mixed", others, (100_000, 300_000))
+    mixed = page(tmp_path / "mixed")
+    assert mixed[2].verdict == "supported"  # KiT and local attention, after 3,000 steps
+    assert mixed[5].parts[0].words == "not decided: 3,000 steps of training say nothing of the state of the art"
+    assert "--preset full" in mixed[5].parts[0].command
 
 
 @pytest.mark.parametrize("what", ["one seed", "no difference", "one length", "smoke", "nothing"])
@@ -249,6 +257,28 @@ def test_the_whole_interval_of_an_exponent_lies_below_its_bound(tmp_path: Path) 
         ]
         (folder / "scale.json").write_text(record.model_copy(update={"points": tuple(points)}).model_dump_json())
         assert page(folder)[4].parts[4].words == words
+
+
+def test_an_exponent_is_stated_for_the_sizes_that_it_was_fitted_to(tmp_path: Path) -> None:
+    folder = sweep(tmp_path / "scale", {"kit": 1.0})
+    record = Sweep.model_validate_json((folder / "scale.json").read_bytes())
+    beyond = record.points[-1].model_copy(
+        update={"size": 4096, "status": "predicted", "macs": 10**14, "peak_bytes": None, "seconds": None}
+    )
+    points = (*record.points, beyond)
+    (folder / "scale.json").write_text(record.model_copy(update={"points": points}).model_dump_json())
+    operations, measured = page(folder)[4].parts[3:]
+    assert "(5 sizes from 64 to 4096 px)" in operations.evidence
+    assert measured.evidence.count("(4 sizes from 64 to 512 px)") == 2
+
+
+def test_curves_without_a_common_size_decide_nothing_about_cost(tmp_path: Path) -> None:
+    folder = sweep(tmp_path / "scale", {"window": 1.0, "global": 2.0})
+    record = Sweep.model_validate_json((folder / "scale.json").read_bytes())
+    points = tuple(p for p in record.points if (p.size < 256) == (p.method == "window"))
+    (folder / "scale.json").write_text(record.model_copy(update={"points": points}).model_dump_json())
+    [cost] = page(folder)[6].parts
+    assert cost.words == "not decided: no sweep of both global and window attention is stored"
 
 
 def test_predicted_points_decide_no_time(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from scipy import stats
 
 from kitbench.spec.shipped import builtin
-from kitbench.store.folder import find
+from kitbench.store.folder import RunFolder, find
 from kitbench.verdict import published
 from kitbench.verdict.compare import compare, equal_seeds, paired_scores, scene
 from kitbench.verdict.contrasts import blocks
@@ -172,10 +172,14 @@ def test_a_column_that_cannot_decide_is_marked_in_a_table_that_can(three: Path) 
 
 SEVERAL_OF_A_SCENE = {
     "Levin09": [[f"im{i}_kernel{k}_img" for k in range(1, 9)] for i in range(1, 5)],
-    "GoPro": [[f"GOPR0{v}_11_00/blur/{f:06d}" for f in range(v)] for v in (3, 4)],
+    "GoPro": [[f"GOPR0{v}_11_00/blur/{f:06d}" for f in range(v)] for v in (3, 4)]
+    + [[f"input/GOPR0{v}_11_00-{f:06d}" for f in range(v)] for v in (5, 6)],
     "GoPro-gamma": [[f"GOPR0{v}_11_00/blur_gamma/{f:06d}" for f in range(v)] for v in (3, 4)],
     "RealBlur-J": [[f"RealBlur-J_ECC_IMCORR/scene{s:03d}/blur/blur_{n}" for n in range(5)] for s in (1, 2)],
     "RealBlur-R": [[f"RealBlur-R_BM3D_ECC_IMCORR/scene{s:03d}/blur/blur_{n}" for n in range(5)] for s in (1, 2)],
+    "HIDE": [["test/test-close-ups/1fromGOPR1000", "test/test-long-shot/2fromGOPR1000"], ["input/1fromGOPR1001"]],
+    "PolyU": [[f"CroppedImages/Canon5D2_5_160_3200_{what}_{n}_real" for n in (5, 11)] for what in ("chair", "plug")],
+    "Test2800": [[f"input/{picture}_{rain}" for rain in range(1, 15)] for picture in (901, 902)],
     "SIDD-validation": [[f"ValidationNoisyBlocksSrgb/{p:02d}_{b:02d}" for b in range(1, 33)] for p in range(1, 41)],
     "CBSD68": [["101085"], ["101087"], ["102061"]],
     "Rain100L": [["input/1"], ["input/10"]],
@@ -190,6 +194,30 @@ def test_images_of_one_scene_count_as_one_image(data_set: str) -> None:
     assert len(set.union(*named)) == len(scenes)
 
 
+@pytest.mark.parametrize("data_set", ["GoPro", "HIDE", "RealBlur-R", "SIDD-validation", "PolyU", "Test2800"])
+def test_images_whose_names_tell_no_scene_count_as_one(data_set: str) -> None:
+    assert len({scene(data_set, f"input/{n}") for n in range(30)}) == 1
+
+
+def test_a_scene_in_two_sets_counts_once(tmp_path: Path) -> None:
+    for method in ("kit", "conv"):
+        for data_set in ("Repetition", "Repetition-none", "CBSD68"):
+            store(tmp_path, method, [30.0, 31.0, 32.0], data_set=data_set)
+    [block] = blocks(entries(find([tmp_path]), None))
+    found = paired_scores([block.methods["kit"], block.methods["conv"]])
+    assert found.values.shape == (2, 1, 6)
+    assert {data_set for data_set, _ in found.images} == {"Repetition", "CBSD68"}
+
+
+def rename(run: RunFolder, images: list[str]) -> None:
+    """Give the scored images these names."""
+    [file] = (run.path / "eval").glob("*.json")
+    record = json.loads(file.read_text())
+    record.pop("sha256")
+    record["scores"] = [s | {"image": image} for s, image in zip(record["scores"], images, strict=True)]
+    file.write_text(json.dumps(record))
+
+
 def test_what_differs_between_scenes_alone_decides_nothing_however_many_images_show_them(tmp_path: Path) -> None:
     """Four pictures under eight kernels: the methods differ by what suits the picture, alike for all its kernels."""
     images = [image for images in SEVERAL_OF_A_SCENE["Levin09"] for image in images]
@@ -199,11 +227,7 @@ def test_what_differs_between_scenes_alone_decides_nothing_however_many_images_s
         for seed in range(5):
             scores = 28 + gain + 0.05 * random.standard_normal(32)
             run = store(tmp_path, method, scores, seed, data_set="Levin09", sigma=None)
-            [file] = (run.path / "eval").glob("*.json")
-            record = json.loads(file.read_text())
-            record.pop("sha256")
-            record["scores"] = [s | {"image": image} for s, image in zip(record["scores"], images, strict=True)]
-            file.write_text(json.dumps(record))
+            rename(run, images)
     [block] = blocks(entries(find([tmp_path]), None))
     found = compare("kit", "conv", block.methods["kit"], block.methods["conv"])
     assert (found.found.seeds, found.found.images, found.found.p) == (5, 4, None)
@@ -214,6 +238,22 @@ def test_what_differs_between_scenes_alone_decides_nothing_however_many_images_s
     text = render(find([tmp_path]), "markdown")
     assert "4 images are too few to decide a difference" in text
     assert "Levin09: the images of one scene are averaged and count as one image." in text
+
+
+def test_where_the_best_over_scenes_is_not_the_best_mean_the_table_says_so(tmp_path: Path) -> None:
+    """kit is better on four of five pictures, conv on the one that most kernels show."""
+    images = [
+        f"im{picture}_kernel{k}_img" for picture, kernels in enumerate((1, 1, 1, 1, 8), 1) for k in range(kernels)
+    ]
+    for method, gain in (("kit", [0.5] * 4 + [-0.5] * 8), ("conv", [0.0] * 12)):
+        run = store(tmp_path, method, 30 + np.array(gain), data_set="Levin09", sigma=None)
+        rename(run, images)
+    table = rows(find([tmp_path])).set_index("method")
+    assert table.loc["conv", "psnr_db"] > table.loc["kit", "psnr_db"]
+    assert table.loc["conv", "best"] == "kit"
+    assert "Levin09: the others are compared with kit, whose mean is the highest" in render(
+        find([tmp_path]), "markdown"
+    )
 
 
 def test_every_table_names_the_runs_of_every_row(three: Path) -> None:

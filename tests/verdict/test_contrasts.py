@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from kitbench.spec import loading
 from kitbench.store.folder import RunFolder, find
-from kitbench.store.records import Tuning
+from kitbench.store.records import Tuning, shared_with_search
 from kitbench.verdict.contrasts import ONE, OWN, UNDECIDED, Setup, combined, decide, decide_contrasts, select
-from kitbench.verdict.entries import entries, labels
+from kitbench.verdict.entries import Entry, entries, labels
 from tests.conftest import Kitbench
 from tests.stored import store
 
@@ -120,6 +121,22 @@ def test_two_recipes_and_two_lengths_that_agree_decide(tmp_path: Path) -> None:
     assert verdict(tmp_path) == (UNDECIDED, "no difference is shown by one recipe, 9,000 steps")  # the longest count
 
 
+def test_runs_that_cannot_be_paired_are_no_setup(tmp_path: Path) -> None:
+    """At 9,000 steps the methods share no seed at the recipe's own rate: another rate is the one recipe there."""
+    for steps in (700, 3000):
+        tuned(runs(tmp_path, BETTER, steps=steps), BETTER, steps=steps)
+    tuned(tmp_path, WORSE, steps=9000)
+    runs(tmp_path, {"kit": 0.0}, steps=9000, seeds=(0, 1))
+    runs(tmp_path, {"local": 0.0}, steps=9000, seeds=(2, 3))
+    assert verdict(tmp_path) == (UNDECIDED, "the order changes with the length of training")
+
+
+def test_the_reason_names_the_setup_that_lacks_seeds_and_no_other(tmp_path: Path) -> None:
+    for steps, seeds in ((700, (0,)), (3000, range(5))):
+        tuned(runs(tmp_path, BETTER, seeds, steps), BETTER, steps=steps)
+    assert verdict(tmp_path) == (UNDECIDED, "no difference is shown by one recipe, 700 steps")
+
+
 def test_another_sign_at_the_best_rates_depends_on_the_learning_rate(tmp_path: Path) -> None:
     for steps in (700, 3000):
         tuned(runs(tmp_path, BETTER, steps=steps), WORSE, steps=steps)
@@ -132,6 +149,25 @@ def test_a_best_rate_that_is_the_recipes_own_needs_no_further_runs(tmp_path: Pat
     assert verdict(tmp_path) == ("supported", "")
 
 
+def test_a_search_with_another_recipe_is_no_search_for_these_runs(tmp_path: Path) -> None:
+    """The rates are those that the runs have; only what was searched differs."""
+    for steps in (700, 3000):
+        tuned(runs(tmp_path, BETTER, steps=steps), BETTER, steps=steps)
+    found, records = entries(find([tmp_path]), None), tunings(tmp_path)
+    for batch, setups in ((QUICK.recipe.batch, 4), (2, 2)):
+        searched = [
+            record.model_copy(update={"shared": shared_with_search(own | {"recipe": own["recipe"] | {"batch": batch}})})
+            for record in records
+            for own in [_identity(found, record.steps)]
+        ]
+        assert len(select(found, searched).compare("kit", "local")) == setups
+
+
+def _identity(found: list[Entry], steps: int) -> dict[str, Any]:
+    """Of any run of this length."""
+    return next(e.run.identity for e in found if e.run.identity["recipe"]["steps"] == steps)
+
+
 def test_trials_of_the_search_are_not_compared(tmp_path: Path) -> None:
     tuned(runs(tmp_path, BETTER), BETTER)
     chosen = select(entries(find([tmp_path]), None), tunings(tmp_path))
@@ -139,6 +175,15 @@ def test_trials_of_the_search_are_not_compared(tmp_path: Path) -> None:
     columns = {column for b in chosen.blocks for of in b.methods.values() for column in of}
     assert seeds == set(range(5))
     assert columns == {("Set_A", "σ25")}
+
+
+def test_scores_on_any_validation_set_of_a_search_are_not_compared(tmp_path: Path) -> None:
+    runs(tmp_path, BETTER)
+    runs(tmp_path, BETTER, data_set="Set_B")
+    [record] = tunings(tuned(tmp_path, BETTER))
+    for sets, compared in (("validation", {"Set_A", "Set_B"}), ("validation, Set_B", {"Set_A"})):
+        chosen = select(entries(find([tmp_path]), None), [record.model_copy(update={"validation": sets})])
+        assert {column[0] for b in chosen.blocks for of in b.methods.values() for column in of} == compared
 
 
 def test_variants_are_left_out_and_named(tmp_path: Path) -> None:

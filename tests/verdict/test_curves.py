@@ -91,6 +91,12 @@ def test_what_was_not_measured_is_not_available(tmp_path: Path) -> None:
     assert {line[4] for line in target_sheet(known(tmp_path)).lines} == {"n/a"}
 
 
+def test_runs_that_did_not_fix_their_threads_say_so(tmp_path: Path) -> None:
+    free = SUITE.model_copy(update={"recipe": SUITE.recipe.model_copy(update={"threads": None})})
+    curves(tmp_path, {"conv": CONV}, of=free)
+    assert target_sheet(known(tmp_path)).header[4] == "Seconds (threads not fixed)"
+
+
 def test_without_a_control_there_is_no_target(tmp_path: Path) -> None:
     curves(tmp_path, {"kit": KIT})
     assert time_to_target(known(tmp_path)) is None

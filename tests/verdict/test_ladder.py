@@ -136,3 +136,4 @@ def test_why_nothing_is_decided_is_stated(tmp_path: Path) -> None:
     sheet = ladder_sheet(ladder)
     assert sheet.lines == (("kit - conv", "+0.000", "+0.000", "not decided"),)
     assert "Not decided: one seed: no interval." in sheet.notes
+    assert sheet.notes[0] == "Mean over all test images; 1 seed, 6 images."

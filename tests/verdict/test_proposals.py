@@ -117,3 +117,41 @@ def test_every_command_of_a_page_of_any_shipped_suite_parses(tmp_path: Path, tas
     groups = {parsed(command)[0] for command in commands}
     assert groups == {"run", "tune", "scale"}
     assert not any("smoke" in command for command in commands)
+
+
+def test_no_more_seeds_are_proposed_where_images_are_too_few(tmp_path: Path) -> None:
+    everything(tmp_path, EQUAL)
+    for file in tmp_path.glob("*/eval/*.json"):
+        record = json.loads(file.read_text())
+        record.pop("sha256")
+        record["scores"] = record["scores"][:3]
+        file.write_text(json.dumps(record))
+    part = page(tmp_path)[2].parts[0]
+    assert "3 images are too few to decide a difference" in part.evidence
+    assert part.command == ""
+
+
+def recorded(out: Path, command: list[str] | None = None, **record: Any) -> None:
+    """Change what the stored runs record of themselves."""
+    for file in out.glob("*/run.json"):
+        changed = json.loads(file.read_text())
+        changed.pop("sha256")
+        changed["environment"]["command"] = command or changed["environment"]["command"]
+        file.write_text(json.dumps(changed | record))
+
+
+def test_images_and_noise_levels_that_the_runs_command_chose_are_proposed_again(tmp_path: Path) -> None:
+    runs(tmp_path, GOOD, seeds=(0,))
+    chosen = ["--train-set", "my/photos", "--set=task.sigma_test=[25]", "--set", "methods.kit.k=9", "--test-set=Set12"]
+    recorded(tmp_path, command=["kitbench", "run", "--suite", "denoise", "--set", "recipe.lr=0.7", *chosen])
+    _, options, suite = reach(tmp_path)
+    assert (options["train_set"], options["test_set"]) == (("my/photos",), ("Set12",))
+    assert suite.task.sigma_test == (25,)
+    assert (suite.recipe, suite.methods) == (QUICK.recipe, QUICK.methods)
+
+
+def test_runs_on_embedded_photographs_are_proposed_on_these(tmp_path: Path) -> None:
+    runs(tmp_path, GOOD, seeds=(0,))
+    assert page(tmp_path)[2].parts[0].command.endswith("--data DIR --out OUT")
+    recorded(tmp_path, train_sets={"skimage-train": "aa"})
+    assert page(tmp_path)[2].parts[0].command.endswith("--preset quick --out OUT")

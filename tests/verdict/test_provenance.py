@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kitbench.spec import loading
 from kitbench.spec.fields import digest
 from kitbench.store.folder import RunFolder, find
 from kitbench.verdict.claims import claims
@@ -14,6 +15,7 @@ from kitbench.verdict.page.report import report
 from kitbench.verdict.render import Format, render
 from tests.stored import store
 
+QUICK = loading.load_suite("denoise", "quick")
 FORMATS: tuple[Format, ...] = ("terminal", "markdown", "latex", "csv", "json")
 
 
@@ -37,7 +39,7 @@ def stored(tmp_path: Path) -> dict[str, RunFolder]:
     folders = {}
     for method, gain in (("conv", 0.0), ("kit", 1.0), ("window", 0.5), ("local", 0.5), ("kit-random", 0.2)):
         for seed in range(3):
-            folders[f"{method}-{seed}"] = store(tmp_path, method, [30 + gain, 31 + gain] * 4, seed=seed)
+            folders[f"{method}-{seed}"] = store(tmp_path, method, [30 + gain, 31 + gain] * 4, seed=seed, of=QUICK)
     return folders
 
 
@@ -74,8 +76,8 @@ def test_an_altered_run_is_marked_in_every_format_in_the_report_and_in_claims(
     assert expected in report(runs, [])
     assert "kit¶" in report(runs, [])
     of_kit = [part.evidence for claim in claims(runs, []) for part in claim.parts if "kit - window" in part.evidence]
-    if of_kit:  # smoke runs are left out
-        assert expected in of_kit[0]
+    assert len(of_kit) == 2
+    assert all(expected in evidence for evidence in of_kit)
 
 
 def test_a_scoring_by_other_code_is_marked(stored: dict[str, RunFolder]) -> None:

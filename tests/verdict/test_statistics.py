@@ -22,6 +22,7 @@ from kitbench.verdict.statistics import (
     holm,
     mean_interval,
     p_values,
+    seeds_to_find,
     spread,
     to_best,
 )
@@ -164,3 +165,22 @@ def test_a_table_of_equal_methods_seldom_marks_one() -> None:
 def test_what_is_no_array_of_differences_is_refused(d) -> None:
     with pytest.raises(ValueError, match="finite"):
         difference(d)
+
+
+def test_the_seeds_that_a_difference_takes_are_the_fewest_whose_power_is_enough() -> None:
+    rng = np.random.default_rng(8)
+    d = 0.1 + rng.normal(0, 0.08, (3, 1)) + rng.normal(0, 0.05, (3, 68))
+    found = spread(d)
+    seeds = seeds_to_find(found, 8)
+    assert seeds is not None
+
+    def least(seeds: int) -> float:
+        world = replace(found, of_seeds=found.of_seeds * 3 / seeds, seeds=seeds)
+        value = detectable(world, 8)
+        assert value is not None
+        return value
+
+    assert least(seeds) <= abs(found.mean) < least(seeds - 1)
+    # More seeds do not help where the images differ too much, and one seed says nothing of the spread.
+    assert seeds_to_find(spread(d + rng.normal(0, 5, 68)), 8) is None
+    assert seeds_to_find(difference(d[:1]).spread, 8) is None

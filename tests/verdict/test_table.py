@@ -112,6 +112,28 @@ def test_every_row_of_csv_and_json_names_its_runs_and_protocol(tmp_path: Path) -
     assert from_json[0]["lpips"] is None
 
 
+def test_a_run_in_two_folders_counts_once(tmp_path: Path) -> None:
+    for out in ("a", "b"):
+        for seed, psnr in ((0, 30.0), (1, 31.0)):
+            store(tmp_path / out, "kit", psnr, seed)
+    [row] = rows(find([tmp_path / "a", tmp_path / "b"])).to_dict("records")
+    assert row["seeds"] == "0,1"
+    assert row["psnr_pm_seeds"] == pytest.approx(12.706 * 0.5, rel=1e-4)  # Student, one degree of freedom
+    store(tmp_path / "b", "kit", 30.5, 1)
+    with pytest.raises(InputError, match=r"is in two of these folders, with unequal scores on Set_A; give one of them"):
+        rows(find([tmp_path / "a", tmp_path / "b"]))
+
+
+def test_a_block_of_references_is_titled_by_its_own_mode(tmp_path: Path) -> None:
+    for mode in ("gray", "colour"):
+        file = store(tmp_path / mode, "nlm", 30.0, seed=None).path / "run.json"
+        record = json.loads(file.read_text())
+        record.pop("sha256")
+        file.write_text(json.dumps(record | {"mode": mode, "key": mode}))
+    text = render(find([tmp_path / "gray", tmp_path / "colour"]), "markdown")
+    assert re.findall(r"denoise, (\w+): references", text) == ["colour", "gray"]
+
+
 def test_rows_of_two_protocols_are_refused_until_one_is_chosen(tmp_path: Path) -> None:
     store(tmp_path, "kit", 30.0)
     store(tmp_path, "kit", 31.0, protocol="awgn8-seed0")

@@ -21,6 +21,8 @@ _SCALES: dict[Axis, Callable[[Curve], float | None]] = {
     "multiply-adds": lambda curve: None if curve.step_macs is None else curve.step_macs / 1e12,
 }
 AXES: tuple[Axis, ...] = tuple(_SCALES)
+SHOWN_FROM = 0.2
+"""Share of the training whose values may lie below the axis: the first ones would flatten the rest."""
 WIDE_RANGE = 3
 """Methods whose whole training differs by more than this factor are shown on a logarithmic axis."""
 
@@ -50,10 +52,20 @@ def curve_plot(found: CurveSet, axis: Axis, look: Look) -> bytes | None:
         ends = [float(curve.steps[-1] * scale) for curve, scale in known]
         if max(ends) > WIDE_RANGE * min(ends):
             logarithmic(axes)
+        axes.set_ylim(_shown([curve for curve, _ in known], [target.psnr_db] if target else []))
         axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
         axes.set(xlabel=label, ylabel="validation PSNR, dB")
         legend_below(figure)
     return buffer.getvalue()
+
+
+def _shown(curves: Sequence[Curve], targets: Sequence[float]) -> tuple[float, float] | None:
+    """The range of the axis: the targets and all values after the first SHOWN_FROM of the training; None: one value."""
+    late = [curve.psnr_db[:, curve.steps >= SHOWN_FROM * curve.steps[-1]].ravel() for curve in curves]
+    values = np.concatenate([*late, targets])
+    low, high = float(values.min()), float(values.max())
+    margin = 0.05 * (high - low)
+    return (low - margin, high + margin) if margin else None
 
 
 def ladder_plot(lines: Sequence[LadderLine], look: Look) -> bytes:

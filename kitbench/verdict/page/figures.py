@@ -114,7 +114,10 @@ def curves_of(block: ComparedRuns, folders: dict[str, RunFolder], look: pictures
     drawn_by_axis = {axis: curve_pictures.curve_plot(found, axis, look) for axis in curve_pictures.AXES}
     shown = [EmbeddedFigure(f"Validation PSNR against {a}", _svg(d)) for a, d in drawn_by_axis.items() if d is not None]
     dashed = "; dashed: the target" if time_to_target(found) else ""
-    note = f"Crops of {found.measured_on}. Mean over seeds; band: from the lowest to the highest seed{dashed}."
+    note = (
+        f"Crops of {found.measured_on}. Mean over seeds; band: from the lowest to the highest seed{dashed}. "
+        "The first fifth of the training may lie below the axis."
+    )
     return Curves(shown, note, replace(grid_of(target_sheet(found)), caption="Time to target"))
 
 

@@ -27,7 +27,7 @@ from kitbench.verdict.compare import Compared
 mpl.use("Agg")
 import matplotlib.pyplot as plt  # after the backend was chosen: no display is needed
 
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F")
 MARKERS = "osD^vPX*"
 ERROR_FULL = 48
 """Error in grey levels that is drawn in the brightest colour of an error map."""

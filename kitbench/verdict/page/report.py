@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,9 +83,11 @@ class _Page:
         mine = [e for e in self.found if e.run.comparison == run.comparison and e.run.mode == run.mode]
         trained = next(iter(blocks(mine)), None)
         compared = _against_best(trained) if trained else []
+        names = labels(self.found)
+        given = {names[e.run.key, e.run.method] for e in self.found if "weights_sha256" in e.run.identity}
         return {
             "title": caption_of(run),
-            "verdict": _verdict(block, trained, compared),
+            "verdict": _verdict(block, trained, compared, given),
             "table": table_of(layout_of(block, caption_of(run))),
             "differences": differences_of([c for c, _ in compared]),
             "ablation": ablation(trained),
@@ -105,32 +107,43 @@ def _against_best(block: ComparedRuns) -> list[tuple[Compared, Any]]:
     return sorted(((c, values[c.a] - values[c.b]) for c in compared), key=lambda pair: -pair[0].found.mean)
 
 
-def _verdict(block: pd.DataFrame, trained: ComparedRuns | None, compared: Sequence[tuple[Compared, Any]]) -> list[str]:
-    """What the runs show about quality, in sentences."""
-    if trained is None or not compared:
+def _verdict(
+    block: pd.DataFrame, trained: ComparedRuns | None, compared: Sequence[tuple[Compared, Any]], given: Collection[str]
+) -> list[str]:
+    """What the runs show about quality, in sentences. given: the methods that were scored with given weights."""
+    if trained is None or len(trained.methods) < 2:
         return ["There are fewer than two trained methods, so there is nothing to compare."]
+    if not compared:
+        return ["No two of the trained methods have the same seeds and test images, so there is nothing to compare."]
     best = compared[0][0].b
     worse = [c.a for c, _ in compared if c.decided]
     level = [c.a for c, _ in compared if not c.decided and c.p_holm is not None]
     undecided = [c for c, _ in compared if c.p_holm is None]
-    sentences = [f"Over all test images, {best} has the highest mean PSNR of the trained methods."]
-    means = block.groupby("method")["psnr_db"].mean()
-    above = [m for m in means.index if m not in trained.methods and means[m] > means[best]]
-    if above:
-        sentences.append(
-            f"{', '.join(above)}, without any training, scores higher: these runs were not trained long enough."
-        )
+    alike = " with the same seeds" * (len(compared) + 1 < len(trained.methods))
+    sentences = [f"Over all test images, {best} has the highest mean PSNR of the trained methods{alike}."]
     if worse:
         sentences.append(f"It is significantly better than {', '.join(worse)}.")
     if level:
         sentences.append(f"It is not distinguishable from {', '.join(level)}: these runs do not rank them.")
     if undecided:
         sentences.append(f"Nothing is decided about {', '.join(c.a for c in undecided)}: {undecided[0].found.note}.")
+    for method in _above(block, trained, best):
+        how = "with weights trained elsewhere, scores higher"
+        if method not in given:
+            how = "without any training, scores higher: these runs were not trained long enough"
+        sentences.append(f"{method}, {how}.")
     smallest = [c.detectable for c, _ in compared if c.detectable is not None]
     if smallest:
         sentences.append(detects(max(smallest)))
     notes = dict.fromkeys(c.found.note for c, _ in compared if c.found.note and c.p_holm is not None)
     return sentences + [f"{note[0].upper()}{note[1:]}." for note in notes if note]
+
+
+def _above(block: pd.DataFrame, trained: ComparedRuns, best: str) -> list[str]:
+    """The references with a higher mean than the best trained method, over the columns that both have."""
+    table = block.pivot_table(index=["data_set", "condition"], columns="method", values="psnr_db")
+    both = {m: table[[best, m]].dropna().mean() for m in table.columns if m not in trained.methods}
+    return [m for m, means in both.items() if means[m] > means[best]]
 
 
 def _settings(found: Sequence[Entry]) -> list[dict[str, str]]:

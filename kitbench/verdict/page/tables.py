@@ -89,7 +89,8 @@ def _laid_out(value: TableValue) -> TableCell:
     return TableCell(text + value.sign, value.key, value.rank, f"± {value.spread}" if value.spread else "")
 
 
-def differences_of(compared: Sequence[Compared]) -> Grid | None:
+def differences_of(compared: Sequence[Compared], family: str = "all pairs of methods") -> Grid | None:
+    """Differences with intervals and p values. family: what p is corrected for."""
     if not compared:
         return None
     header = [
@@ -120,9 +121,9 @@ def differences_of(compared: Sequence[Compared]) -> Grid | None:
         )  # fmt: skip
     notes = [
         "Paired by seed and image; an image's mean over its conditions. Interval and p hold for other seeds and other "
-        "images; p is corrected for all pairs of methods, one interval is not.",
+        f"images; p is corrected for {family}, one interval is not.",
         "Detects: the smallest true difference that these seeds and images find with 80 % power after the correction.",
-        *dict.fromkeys(c.found.note + "." for c in compared if c.found.note),
+        *dict.fromkeys(f"{c.found.note[0].upper()}{c.found.note[1:]}." for c in compared if c.found.note),
     ]
     return Grid("Differences from the best", header, lines, notes)
 
@@ -135,6 +136,6 @@ def ablation(block: ComparedRuns | None) -> Grid | None:
     compared = [c for c in (compare_methods(block, m, "kit") for m in variants) if c is not None]
     if not compared:
         return None
-    grid = differences_of(adjusted(compared))
+    grid = differences_of(adjusted(compared), "all variants")
     assert grid is not None
     return Grid("Effect of each choice in our reading of KiT", grid.header, grid.lines, grid.notes)

@@ -174,21 +174,23 @@ def _growth(sweep: Sweep, what: What) -> list[str]:
     sentences = []
     for name, quantity in QUANTITIES.items():
         fits = {method: exponent(sweep.curve(method, what), quantity) for method, w in curves(sweep) if w == what}
-        steep = [f"{method} ({fit.value:.2f})" for method, fit in fits.items() if fit and _steep(fit)]
-        flat = [method for method, fit in fits.items() if fit and not _steep(fit)]
-        if steep and flat:
-            slow = f"at most about linearly: {_list(flat)}"
-            sentences.append(f"{WORDS[what]}: {name} grows faster than linearly in pixels: {_list(steep)}; {slow}.")
-        elif flat or steep:
-            sentences.append(
-                f"{WORDS[what]}: {name} grows faster than linearly in pixels: {'none' if flat else 'all'}."
-            )
+        known = {method: fit for method, fit in fits.items() if fit}
+        steep = [f"{method} ({fit.value:.2f})" for method, fit in known.items() if _low(fit) > LINEAR]
+        flat = [method for method, fit in known.items() if _high(fit) <= LINEAR]
+        unsure = [f"{method} ({_shown(fit)})" for method, fit in known.items() if _low(fit) <= LINEAR < _high(fit)]
+        groups = {"faster than linear": steep, "at most about linear": flat, "not decided": unsure}
+        phrases = [f"{how} for {_list(methods)}" for how, methods in groups.items() if methods]
+        if phrases:
+            sentences.append(f"{WORDS[what]}: growth of {name} in pixels is {'; '.join(phrases)}.")
     return sentences
 
 
-def _steep(fit: Exponent) -> bool:
-    """Whether the whole interval lies above what is called linear."""
-    return fit.value - (fit.half_width or 0) > LINEAR
+def _low(fit: Exponent) -> float:
+    return fit.value - (fit.half_width or 0)
+
+
+def _high(fit: Exponent) -> float:
+    return fit.value + (fit.half_width or 0)
 
 
 def _kernel_or_method(sweep: Sweep, what: What) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import itertools
+import json
 import re
 import shutil
 import subprocess
@@ -89,9 +90,46 @@ def test_one_seed_decides_nothing_in_words(tmp_path: Path) -> None:
     text = report(find([tmp_path]), [])
     assert "Nothing is decided about kit: one seed: no interval." in text
     assert "better than" not in text[: text.index('id="claims"')]
-    assert "trained too little" not in text
+    assert "trained long enough" not in text
     store(tmp_path, "nlm", 35.0, seed=None)
     assert "nlm, without any training, scores higher" in report(find([tmp_path]), [])
+
+
+def test_a_reference_is_compared_over_the_columns_that_both_have_and_given_weights_are_no_lack_of_training(
+    tmp_path: Path,
+) -> None:
+    for number, method in enumerate(("kit", "window")):
+        for sigma, psnr in ((15, 33.0), (50, 27.0)):
+            store(tmp_path, method, psnr + number, sigma=sigma)
+    store(tmp_path, "nlm", 32.0, seed=None, sigma=15)  # above the mean over both levels, below at its own
+    assert "nlm, without any training" not in report(find([tmp_path]), [])
+    given = store(tmp_path, "ffdnet", 35.0, seed=None, sigma=15).path / "run.json"
+    record = json.loads(given.read_text())
+    record.pop("sha256")
+    record["identity"]["weights_sha256"] = "aa"
+    given.write_text(json.dumps(record))
+    text = report(find([tmp_path]), [])
+    assert "ffdnet, with weights trained elsewhere, scores higher." in text
+    assert "not trained long enough" not in text
+
+
+def test_methods_that_cannot_be_compared_are_not_called_too_few(tmp_path: Path) -> None:
+    store(tmp_path, "kit", 30.0, seed=0)
+    assert "There are fewer than two trained methods" in report(find([tmp_path]), [])
+    store(tmp_path, "window", 31.0, seed=1)
+    text = report(find([tmp_path]), [])
+    assert "No two of the trained methods have the same seeds and test images" in text
+    for seed, method in ((0, "conv"), (0, "local"), (2, "san")):
+        store(tmp_path, method, 20.0 + seed, seed=seed)
+    assert "kit has the highest mean PSNR of the trained methods with the same seeds." in report(find([tmp_path]), [])
+
+
+def test_the_ablation_says_what_its_p_is_corrected_for(tmp_path: Path) -> None:
+    for method in ("kit", "kit-random", "kit-exact"):
+        store(tmp_path, method, 30.0)
+    text = report(find([tmp_path]), [])
+    assert text.count("p is corrected for all pairs of methods") == 1
+    assert text.count("p is corrected for all variants") == 1
 
 
 def test_differences_beyond_noise_are_told_in_words(tmp_path: Path) -> None:

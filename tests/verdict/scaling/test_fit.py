@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
 
 from kitbench.store.sweeps import Point, Sweep
 from kitbench.verdict.scaling.fit import crossings, exponent, largest
+from kitbench.verdict.scaling.page import words
 
 
 def points(sizes, value, what="infer", **others):
@@ -111,4 +113,18 @@ def test_training_never_fits_a_larger_image_than_inference():
     assert str(largest(swept(700 * 300**2, infer=infer, train=much), "m", "train")) == "below 64"
     assert str(largest(swept(700 * 300**2, infer=infer, train=points(SIZES, lambda s: 1.0)), "m", "train")).startswith(
         "3"
+    )
+
+
+def test_a_growth_that_the_interval_leaves_open_is_not_called_linear():
+    growth = {
+        "steep": lambda s: 3.0 * s**4, "flat": lambda s: 3.0 * s**2, "bent": lambda s: s**2 * (1.6 if s == 256 else 1)
+    }  # fmt: skip
+    own = [p.model_copy(update={"method": m}) for m, value in growth.items() for p in points(SIZES, value)]
+    sweep = Sweep.model_construct(budget=10**9, methods={m: (m, {}) for m in growth}, points=tuple(own))
+    [time] = [sentence for sentence in words(sweep) if "growth of time" in sentence]
+    assert re.fullmatch(
+        r"inference: growth of time in pixels is faster than linear for steep \(2\.00\); at most about linear for flat; "
+        r"not decided for bent \(1\.\d\d ± \d\.\d\d\)\.",
+        time,
     )

@@ -1,0 +1,126 @@
+"""The search for learning rates, with scores that are given in place of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from kitbench.errors import InputError, RunError
+from kitbench.runs import tune
+from kitbench.runs.cell import decisive
+from kitbench.runs.prepare import Options
+from kitbench.spec import loading
+from kitbench.spec.suite import Suite
+from kitbench.store.records import Tuning, read_record
+from kitbench.verdict.tuning import tuning_caption
+
+LOW, MIDDLE, HIGH = RATES = (1e-3, 2e-3, 4e-3)
+Scores = Mapping[str, Mapping[float, float]]
+"""By mode: the PSNR of every method at a rate; training diverges at the others."""
+Search = Callable[[Scores, int], list[Tuning]]
+FINE = {LOW: 29.0, MIDDLE: 30.0, HIGH: 29.5}
+
+
+def suite_of(steps: int) -> Suite:
+    return loading.load_suite("denoise", "quick", [f"recipe.steps={steps}"], ["kit", "local"])
+
+
+@pytest.fixture
+def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Search:
+    def of(scores: Scores, steps: int = 700) -> list[Tuning]:
+        def run(chosen: Suite, options: Options, console: Console) -> tuple[list[Any], list[str]]:
+            rate, complete, failed = chosen.recipe.lr, [], []
+            identity = {"recipe": decisive(chosen.recipe), "backbone": chosen.backbone.model_dump(mode="json")}
+            for mode, own in scores.items():
+                for method in chosen.methods:
+                    if rate in own:
+                        evaluations = [SimpleNamespace(mean_psnr=own[rate])]
+                        key = f"{mode}-{method}-{rate}"
+                        record = SimpleNamespace(method=method, mode=mode, key=key, identity=identity | {"seed": 1000})
+                        complete.append(SimpleNamespace(run=record, evaluations=lambda found=evaluations: found))
+                    else:
+                        failed.append(f"{mode}-{method}-s1000: training diverged: loss nan at step 9; stopped")
+            return complete, failed
+
+        monkeypatch.setattr(tune, "run_suite", run)
+        options = Options(tmp_path, tmp_path, "cpu", 0, None)  # of the set's folder: modes colour and gray
+        return tune.tune(suite_of(steps), options, tune.Search(RATES, 1000), Console(quiet=True))
+
+    return of
+
+
+def scored(record: Tuning) -> dict[tuple[str, float], float | None]:
+    return {(trial.method, trial.lr): trial.psnr_db for trial in record.trials}
+
+
+def test_a_rate_at_which_everything_diverges_is_recorded_of_the_modes_that_were_trained(search: Search) -> None:
+    [record] = search({"colour": {LOW: 29.0, MIDDLE: 30.0}})
+    assert record.mode == "colour"
+    assert record.best == {"kit": MIDDLE, "local": MIDDLE}
+    assert scored(record)["kit", HIGH] is scored(record)["local", HIGH] is None
+    assert len(record.trials) == 6
+
+
+def test_a_mode_that_diverges_alone_still_has_a_trial_at_every_rate(search: Search) -> None:
+    colour, gray = search({"colour": FINE, "gray": {LOW: 29.0, MIDDLE: 30.0}})
+    assert (colour.mode, gray.mode) == ("colour", "gray")
+    assert scored(colour)["kit", HIGH] == 29.5
+    assert scored(gray)["kit", HIGH] is None
+    assert gray.best["kit"] == MIDDLE
+
+
+def test_a_search_of_which_nothing_ended_is_refused(search: Search) -> None:
+    with pytest.raises(RunError, match="every trial of kit diverged; give lower --rates"):
+        search({"colour": {}})
+
+
+def test_the_grid_is_widened_for_all_where_a_best_rate_lies_at_its_edge(search: Search) -> None:
+    [record] = search({"colour": {LOW: 31.0, MIDDLE: 30.0, HIGH: 29.0, LOW / 2: 30.5}})
+    assert record.rates == (LOW / 2, LOW, MIDDLE, HIGH)
+    assert record.widened
+    assert record.best["kit"] == LOW
+
+
+def test_searches_of_two_lengths_lie_side_by_side(search: Search, tmp_path: Path) -> None:
+    search({"colour": FINE}, 700)
+    search({"colour": {LOW: 29.0, MIDDLE: 30.0, HIGH: 31.0, 2 * HIGH: 30.0}}, 2800)
+    assert {record.steps: record.best["kit"] for record in load_tunings(tmp_path)} == {700: MIDDLE, 2800: HIGH}
+    for steps, rate in ((700, MIDDLE), (2800, HIGH)):
+        [part] = tune.tuned_suites(suite_of(steps), tmp_path)
+        assert (part.recipe.steps, part.recipe.lr) == (steps, rate)
+    with pytest.raises(InputError, match="this recipe has 1400; run `kitbench tune` with the same recipe"):
+        tune.tuned_suites(suite_of(1400), tmp_path)
+
+
+def test_rates_that_were_searched_with_another_recipe_or_backbone_are_refused(search: Search, tmp_path: Path) -> None:
+    search({"colour": FINE}, 700)
+    for change in ("recipe.batch=2", "backbone.width=24"):
+        chosen = loading.load_suite("denoise", "quick", ["recipe.steps=700", change], ["kit", "local"])
+        with pytest.raises(InputError, match=rf"was made with another {change.partition('=')[0]}; run `kitbench tune`"):
+            tune.tuned_suites(chosen, tmp_path)
+
+
+def test_a_record_under_another_name_is_found_by_what_it_says(search: Search, tmp_path: Path) -> None:
+    search({"colour": FINE}, 700)
+    [file] = tmp_path.glob("tuning*.json")
+    file.rename(tmp_path / "tuning-denoise-quick-colour.json")  # as earlier versions called it
+    [part] = tune.tuned_suites(suite_of(700), tmp_path)
+    assert part.recipe.lr == MIDDLE
+
+
+def load_tunings(out: Path) -> list[Tuning]:
+    return [read_record(Tuning, path) for path in sorted(out.glob("tuning*.json"))]
+
+
+def test_a_best_rate_at_the_edge_of_the_last_grid_is_said(search: Search) -> None:
+    rising = {LOW * 2**n: 29.0 + n for n in range(6)}
+    [record] = search({"colour": rising})
+    assert record.rates[-1] == record.best["kit"] == 8 * HIGH
+    assert "a rate beyond the grid may be better for kit, local" in tuning_caption(record)
+    [inside] = search({"colour": FINE})
+    assert "beyond" not in tuning_caption(inside)
