@@ -45,6 +45,8 @@ def _checked(
                 f"Images must be [H, W] or [H, W, C] with 1, 3 or 4 channels last, found {list(image.shape)}; "
                 "transpose them, and give one image at a time."
             )
+        if not image.size:
+            raise InputError(f"An image is empty, found {list(image.shape)}; no metric is defined for it.")
     if data_range is not None and data_range not in RANGES:
         raise InputError(f"data_range is the value of white, 1 or 255; found {data_range!r}.")
     if np.uint8 in (a.dtype, b.dtype):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, TypedDict, Unpack
 import pandas as pd
 
 from kitbench.errors import InputError, RunError
+from kitbench.model.methods import method_kinds
 from kitbench.spec.loading import load_suite
 from kitbench.store.folder import RunFolder, find
 from kitbench.store.records import Evaluation
@@ -25,10 +27,11 @@ def results_table(
     """Stored runs as a table: one row a run, test set, condition and protocol; with `per_image`, one row an image.
 
     paths: folders of runs, or folders that contain such folders. protocol: only scores under this one (id or id.vN).
-    Columns: what the run was (`run`, `folder`, `suite`, `preset`, `mode`, `method`, `settings`, `seed`, `device`,
-    `recipe`, `steps`), what was scored (`data_set`, `sigma` in grey levels, `protocol`), the scores (`psnr_db`, `ssim`,
-    `lpips`) and, one row a run, `images`, `parameters`, `gmacs` at `resolution` px, `train_peak_bytes` and
-    `step_seconds`. With `per_image`: `image`, and `seconds` of its restoration. What was not measured is missing (NaN).
+    Columns: what the run was (`run`, `folder`, `run_by`: who made it, where it was imported, `suite`, `preset`, `mode`,
+    `method`, `settings`, `seed`, `device`, `recipe`, `steps`), what was scored (`data_set`, `sigma` in grey levels,
+    `protocol`), the scores (`psnr_db`, `ssim`, `lpips`) and, one row a run, `images`, `parameters`, `gmacs` at
+    `resolution` px, `train_peak_bytes` and `step_seconds`. With `per_image`: `image`, and `seconds` of its restoration.
+    What was not measured is missing (NaN).
     Nothing is averaged over seeds: see `python -m kitbench table` for that. Raises InputError.
     """
     given = [paths] if isinstance(paths, str | Path) else list(paths)
@@ -53,10 +56,11 @@ def _table(runs: Sequence[RunFolder], protocol: str | None, per_image: bool) -> 
 
 
 def _about(folder: RunFolder) -> dict[str, Any]:
-    run = folder.run
+    run, origin = folder.run, folder.origin
     return {
-        "run": run.key[:10], "folder": folder.path.name, "suite": run.suite, "preset": run.preset, "mode": run.mode,
-        "method": run.method, "settings": json.dumps(run.settings, sort_keys=True),
+        "run": run.key[:10], "folder": folder.path.name, "run_by": origin.by if origin else None, "suite": run.suite,
+        "preset": run.preset, "mode": run.mode, "method": run.method,
+        "settings": json.dumps(run.settings, sort_keys=True),
         "seed": pd.NA if run.seed is None else run.seed, "device": run.device,
         "recipe": run.recipe.name if run.recipe else None, "steps": run.recipe.steps if run.recipe else pd.NA,
     }  # fmt: skip
@@ -117,8 +121,9 @@ def run_from_python(
     Returns one row a run, test set and condition: the columns of `results_table`.
     Raises InputError before anything is written, and RunError where runs failed or were interrupted (state saved).
     """
-    changed = [f"{key}={_toml(value)}" for key, value in (settings or {}).items()]
-    resolved = load_suite(suite, preset, changed, [str(method) for method in methods], seeds)
+    changed = [f"{key}={_toml(key, value)}" for key, value in (settings or {}).items()]
+    names = [str(method) for method in methods]
+    resolved = load_suite(suite, preset, changed, names, seeds, method_kinds() if names else {})
     from rich.console import Console
 
     from kitbench.runs.prepare import Options
@@ -132,9 +137,11 @@ def run_from_python(
     chosen: dict[str, Any] = DEFAULTS | options
     chosen["data"] = None if chosen["data"] is None else Path(chosen["data"])
     words = ["run", "--suite", suite, *(["--preset", preset] if preset else [])]
-    words += [word for method in methods for word in ("--method", str(method))]
+    words += [word for name in names for word in ("--method", name)]
     words += ["--seeds", ",".join(map(str, seeds))] if seeds else []
     words += [word for change in changed for word in ("--set", change)]
+    given = {"out": out, **{name: value for name, value in options.items() if value is not None}}
+    words += [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     with _torch_as_it_was(), _command(words):
         complete, failed = run_suite(resolved, Options(out=Path(out), **chosen), Console(width=140))
     if failed:
@@ -142,9 +149,16 @@ def run_from_python(
     return _table(complete, None, per_image=False)
 
 
-def _toml(value: Any) -> str:
-    """A value as TOML, which for strings, numbers, booleans and lists of them is JSON."""
-    return json.dumps(value)
+def _toml(key: str, value: Any) -> str:
+    """A value as TOML, which for strings, numbers, booleans and lists of them is JSON. Raises InputError for others."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+        tomllib.loads(f"value = {text}")
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"settings[{key!r}] is {value!r}; give text, a number, True or False, or a list of these."
+        ) from error
+    return text
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,17 +15,16 @@ from kitbench.apply.trained import load_trained
 from kitbench.data.locate import check_root, locate
 from kitbench.data.overlap import assert_disjoint
 from kitbench.data.own import card_of_set
-from kitbench.data.photograph import read_set
 from kitbench.errors import InputError
 from kitbench.model import methods
 from kitbench.model.methods import Restore
 from kitbench.runs.cell import Cell
 from kitbench.runs.given_weights import Scored, score_all
+from kitbench.runs.initial import seen_images
 from kitbench.runs.prepare import Options, PreparedScoring, prepare_scoring
 from kitbench.scoring import evaluate
 from kitbench.spec.suite import Protocol
 from kitbench.store.folder import RunFolder
-from kitbench.store.records import Run
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ def score_run(folder: RunFolder, wanted: Wanted, options: Options, console: Cons
     sigmas = [evaluation.sigma for evaluation in folder.evaluations()]
     suite = suite_of(record, wanted.test_sets, sigmas, protocol, wanted.method_file)
     scoring = prepare_scoring(suite, replace(options, out=folder.path.parent))
-    _require_unseen(record, scoring, console)
+    seen = seen_images(folder, options.data, partial(console.print, markup=False, highlight=False, soft_wrap=True))
+    assert_disjoint(seen, scoring.sets[record.mode].test)
     cell = Cell(
         suite, record.mode, record.method, record.attention, None, dict(record.settings), record.seed, record.device,
         record.identity.get("train_sha256"), init_sha256=record.identity.get("init_sha256"),
@@ -86,20 +87,6 @@ def _protocol_of(folder: RunFolder) -> Protocol:
         under = f"scores under {' and '.join(found)}" if found else "no scores"
         raise InputError(f"{folder.path} has {under}; choose with --protocol.")
     return next(iter(found.values()))
-
-
-def _require_unseen(record: Run, scoring: PreparedScoring, console: Console) -> None:
-    """Raises InputError where a test image was trained on; says which training sets are not here to be compared."""
-    train = {}
-    for name in record.train_sets:
-        try:
-            train[name] = read_set(card_of_set(name), scoring.options.data, record.mode)
-        except InputError as error:
-            console.print(
-                f"not compared with the training images of {name}: {error}", markup=False, highlight=False,
-                soft_wrap=True,
-            )  # fmt: skip
-    assert_disjoint(train, scoring.sets[record.mode].test)
 
 
 def _restore(folder: RunFolder, method_file: Path | None, scoring: PreparedScoring) -> Restore:

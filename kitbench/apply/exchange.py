@@ -8,25 +8,32 @@ they are.
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import tempfile
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any, Self
 
 from kitbench import NUMERICS
 from kitbench.errors import InputError
 from kitbench.runs.cell import decisive
 from kitbench.runs.source import scoring_digest, source_digests
 from kitbench.spec.fields import digest
-from kitbench.spec.shipped import builtin
+from kitbench.spec.loading import load_suite, read_toml
+from kitbench.spec.shipped import builtin, suite_names
 from kitbench.spec.suite import Recipe
+from kitbench.spec.tasks import Denoise
 from kitbench.store.archive import read_archive, write_archive
-from kitbench.store.files import writable
+from kitbench.store.files import writable, writable_file, write_atomic
 from kitbench.store.folder import RunFolder, find
 from kitbench.store.records import Evaluation, Origin, Run, now
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Characters that no record needs. Tables print its texts as they are."""
 NOT_IN_A_COMPARISON = ("attention", "settings", "seed")
 """Keys of a run's identity in which runs of one comparison differ."""
 
@@ -45,7 +52,9 @@ def export_runs(runs: Sequence[RunFolder], path: Path, by: str) -> Exchanged:
     chosen: dict[RunFolder, str] = {}
     left_out = {}
     for folder in runs:
-        if (folder.run.seed is not None and not folder.trained) or not folder.evaluations():
+        untrained = folder.run.seed is not None and not folder.trained
+        at_work = any((folder.path / name).is_file() for name in ("progress.json", "failed.json"))
+        if untrained or at_work or not folder.evaluations():
             left_out[folder.path.name] = "not complete"
         else:
             chosen[folder] = folder.origin.by if folder.origin else by
@@ -53,7 +62,7 @@ def export_runs(runs: Sequence[RunFolder], path: Path, by: str) -> Exchanged:
         raise InputError(f"None of the {len(runs)} runs is complete; let `kitbench run` finish first.")
     if len({folder.path.name for folder in chosen}) < len(chosen):
         raise InputError("Two of these folders contain a run of the same name; export them one folder at a time.")
-    writable(path.parent)
+    writable_file(path)
     write_archive(path, chosen)
     return Exchanged(tuple(folder.path.name for folder in chosen), left_out)
 
@@ -62,9 +71,15 @@ def import_runs(path: Path, out: Path) -> Exchanged:
     """Add an archive's runs to a folder of runs: all that are not here yet, or none. Raises InputError."""
     manifest, contents = read_archive(path)
     writable(out)
-    here = find([out]) if any(out.glob("*/run.json")) else []
+    if (out / "run.json").is_file():
+        raise InputError(f"{out} is the folder of a run; give the folder of runs that it lies in.")
+    here = _Here.read(find([out]) if any(out.glob("*/run.json")) else [])
     with tempfile.TemporaryDirectory() as place:
-        staged = [_unpacked(Path(place) / name, contents) for name in manifest.runs]
+        for name, data in contents.items():
+            file = Path(place) / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
+        staged = [RunFolder(Path(place) / name) for name in manifest.runs]
         for folder in staged:
             try:
                 _check(folder, here)
@@ -74,8 +89,7 @@ def import_runs(path: Path, out: Path) -> Exchanged:
         keys = [folder.run.key for folder in staged]
         if len(set(keys)) < len(keys):
             raise InputError(f"{path} contains one run twice, under two names. Nothing was imported.")
-        own = {folder.run.key for folder in here} | {f.run.key for f in staged if (out / f.path.name).exists()}
-        new = [folder for folder in staged if folder.run.key not in own]
+        new = [folder for folder in staged if folder.run.key not in here.keys and not (out / folder.path.name).exists()]
         archive_sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         for folder in new:
             by = manifest.runs[folder.path.name]
@@ -86,60 +100,93 @@ def import_runs(path: Path, out: Path) -> Exchanged:
     return Exchanged(tuple(folder.path.name for folder in new), kept)
 
 
-def _unpacked(folder: Path, contents: Mapping[str, bytes]) -> RunFolder:
-    for name, data in contents.items():
-        run, _, rest = name.partition("/")
-        if run == folder.name:
-            (folder / rest).parent.mkdir(parents=True, exist_ok=True)
-            (folder / rest).write_bytes(data)
-    return RunFolder(folder)
+@dataclass(frozen=True)
+class _Here:
+    """What the runs of a folder say that imported ones must agree with."""
+
+    keys: frozenset[str]
+    recipes: tuple[dict[str, Any], ...]
+    """The keys of each that decide numbers."""
+    data: Mapping[tuple[str, ...], str]
+    """Digest of each test set, by `_scored_on`."""
+
+    @classmethod
+    def read(cls, folders: Sequence[RunFolder]) -> Self:
+        runs = [(folder, folder.run) for folder in folders]
+        return cls(
+            keys=frozenset(run.key for _, run in runs),
+            recipes=tuple(decisive(run.recipe) for _, run in runs if run.recipe is not None),
+            data={_scored_on(run, e): e.data_sha256 for folder, run in runs for e in folder.evaluations()},
+        )
+
+
+def _scored_on(run: Run, evaluation: Evaluation) -> tuple[str, ...]:
+    """What the digest of a test set follows from: colour mode, name, and the degradation, which is part of the digest
+    where the task makes the inputs (Gaussian noise is not: `PreparedScoring.test_sha256`).
+    """
+    task = "" if isinstance(run.task, Denoise) else digest(run.task.model_dump(mode="json"))
+    return run.mode, evaluation.data_set, task
 
 
 def _move(new: Sequence[RunFolder], out: Path) -> None:
-    """Move whole folders into `out`; none, where one of them fails."""
+    """Write whole folders into `out`; none, where one of them fails or Ctrl-C comes."""
     created, moved = not out.exists(), []
     out.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".import-", dir=out))
     try:
         for folder in new:
-            shutil.copytree(folder.path, staging / folder.path.name)
+            for file in sorted(path for path in folder.path.rglob("*") if path.is_file()):
+                write_atomic(staging / file.relative_to(folder.path.parent), file.read_bytes())
         for folder in new:
             target = out / folder.path.name
             (staging / folder.path.name).rename(target)  # fails where the folder is there by now: it is not replaced
             moved.append(target)
-    except OSError as error:
-        for target in moved:
+    except BaseException as error:
+        for target in (*moved, staging):
             shutil.rmtree(target)
-        shutil.rmtree(staging)
         if created:
             out.rmdir()
-        raise InputError(f"The runs cannot be written to {out} ({error.strerror}); nothing was imported.") from error
+        if isinstance(error, OSError):
+            raise InputError(f"Runs cannot be written to {out} ({error.strerror}); nothing was imported.") from error
+        raise
     staging.rmdir()
 
 
-def _check(folder: RunFolder, here: Sequence[RunFolder]) -> None:
+def _check(folder: RunFolder, here: _Here) -> None:
     """Raises InputError where a run is not what it says, or is not comparable with runs made by this kitbench."""
     run, name, evaluations = folder.run, folder.path.name, folder.evaluations()
     folder.logged()
-    if (run.seed is None) == folder.trained or not evaluations:
+    of_training = {folder.trained, run.recipe is not None, run.backbone is not None}
+    if of_training != {run.seed is not None} or not evaluations:
         raise InputError(f"{name} is not a complete run.")
+    for record in (run, folder.training, *evaluations):
+        for text in _texts(record.model_dump(mode="json") if record else None):
+            if CONTROL.search(text):
+                raise InputError(f"{name} contains characters that control a terminal, in {text[:40]!r}.")
     _check_identity(run, name)
     _check_source(run, name)
     _check_recipe(run, name, here)
     paths = {folder.evaluation_path(e.data_set, e.sigma, e.stamp) for e in evaluations}
     if paths != set((folder.path / "eval").iterdir()):
         raise InputError(f"{name} contains a record whose name does not say what was scored.")
-    versions = {
-        (own.mode, e.data_set): e.data_sha256 for other in here for own in [other.run] for e in other.evaluations()
-    }
     for evaluation in evaluations:
         _check_evaluation(evaluation, run, folder)
-        found, version = evaluation.data_sha256, versions.get((run.mode, evaluation.data_set), evaluation.data_sha256)
+        found = evaluation.data_sha256
+        version = here.data.get(_scored_on(run, evaluation), found)
         if found != version:
             raise InputError(
                 f"{name} was scored on another version of data set {evaluation.data_set}: {found[:10]}, "
                 f"the runs here on {version[:10]}."
             )
+
+
+def _texts(value: object) -> Iterator[str]:
+    """All texts of a tree of JSON values."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for each in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from _texts(each)
 
 
 def _check_identity(run: Run, name: str) -> None:
@@ -185,21 +232,27 @@ def _same_source(found: Mapping[str, str], expected: Mapping[str, str], name: st
             )
 
 
-def _check_recipe(run: Run, name: str, here: Sequence[RunFolder]) -> None:
-    """The recipe must be the shipped one of its name, or that of a run that is here."""
-    if run.recipe is None:
+def _check_recipe(run: Run, name: str, here: _Here) -> None:
+    """The recipe must be a shipped one of its name, or that of a run that is here."""
+    if run.recipe is None or (found := decisive(run.recipe)) in here.recipes:
         return
-    found = decisive(run.recipe)
-    known = [decisive(other.recipe) for other in (folder.run for folder in here) if other.recipe is not None]
-    shipped = builtin("recipes").get(run.recipe.name)
-    if shipped is not None:
-        known.insert(0, decisive(Recipe.model_validate(tomllib.loads(shipped))))
+    known = _shipped_recipes(run.recipe.name) or here.recipes
     if not known:
         raise InputError(f"{name} was trained by recipe {run.recipe.name}, which neither kitbench nor a run here has.")
     if found not in known:
         keys = dict.fromkeys([*known[0], *found])
         differing = [f"{k} {found.get(k)}, here {known[0].get(k)}" for k in keys if found.get(k) != known[0].get(k)]
         raise InputError(f"{name} was trained by another recipe {run.recipe.name}: {'; '.join(differing)}.")
+
+
+@cache
+def _shipped_recipes(name: str) -> tuple[dict[str, Any], ...]:
+    """What decides numbers in the shipped recipe of a name, and in what presets of shipped suites make of it."""
+    if name not in builtin("recipes"):
+        return ()
+    presets = [(suite, preset) for suite in suite_names() for preset in read_toml(suite, "suites", Path())["presets"]]
+    made = [recipe for recipe in (load_suite(*one).recipe for one in presets) if recipe.name == name]
+    return tuple(map(decisive, [Recipe.model_validate(tomllib.loads(builtin("recipes")[name])), *made]))
 
 
 def _check_evaluation(evaluation: Evaluation, run: Run, folder: RunFolder) -> None:

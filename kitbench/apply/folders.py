@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def targets_of(images: Sequence[Path], out: Path | None, overwrite: bool, beside
     Raises InputError where two would be written to one file, or a file exists that may not be overwritten.
     """
     targets = [(out or path.parent) / f"{path.stem}{RESTORED}{path.suffix}" for path in images]
-    twice = next((t for t in targets if targets.count(t) > 1), None)
+    twice = next((target for target, count in Counter(targets).items() if count > 1), None)
     if twice is not None:
         raise InputError(f"Two pictures would be written to {twice}; restore them into different folders.")
     for target in (*targets, *map(_beside, targets if beside else ())):
@@ -113,7 +114,10 @@ def restore_all(how: Restoration, images: Sequence[Path], targets: Sequence[Path
 def _restore(how: Restoration, path: Path, target: Path, tick: Callable[[], None]) -> list[Path]:
     """Restore a picture and write it. Returns the files that were written."""
     picture = read_picture(path)
-    restored = restore_picture(how.model, picture, how.device, how.tile, tick)
+    try:
+        restored = restore_picture(how.model, picture, how.device, how.tile, tick)
+    except RunError as error:
+        raise RunError(f"{path}: {error}") from error
     write_picture(target, restored)
     if not how.beside:
         return [target]

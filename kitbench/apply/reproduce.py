@@ -102,9 +102,11 @@ def _require_complete(stored: RunFolder) -> None:
     record = stored.run
     if not stored.evaluations() or (record.seed is not None and stored.training is None):
         raise InputError(f"{stored.path} is not complete, so there is nothing to compare with; finish it first.")
-    if "weights_sha256" in record.identity:
+    given_weights = "weights_sha256" in record.identity
+    if given_weights or (record.seed is None and record.attention not in methods.shipped()):
+        what = "with given weights" if given_weights else "by a user's own training-free method"
         raise InputError(
-            f"{stored.path} was scored with given weights: score them again with "
+            f"{stored.path} was scored {what}: score them again with "
             f"`{shlex.join(record.environment.command)}` and compare the two with `kitbench diff`."
         )
 

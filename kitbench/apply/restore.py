@@ -8,16 +8,21 @@ restores each channel of a colour picture separately. The result is written in t
 from __future__ import annotations
 
 import math
+import struct
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+from PIL import Image
+from PIL.ExifTags import Base
 from torch import Tensor
 
-from kitbench.errors import InputError
+from kitbench.errors import InputError, RunError
 from kitbench.model.backbone import UNet
 from kitbench.scoring.tiles import starts, tiled
 from kitbench.store.files import replace_with
@@ -26,6 +31,8 @@ WHOLE = 1024 * 1024
 """Pixels up to which a picture is restored whole, unless a tile size is given."""
 TILE, OVERLAP = 512, 64
 """Side and overlap in pixels of the tiles of larger pictures, which are blended by linear ramps."""
+DEEP = (".png", ".tif", ".tiff")
+"""Of the files that can hold 16 bits."""
 JPEG_QUALITY = 95
 GAP = 8
 """Pixels between two pictures side by side."""
@@ -45,7 +52,7 @@ def read_picture(path: Path) -> Picture:
         data = np.frombuffer(path.read_bytes(), np.uint8)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); give the path of a picture.") from error
-    # OpenCV applies EXIF rotation only in modes that drop the alpha channel, which JPEG does not have.
+    # OpenCV turns JPEG only in modes that drop an alpha channel, which JPEG does not have; TIFF always, others never.
     upright = path.suffix.lower() in (".jpg", ".jpeg")
     flags = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH if upright else cv2.IMREAD_UNCHANGED
     try:
@@ -55,6 +62,7 @@ def read_picture(path: Path) -> Picture:
     if image is None:
         raise InputError(f"{path} is not a readable picture; give PNG, JPEG, TIFF, WebP or BMP.")
     image = image[..., None] if image.ndim == 2 else image
+    image = image if upright else TURNS[_orientation(path)](image)
     if image.dtype not in (np.uint8, np.uint16) or image.shape[2] not in (1, 2, 3, 4):
         raise InputError(f"{path} has {image.shape[2]} channels of {image.dtype}; give 8 or 16 bits, gray or colour.")
     alpha = image[..., -1:] if image.shape[2] in (2, 4) else None
@@ -62,8 +70,34 @@ def read_picture(path: Path) -> Picture:
     return Picture(np.ascontiguousarray(pixels), alpha)
 
 
+TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda image: image,
+    2: lambda image: image[:, ::-1],
+    3: lambda image: image[::-1, ::-1],
+    4: lambda image: image[::-1],
+    5: lambda image: image.swapaxes(0, 1),
+    6: lambda image: np.rot90(image, -1),
+    7: lambda image: image[::-1, ::-1].swapaxes(0, 1),
+    8: lambda image: np.rot90(image),
+}
+"""What shows [H, W, C] upright, by its EXIF orientation."""
+
+
+def _orientation(path: Path) -> int:
+    """EXIF orientation of a picture that OpenCV has not turned; 1: upright, or a TIFF, which it has."""
+    unreadable = (OSError, struct.error, ValueError, SyntaxError, Image.DecompressionBombError)
+    with warnings.catch_warnings(), suppress(*unreadable):
+        warnings.simplefilter("ignore")  # of large pictures
+        with Image.open(path) as header:
+            found = header.getexif().get(Base.Orientation, 1) if "exif" in header.info else 1
+            return found if header.format != "TIFF" and found in TURNS else 1
+    return 1
+
+
 def write_picture(path: Path, picture: Picture) -> None:
     """Encode in the format of the suffix, at the depth of the pixels. Raises InputError where the format cannot."""
+    if picture.pixels.dtype == np.uint16 and path.suffix.lower() not in DEEP:  # OpenCV would write white
+        raise InputError(f"{path} cannot hold the 16 bits of the picture; give the picture the suffix of its format.")
     image = picture.pixels[..., ::-1]
     if picture.alpha is not None:
         image = np.concatenate([np.repeat(image, 3, 2) if image.shape[2] == 1 else image, picture.alpha], 2)
@@ -82,7 +116,7 @@ def restore_picture(
 ) -> Picture:
     """Restore a picture; its alpha channel is kept. tile: side in pixels, 0: no tiles, None: chosen by size.
 
-    tick: called after each of the `calls` of the network.
+    tick: called after each of the `calls` of the network. Raises RunError where a value is not finite.
     """
     full = np.float32(np.iinfo(picture.pixels.dtype).max)
     x = torch.from_numpy(picture.pixels.astype(np.float32) / full).permute(2, 0, 1)  # [1 or 3, H, W]
@@ -102,9 +136,16 @@ def restore_picture(
             for one in batch.split(1)
         ]
     y = torch.cat(parts).float().cpu()
+    require_finite(y)
     y = y.mean(1) if x.shape[0] == 1 else y.flatten(0, 1)  # [1 or 3, H, W]
     pixels = np.rint(y.permute(1, 2, 0).clamp(0, 1).numpy() * full).astype(picture.pixels.dtype)
     return Picture(pixels, picture.alpha)
+
+
+def require_finite(y: Tensor) -> None:
+    """Raises RunError for values that no pixel can have."""
+    if bad := int((~torch.isfinite(y)).sum()):
+        raise RunError(f"the network returned {bad} of {y.numel()} values that are NaN or infinite")
 
 
 def _side(pixels: int, tile: int | None) -> int:

@@ -33,8 +33,6 @@ def suite_of(
         "name": record.suite, "preset": record.preset, "title": "one run again", "task": task,
         "data": Data(embedded=source, folder=source), "protocol": protocol,
     }  # fmt: skip
-    if record.seed is None:
-        return blank.model_copy(update=changes | {"methods": {}, "references": (record.method,)})
     attention = record.attention
     if attention not in methods.shipped():
         if method_file is None:
@@ -42,6 +40,8 @@ def suite_of(
         if methods.load_method(str(method_file)).source_sha256 != attention:
             raise InputError(f"{method_file} is not the version that the run was made with; give that one.")
         attention = str(method_file)
+    if record.seed is None:
+        return blank.model_copy(update=changes | {"methods": {}, "references": (record.method,)})
     own = {key: value for key, value in record.settings.items() if key not in record.changed}
     method = Method(attention=attention, settings=record.settings, own=own)
     return blank.model_copy(

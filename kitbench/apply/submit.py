@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from kitbench.apply.restore import require_finite
 from kitbench.data.cards import Card
 from kitbench.data.images import blocks_of_mat
 from kitbench.data.locate import files_of_set
@@ -32,12 +33,13 @@ Report = Callable[[int, int], None]
 
 
 def denoiser(model: UNet, device: torch.device) -> Denoise:
-    """A trained network as a function of one picture."""
+    """A trained network as a function of one picture, which raises RunError where a value is not finite."""
 
     def denoise(image: np.ndarray) -> np.ndarray:
         x = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None].to(device)
         with torch.inference_mode():
             restored: torch.Tensor = model(x)[0]
+            require_finite(restored)
             return restored.float().permute(1, 2, 0).cpu().numpy()
 
     return denoise

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,7 +12,7 @@ import click
 from kitbench.cli.group import Group
 from kitbench.cli.options import DATA
 from kitbench.cli.output import make_console
-from kitbench.errors import ExitCode
+from kitbench.errors import ExitCode, Interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -121,10 +122,17 @@ def data_fetch(names: tuple[str, ...], data: Path) -> None:
     cards = _cards(names)
     for card in cards:
         click.echo(f"{card.name}: {card.title}. Terms: {card.licence}.")
-    with Progress(*columns, TimeRemainingColumn(), console=make_console()) as progress:
-        bars = _bars(progress)
-        with ThreadPoolExecutor(SETS_AT_A_TIME) as pool:
+    pool, stopped = ThreadPoolExecutor(SETS_AT_A_TIME), Event()
+    try:
+        with Progress(*columns, TimeRemainingColumn(), console=make_console()) as progress:
+            bars = _bars(progress, stopped)
             asked = [pool.submit(fetch, card, data, bars) for card in cards]
+            wait(asked)
+    except KeyboardInterrupt as pressed:
+        stopped.set()
+        raise Interrupted("stopped; the same command continues the downloads") from pressed
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
     failed = []
     for card, one in zip(cards, asked, strict=True):
         error = one.exception()
@@ -139,11 +147,13 @@ def data_fetch(names: tuple[str, ...], data: Path) -> None:
         raise failed[0]
 
 
-def _bars(progress: Progress) -> Callable[[str, int, int | None], None]:
-    """A bar for each file that is being fetched."""
+def _bars(progress: Progress, stopped: Event) -> Callable[[str, int, int | None], None]:
+    """A bar for each file that is being fetched; once `stopped` is set, its thread ends at the next piece."""
     bars: dict[str, Any] = {}
 
     def report(file: str, done: int, total: int | None) -> None:
+        if stopped.is_set():
+            raise Interrupted("stopped")
         if file not in bars:
             bars[file] = progress.add_task(file, total=total)
         progress.update(bars[file], completed=done, total=total)

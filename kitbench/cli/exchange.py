@@ -22,7 +22,7 @@ def export(paths: tuple[Path, ...], out: Path, by: str | None) -> None:
     from pydantic import TypeAdapter, ValidationError
 
     from kitbench.apply.exchange import export_runs
-    from kitbench.store.files import writable
+    from kitbench.store.files import writable_file
     from kitbench.store.folder import find
     from kitbench.store.records import By
     from kitbench.store.results_file import results, write_results
@@ -31,7 +31,7 @@ def export(paths: tuple[Path, ...], out: Path, by: str | None) -> None:
     if out.suffix != ".zip":
         if out.suffix not in (".csv", ".parquet"):
             raise InputError(f"--out {out} must end in .zip (runs), .csv or .parquet (a results file).")
-        writable(out.parent)
+        writable_file(out)
         found = results(runs)
         write_results(found, out)
         click.echo(f"wrote {out} ({len(found)} rows)")

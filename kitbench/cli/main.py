@@ -14,7 +14,7 @@ from kitbench import __version__
 from kitbench.cli import data, exchange, reach, results, run, scale, score
 from kitbench.cli.group import Group
 from kitbench.cli.options import TRACEBACK, traceback_option
-from kitbench.errors import ExitCode, InputError, RunError, describe_error, own_place
+from kitbench.errors import ExitCode, InputError, Interrupted, RunError, describe_error, own_place
 
 
 class Cli(Group):
@@ -29,6 +29,9 @@ class Cli(Group):
             _leave(ctx, error, str(error), ExitCode.BAD_INPUT)
         except RunError as error:
             _leave(ctx, error, str(error), ExitCode.RUN_FAILED)
+        except KeyboardInterrupt:  # which click gives the exit code of a failed check
+            stopped = Interrupted("stopped; what was stored before is kept")
+            _leave(ctx, stopped, str(stopped), ExitCode.RUN_FAILED)
         except Exception as error:  # noqa: BLE001 - of a method file, or a fault of kitbench
             whose = "" if own_place(error) else "; kitbench did not expect this: please report it"
             shown = "" if ctx.meta.get(TRACEBACK) else "; --traceback shows where"

@@ -33,7 +33,9 @@ def _run_of_key(root: Path, digits: str) -> Path:
     roots = [Path("results"), Path()] if root == Path() else [root]
     patterns = [f"{below}*-{digits[:10]}*/run.json" for below in ("", "*/", "*/*/")]
     found = {path.resolve(): path.parent for root in roots for pattern in patterns for path in root.glob(pattern)}
-    named = [folder for folder in found.values() if _key_begins(folder, digits)]
+    from kitbench.store.folder import RunFolder
+
+    named = [folder for folder in found.values() if RunFolder(folder).key_begins(digits)]
     if not named:
         where = " or ".join(f"{root}/" if root != Path() else "the present folder" for root in roots)
         raise InputError(f"No run whose key begins with {digits} is in {where}; give the folder of the run.")
@@ -43,24 +45,22 @@ def _run_of_key(root: Path, digits: str) -> Path:
     return named[0]
 
 
-def _key_begins(folder: Path, digits: str) -> bool:
-    stated = folder.name.rpartition("-")[2]
-    if len(digits) <= len(stated):
-        return stated.startswith(digits)
-    from kitbench.store.folder import RunFolder
-
-    return RunFolder(folder).run.key.startswith(digits)
-
-
 def listed(context: click.Context, parameter: click.Parameter, words: tuple[str, ...]) -> tuple[str, ...]:
     """The names of an option that may be repeated, and may hold several with commas between them."""
     return tuple(name.strip() for word in words for name in word.split(",") if name.strip())
 
 
+def one_spelling(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of sets as runs store them: the path of a folder has one spelling."""
+    from kitbench.spec.suite import SetNames
+
+    return SetNames(train=names, test=names).test if names else ()
+
+
 def overrides_of(overrides: tuple[str, ...], train_set: tuple[str, ...], test_set: tuple[str, ...]) -> tuple[str, ...]:
     """What --set, --train-set and --test-set change, as values of --set."""
     chosen = {"data.train": train_set, "data.test": test_set}
-    return (*overrides, *(f"{key}={json.dumps(names)}" for key, names in chosen.items() if names))
+    return (*overrides, *(f"{key}={json.dumps(names, ensure_ascii=False)}" for key, names in chosen.items() if names))
 
 
 METHODS = click.option(

@@ -53,12 +53,12 @@ def one_run(found: list[Any]) -> list[Any]:
 
 def give(text: str, out: Path | None) -> None:
     """Print a text, or write it to a file."""
-    from kitbench.store.files import writable, write_atomic
+    from kitbench.store.files import writable_file, write_atomic
 
     if out is None:
         click.echo(text, nl=False)
     else:
-        writable(out.parent)
+        writable_file(out)
         write_atomic(out, text.encode())
         click.echo(f"wrote {out}")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kitbench.cli.options import DATA, DEVICE, LPIPS, METHOD_FILE, PATHS, PROTOCOL
+from kitbench.cli.options import DATA, DEVICE, LPIPS, METHOD_FILE, PATHS, PROTOCOL, RunPath, listed, one_spelling
 from kitbench.cli.output import give, make_console, one_run
 from kitbench.errors import InputError, RunError
 
@@ -21,10 +21,8 @@ SMALLEST = 32
 
 
 @click.command()
-@click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
-@click.option(
-    "--run", "folder", type=click.Path(path_type=Path), help="Search in the features of this trained run too."
-)
+@click.argument("paths", nargs=-1, type=RunPath(), metavar="[RUNS]...")
+@click.option("--run", "folder", type=RunPath(), metavar="RUN", help="Search in the features of this trained run too.")
 @METHOD_FILE
 @PROTOCOL
 @DEVICE
@@ -39,18 +37,21 @@ def retrieval(
     sigma: str,
     out: Path | None,
 ) -> None:
-    """Measure how often the true copy of a patch is found under noise, and what PATHS, stored runs, gain from copies.
+    """Measure how often the true copy of a patch is found under noise, and what stored RUNS gain from copies.
 
     The images are the generated sets Repetition and Repetition-none, where every patch's copies are known.
     """
     from kitbench.apply.retrieval import measure_recall, recall_sheets
     from kitbench.apply.trained import load_trained
+    from kitbench.store.files import writable_file
     from kitbench.store.folder import find
     from kitbench.system.environment import choose_device
     from kitbench.verdict.repetition import gain_sheets
     from kitbench.verdict.sheets import sheet_markdown
 
     sigmas = _levels(sigma)
+    if out is not None:
+        writable_file(out)
     gained = gain_sheets(find(paths), protocol) if paths else []
     chosen = choose_device(device)
     model = None
@@ -75,7 +76,10 @@ def _levels(text: str) -> list[float]:
 @click.command()
 @PATHS
 @click.option("--tile", "tiles", default="64,128,256,512,whole", show_default=True, help="Sides of the tiles, pixels.")
-@click.option("--test-set", "data_sets", multiple=True, metavar="SET", help="Only this set. Repeatable.")
+@click.option(
+    "--test-set", "data_sets", multiple=True, metavar="SET", callback=listed,
+    help="Only this set. Several: repeat, or A,B.",
+)  # fmt: skip
 @click.option("--stored", is_flag=True, help="Score nothing, print what is stored.")
 @DATA
 @METHOD_FILE
@@ -100,11 +104,14 @@ def pools(
     """
     from rich.progress import Progress
 
+    from kitbench.store.files import writable_file
     from kitbench.store.folder import find
     from kitbench.verdict.pools import pool_sheets
     from kitbench.verdict.sheets import sheet_markdown
 
-    sizes = _sizes(tiles)
+    sizes, data_sets = _sizes(tiles), one_spelling(data_sets)
+    if out is not None:
+        writable_file(out)
     runs = find(paths)
     if not stored:
         from kitbench.apply.pools import PoolScoring

@@ -70,14 +70,14 @@ def check(
 
     Exit code 1 where a run is worse.
     """
-    from kitbench.store.files import writable, write_atomic
+    from kitbench.store.files import writable_file, write_atomic
     from kitbench.store.folder import find
     from kitbench.verdict import reference
 
     if update:
         runs = find(paths)
         new = reference.collect(runs, protocol)
-        writable(against.parent)
+        writable_file(against)
         changed = [f"new: {len(new.rows)} rows"]
         if against.exists():
             try:
@@ -92,12 +92,12 @@ def check(
         lines = reference.compare_with_reference(find(paths), reference.read_reference(against), time_tolerance)
     except InputError as error:
         if junit is not None:  # a CI system shows this file: without it the step fails for no visible reason
-            writable(junit.parent)
+            writable_file(junit)
             write_atomic(junit, reference.junit_error(str(error)))
         raise
     for path, data in ((junit, reference.junit(lines)), (summary, reference.check_summary(lines).encode())):
         if path is not None:
-            writable(path.parent)
+            writable_file(path)
             write_atomic(path, data)
     failed = [line for line in lines if line.failed]
     for line in failed:
@@ -114,12 +114,12 @@ def check(
               help="File to write.")  # fmt: skip
 def report(paths: tuple[Path, ...], protocol: str | None, out: Path) -> None:
     """Write one self-contained HTML file: verdict, claims, tables, figures, settings, how to reproduce."""
-    from kitbench.store.files import writable, write_atomic
+    from kitbench.store.files import writable_file, write_atomic
     from kitbench.verdict.claims import load
     from kitbench.verdict.page.report import report as report_page
 
+    writable_file(out)
     text = report_page(*load(paths), protocol)
-    writable(out.parent)
     write_atomic(out, text.encode())
     click.echo(f"wrote {out} ({len(text) / 1e6:.1f} MB)")
 

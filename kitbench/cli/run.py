@@ -117,11 +117,10 @@ def _suite(
     name: str, preset: str | None, overrides: tuple[str, ...], methods: tuple[str, ...], seeds: Sequence[int] = ()
 ) -> Any:
     """The suite with all choices applied; any shipped method may be among them."""
-    from kitbench.model.methods import method_cards
+    from kitbench.model.methods import method_kinds
     from kitbench.spec.loading import load_suite
 
-    kinds = {method: kind for method, (kind, _) in method_cards().items()} if methods else {}
-    return load_suite(name, preset, overrides, methods, seeds, kinds)
+    return load_suite(name, preset, overrides, methods, seeds, method_kinds() if methods else {})
 
 
 def _run_here(parts: list[Any], options: Any, console: Any, shown: bool) -> None:
@@ -221,8 +220,8 @@ def _rates(text: str | None) -> tuple[float, ...]:
         found = tuple(sorted({float(part) for part in text.split(",")})) if text else ()
     except ValueError:
         found = (0.0,)
-    if text and (len(found) < 2 or found[0] <= 0 or found[-1] > 1):
-        raise InputError(f"--rates takes two or more learning rates above 0 like 1e-3,2e-3,4e-3; found {text!r}.")
+    if text and (len(found) < 2 or not all(0 < rate <= 1 for rate in found)):
+        raise InputError(f"--rates takes two or more learning rates in (0, 1], like 1e-3,2e-3,4e-3; found {text!r}.")
     return found
 
 

@@ -19,6 +19,7 @@ from kitbench.cli.options import (
     SET,
     TEST_SET,
     RunPath,
+    one_spelling,
     overrides_of,
 )
 from kitbench.cli.output import give, make_console, one_run, show_tables
@@ -92,15 +93,16 @@ def submit(name: str, folder: Path, method_file: Path | None, data: Path | None,
     from kitbench.apply.trained import load_trained
     from kitbench.data.cards import card
     from kitbench.data.locate import locate
-    from kitbench.store.files import writable
+    from kitbench.store.files import writable_file
     from kitbench.store.folder import find
     from kitbench.system.environment import choose_device
 
     chosen = card(name)
     place = locate(chosen, data)
     if place is None:
-        raise InputError(f"Data set {name} is not in {data} (looked for {', '.join(chosen.folders)}). {chosen.ask}")
-    writable(out.parent)
+        where = data or "any data folder: give one with --data"
+        raise InputError(f"Data set {name} is not in {where} (looked for {', '.join(chosen.folders)}). {chosen.ask}")
+    writable_file(out)
     [run_folder] = one_run(find([folder]))
     device_ = choose_device(device)
     model, run_ = load_trained(run_folder, method_file, device_)
@@ -170,6 +172,8 @@ def eval_(
         return
     if method is None or suite is None:
         raise InputError("eval needs --method and --suite, or --run and --test-set.")
+    if protocol is not None and protocol.endswith(".toml"):
+        protocol = str(Path(protocol).absolute())  # a relative one would be looked for beside the suite's file
     chosen = (*overrides_of(overrides, (), test_set), *([f"protocol={protocol}"] if protocol else []))
     _eval_weights(suite, preset, (method, weights, key, chosen), options)
 
@@ -195,13 +199,12 @@ def _eval_run(
 ) -> None:
     from kitbench.apply.evaluate_run import Wanted, score_run
     from kitbench.spec.loading import read_protocol
-    from kitbench.spec.suite import SetNames
     from kitbench.store.folder import find
     from kitbench.system.environment import how_to_go_on
 
     [folder] = one_run(find([stored]))
     console = make_console()
-    names = SetNames(train=test_set, test=test_set).test  # one spelling of a path
+    names = one_spelling(test_set)
     wanted = Wanted(names, read_protocol(protocol) if protocol else None, Path(method_file) if method_file else None)
     try:
         complete = score_run(folder, wanted, options, console)
@@ -234,8 +237,11 @@ def score(restored: Path, clean: Path, protocol: str, form: Any, out: Path | Non
 
     from kitbench.apply.score_folders import network_of, partners, scores_of, scores_table
     from kitbench.spec.loading import read_protocol
+    from kitbench.store.files import writable_file
     from kitbench.system.progress import progress
 
+    if out is not None:
+        writable_file(out)
     chosen, console = read_protocol(protocol), Console(stderr=True)
     pairs = partners(restored, clean)
     network, why = network_of(chosen, lpips_weights)
@@ -259,14 +265,14 @@ def explain(image: Path, folder: Path, method_file: Path | None, device: str, at
     import re
 
     from kitbench.apply.explain import Pixel, explain_pixel
-    from kitbench.store.files import writable
+    from kitbench.store.files import writable_file
     from kitbench.store.folder import find
     from kitbench.system.environment import choose_device
 
     place = re.fullmatch(r"(\d+),(\d+)", at)
     if not place:
         raise InputError(f"--at takes X,Y in pixels, for example 120,80; found {at!r}.")
-    writable(out.parent)
+    writable_file(out)
     [run_folder] = one_run(find([folder]))
     pixel = Pixel(int(place[1]), int(place[2]))
     found = explain_pixel(image, run_folder, method_file, pixel, choose_device(device), out)

@@ -16,6 +16,7 @@ import numpy as np
 from kitbench.data.cards import Card
 from kitbench.data.layout import ImageFiles, glob, layout_of_pairs, match, unnumbered
 from kitbench.data.locate import described, files_of_set, instead
+from kitbench.data.own import require_eight_bits
 from kitbench.data.photograph import check_averaging, key_of, sample, verify
 from kitbench.data.pixels import file_sha256, load_pixels, pixel_sha256, pixels_of
 from kitbench.data.repetition import generated_set
@@ -124,6 +125,8 @@ def _inspect(card: Card, folder: Path, path: Path) -> File:
     """Decode an image file, and compute its checksum where the card states checksums."""
     key = key_of(card, folder, path)
     try:
+        if card.own:
+            require_eight_bits(path)
         pixels: np.ndarray | None = None if path.suffix == ".mat" else pixels_of(card, path, ())
     except InputError as error:
         return File(key, path, fault=_short(card, error))

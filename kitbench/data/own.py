@@ -11,6 +11,8 @@ from collections import Counter
 from pathlib import Path
 from typing import get_args
 
+from PIL import Image
+
 from kitbench.data.cards import Card, Pairs, card
 from kitbench.data.images import decode
 from kitbench.errors import InputError
@@ -50,6 +52,17 @@ def no_pictures(folder: Path) -> str:
     inside = next((path for path in sorted(folder.iterdir()) if path.is_dir() and pictures_in(path)), None)
     hint = f"; its subfolder {inside} has some: name that" if inside else f"; put some there ({', '.join(SUFFIXES)})"
     return f"Folder {folder} has no pictures{hint}."
+
+
+def require_eight_bits(path: Path) -> None:
+    """Raises InputError for a colour picture of 16 bits, of which Pillow reads the upper 8 without a word."""
+    try:
+        with Image.open(path) as image:
+            deep = ";16" in str(image.tile)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return  # what is wrong with it is said where it is read
+    if deep:
+        raise InputError(f"{path} has 16 bits a channel, expected 8-bit RGB or gray; convert the file.")
 
 
 def _card_of_folder(name: str) -> Card:

@@ -65,6 +65,11 @@ def method_cards() -> dict[str, tuple[str, str]]:
     return found
 
 
+def method_kinds() -> dict[str, str]:
+    """The kind of every shipped method, one of the values of KINDS."""
+    return {name: kind for name, (kind, _) in method_cards().items()}
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A method: its card, its settings with their defaults, and the class or function that implements it."""

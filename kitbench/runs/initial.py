@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from kitbench.data.own import card_of_set
+from kitbench.data.photograph import Photograph
+from kitbench.data.repetition import images_of
 from kitbench.errors import InputError
 from kitbench.model.backbone import UNet
 from kitbench.model.weights import fit
@@ -45,9 +49,10 @@ def stored_run(name: str, out: Path) -> RunFolder:
     """
     if (Path(name) / "run.json").is_file():
         return RunFolder(Path(name))
-    runs = (path.parent for path in sorted(out.glob("*/run.json")))
-    found = [path for path in runs if path.name.rpartition("-")[2].startswith(name)]
-    if len(name) < SHORTEST or not found:
+    digits = re.fullmatch(rf"[0-9a-f]{{{SHORTEST},64}}", name)
+    runs = [path.parent for path in sorted(out.glob(f"*-{name[:10]}*/run.json"))] if digits else []
+    found = [path for path in runs if RunFolder(path).key_begins(name)]
+    if not found:
         raise InputError(
             f"{name} is neither the folder of a run nor the beginning of the hash of one in {out} "
             f"({SHORTEST} digits or more); give one of these."
@@ -74,3 +79,24 @@ def initial_weights(suite: Suite, out: Path) -> tuple[Suite, InitialWeights | No
     recipe = suite.recipe.model_copy(update={"init": str(folder.path)})
     weights = InitialWeights(folder, training.weights_sha256, trained_state(folder))
     return suite.model_copy(update={"recipe": recipe}), weights
+
+
+def seen_images(folder: RunFolder, root: Path | None, say: Callable[[str], object]) -> dict[str, list[Photograph]]:
+    """The images that the weights of a run were trained on, by set: its own, and those of the run that it started from,
+    and so on. `say` is told of what is not here, and so cannot be compared with test images.
+    """
+    mode, found, runs = folder.run.mode, dict[str, list[Photograph]](), [folder]
+    for one in runs:
+        run = one.run
+        for name in (name for name in run.train_sets if name not in found):
+            try:
+                found[name] = images_of(card_of_set(name), root, mode)
+            except InputError as error:
+                say(f"not compared with the training images of {name}: {error}")
+        init = run.recipe.init if run.recipe else None
+        if init is not None and all(init != str(before.path) for before in runs):
+            if (Path(init) / "run.json").is_file():
+                runs.append(RunFolder(Path(init)))
+            else:
+                say(f"not compared with the training images of {init}, from which {one.path} started: it is not here")
+    return found

@@ -5,9 +5,10 @@ What is planned is written to `OUT/.launch/`, where `kitbench status` reads it.
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from kitbench.runs.cell import Cell, axes
 from kitbench.spec.fields import Frozen, Mode, digest
 from kitbench.spec.suite import Suite
 from kitbench.store.files import write_atomic
-from kitbench.store.records import host_name
+from kitbench.store.records import host_name, read_record
 from kitbench.system.processes import current
 
 
@@ -49,17 +50,23 @@ def write_plan(suite: Suite, out: Path, launcher: str, cells: Sequence[Cell], st
         launcher=launcher, pid=os.getpid(), host=host_name(), cells=tuple(Planned.of(cell) for cell in cells),
         stopped=stopped,
     )  # fmt: skip
-    path = plan_path(out, suite.name, launcher)
+    path = plan_path(out, suite.name, plan)
     write_atomic(path, (plan.model_dump_json(indent=1) + "\n").encode())
     return path
 
 
 @contextmanager
 def planned(suite: Suite, out: Path, cells: Sequence[Cell]) -> Iterator[None]:
-    """Keep what is about to be run here, for `status`, while the block runs; if it is stopped, until the next run."""
+    """Keep what is about to be run here, for `status`, while the block runs; if it is stopped, until the suite is run
+    again.
+    """
     if len(cells) < 2 or not current().first:  # a single run says by itself what it is at
         yield
         return
+    for left in out.glob(f".launch/plan-{glob.escape(suite.name)}-local*.json"):
+        with suppress(InputError):  # its command has ended meanwhile, and deleted it
+            if read_record(Plan, left).abandoned:
+                left.unlink(missing_ok=True)
     path = write_plan(suite, out, "local", cells)
     try:
         yield
@@ -86,7 +93,7 @@ class Planned(Frozen):
 
 
 class Plan(Frozen):
-    """OUT/.launch/plan-SUITE-LAUNCHER.json"""
+    """OUT/.launch/plan-SUITE-LAUNCHER-CELLS.json"""
 
     schema_version: Literal[1] = 1
     launcher: str
@@ -110,5 +117,7 @@ def work_of(identity: dict[str, object]) -> str:
     return digest({key: value for key, value in identity.items() if key != "device"})
 
 
-def plan_path(out: Path, suite: str, launcher: str) -> Path:
-    return out / ".launch" / f"plan-{suite}-{launcher}.json"
+def plan_path(out: Path, suite: str, plan: Plan) -> Path:
+    """Named by its cells: commands that run others of the same suite keep plans of their own."""
+    cells = digest([cell.work for cell in plan.cells])[:8]
+    return out / ".launch" / f"plan-{suite}-{plan.launcher}-{cells}.json"

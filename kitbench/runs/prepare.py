@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from kitbench.model import methods
 from kitbench.model.backbone import UNet, attention_levels
 from kitbench.model.methods import Loaded
 from kitbench.runs.cell import Axes, Cell, axes
-from kitbench.runs.initial import InitialWeights, initial_weights
+from kitbench.runs.initial import InitialWeights, initial_weights, seen_images
 from kitbench.scoring.lpips import LPIPS, available
 from kitbench.seeds import derive
 from kitbench.spec.fields import CHANNELS, Mode, digest
@@ -172,6 +173,8 @@ def prepare(suite: Suite, options: Options, checked: bool = True, console: Conso
     suite, initial = initial_weights(suite, options.out)
     scoring = prepare_scoring(suite, options, checked, training=True)
     if checked:
+        if initial is not None:
+            _require_unseen(initial.folder, scoring, console or Console(quiet=True))
         check_methods(scoring, loaded, references, settings, console or Console(quiet=True))
     cells = tuple(
         _cell(place, scoring, loaded[place.method] if place.seed is not None else None, settings)
@@ -186,6 +189,15 @@ def prepare(suite: Suite, options: Options, checked: bool = True, console: Conso
         for cell in {(cell.mode, cell.method): cell for cell in cells if cell.trained}.values():
             prepared.build(cell)  # refuses weights of another network
     return prepared
+
+
+def _require_unseen(init: RunFolder, scoring: PreparedScoring, console: Console) -> None:
+    """Raises InputError where the weights that training starts from were trained on a test image."""
+    found = scoring.sets.get(init.run.mode)
+    if found is not None:  # else its weights fit no network of these modes, which is said when they are put into one
+        say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+        seen = seen_images(init, scoring.options.data, say)
+        assert_disjoint({n: own for n, own in seen.items() if n not in found.train}, found.test | found.validation)
 
 
 def prepare_scoring(suite: Suite, options: Options, checked: bool = True, training: bool = False) -> PreparedScoring:

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from kitbench.errors import InputError, RunError
 from kitbench.runs.cell import decisive
+from kitbench.runs.initial import initial_weights
 from kitbench.runs.prepare import Options
 from kitbench.runs.queue import run_suite
 from kitbench.spec.fields import Mode
@@ -59,6 +60,7 @@ def tune(suite: Suite, options: Options, search: Search, console: Console) -> li
     """
     if search.seed in suite.seeds:
         raise InputError(f"--seed {search.seed} is one of the suite's seeds, whose runs are compared; give another.")
+    suite, _ = initial_weights(suite, options.out)  # trials have a folder of their own, where no hash would be found
     rates, scored, widened = search.rates, dict[Mode, list[Trial]](), 0
     shared: dict[Mode, dict[str, Any]] = {}
     todo: Sequence[float] = rates

@@ -29,7 +29,7 @@ from kitbench.store.records import LARGEST, By, now
 
 MANIFEST = "manifest.json"
 FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*")
-MEMBER = re.compile(rf"{FOLDER.pattern}/(run\.json|training\.json|log\.csv|eval/{FOLDER.pattern}\.json)")
+MEMBER = re.compile(rf"{FOLDER.pattern}/(run\.json|training\.json|log\.csv|eval/[A-Za-z0-9._+-]+\.json)")
 MEMBERS, BYTES = 100_000, 1 << 30
 """Most files of an archive, and most bytes of all of them together."""
 ASK = "ask its author for another export"
@@ -112,6 +112,9 @@ def _members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     for name in names:
         if name != MANIFEST and not MEMBER.fullmatch(name):
             raise InputError(f"contains {name[:200]!r}, which is not the name of a record")
+    for info in found:
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise InputError(f"contains {info.filename}, which is compressed otherwise than `kitbench export` does")
     return found
 
 

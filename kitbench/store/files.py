@@ -22,6 +22,13 @@ def writable(folder: Path) -> None:
         ) from error
 
 
+def writable_file(path: Path) -> None:
+    """Raises InputError where a file of this path cannot be written; creates nothing."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the path of a file.")
+    writable(path.parent)
+
+
 def write_atomic(path: Path, data: bytes, previous: Path | None = None) -> None:
     """Write a file completely or not at all, even if power fails: to a temporary file, synced, renamed, folder synced.
 

@@ -135,6 +135,11 @@ class RunFolder:
             raise InputError(f"{path} belongs to another run; restore it, or import the run again.")
         return found
 
+    def key_begins(self, digits: str) -> bool:
+        """Whether these are the first digits of the run's key. The folder's name ends in ten; run.json has all."""
+        stated = self.path.name.rpartition("-")[2]
+        return stated.startswith(digits) if len(digits) <= len(stated) else self.run.key.startswith(digits)
+
     @property
     def failed(self) -> Failure | None:
         path = self.path / "failed.json"

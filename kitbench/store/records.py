@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from kitbench.errors import InputError
 from kitbench.spec.fields import Frozen, Mode, Setting, digest
@@ -26,8 +26,15 @@ LARGEST = 64 << 20
 """Bytes of the largest record that is read."""
 Stamp = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*\.v[0-9]+(\+[0-9a-f]{6})?$")]
 """Used in file names, so the pattern admits no path separator."""
-By = Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[^\x00-\x1f\x7f|<>`]+$")]
-"""Who made a run: one line, printed in every table that the run stands in."""
+By = Annotated[
+    str,
+    StringConstraints(
+        strip_whitespace=True, min_length=1, max_length=80,
+        pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069|<>`]+$",
+    ),
+]  # fmt: skip
+"""Who made a run: one line, printed in every table that the run stands in. No character ends the line, controls a
+terminal or changes the direction of the text."""
 Record = TypeVar("Record", bound=Frozen)
 
 

@@ -14,9 +14,12 @@ import pytest
 import torch
 
 import kitbench
-from kitbench.errors import InputError
+from kitbench.errors import InputError, RunError
 from kitbench.model.methods import load_method
+from kitbench.spec.suite import Suite
 from kitbench.store.folder import find
+from kitbench.store.records import Origin
+from kitbench.system.environment import command_line
 from kitbench.verdict.rows import rows
 from tests.pages import fenced
 from tests.stored import store
@@ -136,6 +139,7 @@ FLOAT = np.full((12, 12, 3), 0.5)
         (FLOAT, FLOAT[:11], {}, "must be alike"),
         (FLOAT.transpose(2, 0, 1), FLOAT.transpose(2, 0, 1), {}, "channels last, found"),
         (FLOAT[None], FLOAT[None], {}, "one image at a time"),
+        (FLOAT[:0], FLOAT[:0], {}, r"is empty, found \[0, 12, 3\]"),
         (FLOAT > 0, FLOAT > 0, {}, "found bool"),
     ],
 )
@@ -174,6 +178,15 @@ def test_a_table_has_a_row_for_each_run_set_and_condition_and_each_image(tmp_pat
     assert means.to_dict() == pytest.approx(expected.to_dict())
 
 
+def test_an_imported_run_says_in_the_table_who_made_it(tmp_path: Path) -> None:
+    folder = store(tmp_path, "kit", 30.0)
+    store(tmp_path, "conv", 30.0)
+    folder.write("origin.json", Origin(key=folder.run.key, by="Jane Doe", archive_sha256="0", imported="2026"))
+    table = kitbench.results(tmp_path).set_index("method")
+    assert table.loc["kit", "run_by"] == "Jane Doe"
+    assert table["run_by"].isna().to_dict() == {"conv": True, "kit": False}
+
+
 def test_a_table_of_nothing_says_what_there_is(tmp_path: Path) -> None:
     store(tmp_path, "kit", 30.0)
     with pytest.raises(InputError, match=r"no evaluation under protocol 'derain8'; found protocols: awgn8\.v1"):
@@ -187,10 +200,33 @@ def test_a_run_that_is_not_understood_is_refused_before_anything_is_written(tmp_
         ({"settings": {"recipe.step": 3}}, "unknown key"),
         ({"methods": ["kitt"]}, "has no method 'kitt'"),
         ({"job": 2}, "run has no option job; known: data, device"),
+        ({"settings": {"recipe.lr": np.float32(1e-3)}}, r"settings\['recipe.lr'\] is .*; give text, a number, True or"),
+        ({"settings": {"recipe": {"steps": 3}}}, r"settings\['recipe'\] is {'steps': 3}; give text"),
+        ({"settings": {"recipe.init": None}}, r"settings\['recipe.init'\] is None; give text"),
     ):
         with pytest.raises(InputError, match=sentence):
             kitbench.run("denoise", preset="smoke", out=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_takes_what_the_command_takes_and_records_the_command_that_makes_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any shipped method, and options without which the command would make another run."""
+
+    def told(suite: Suite, options: object, console: object) -> None:
+        raise RunError(f"{list(suite.methods)} {suite.references} {command_line()}")
+
+    monkeypatch.setattr("kitbench.runs.queue.run_suite", told)
+    with pytest.raises(RunError) as stopped:
+        kitbench.run(
+            "denoise", preset="smoke", methods=["neighbourhood", "nlm"], seeds=[3], out=tmp_path / "o", data=tmp_path,
+            micro_batch=1, gpus=None,
+        )  # fmt: skip
+    assert str(stopped.value) == (
+        "['neighbourhood'] ('nlm',) python -m kitbench run --suite denoise --preset smoke --method neighbourhood "
+        f"--method nlm --seeds 3 --out {tmp_path}/o --data {tmp_path} --micro-batch 1"
+    )
 
 
 def test_the_examples_of_the_page_run_one_after_another(

@@ -17,18 +17,20 @@ from kitbench.cli.main import cli
 from kitbench.runs.source import source_digests
 from kitbench.spec.fields import digest
 from kitbench.spec.loading import load_suite
+from kitbench.spec.suite import Suite
 from kitbench.store.archive import MANIFEST
 from kitbench.store.folder import RunFolder, find
-from kitbench.store.records import Origin
+from kitbench.store.records import Origin, Progress
 from kitbench.verdict.claims import claims
 from kitbench.verdict.page.report import report
 from kitbench.verdict.render import Format, render
 from tests.conftest import ROOT
-from tests.stored import store
+from tests.stored import SUITE, store
 
 FORMATS: tuple[Format, ...] = ("terminal", "markdown", "latex", "csv", "json")
 BY = "Jane Doe, Elsewhere"
 JSON = dict[str, Any]
+PROGRESS = Progress(phase="scoring", done=1, total=2, seconds_left=None, updated=0.0, host="h")
 Contents = dict[str, bytes]
 
 
@@ -49,9 +51,9 @@ def rewrite(path: Path, change: Callable[[JSON], object]) -> None:
     path.write_text(json.dumps(raw | {"sha256": digest(raw)}))
 
 
-def run(out: Path, method: str, seed: int = 0, psnr: float = 30.0) -> RunFolder:
+def run(out: Path, method: str, seed: int = 0, psnr: float = 30.0, of: Suite = SUITE, **scored: Any) -> RunFolder:
     """A stored run by the shipped recipe and this source."""
-    folder = store(out, method, psnr, seed, lr=2e-3)
+    folder = store(out, method, psnr, seed, lr=of.recipe.lr, of=of, **scored)
     source = source_digests(method, True)
     rewrite(folder.path / "run.json", lambda raw: raw.update(source=source))
     numerics = {"source": {"scoring": source["scoring"]}, "torch": "2", "threads": 1, "flags": {}}
@@ -169,6 +171,7 @@ def altered(what: str, folder: RunFolder) -> None:
             "attention": lambda raw: raw.update(attention="local"),
             "settings": lambda raw: raw.update(settings={"k": 99}),
             "comparison": lambda raw: raw.update(comparison="0" * 64),
+            "terminal": lambda raw: raw["environment"].update(commit="\x9b2J"),
             "incomplete": lambda raw: (folder.path / "training.json").unlink(),
         }
         if what == "scoring":
@@ -191,6 +194,7 @@ def altered(what: str, folder: RunFolder) -> None:
         ("attention", "contradicts itself: its attention does not follow"),
         ("settings", "contradicts itself: its settings does not follow"),
         ("comparison", "contradicts itself: its comparison does not follow"),
+        ("terminal", r"contains characters that control a terminal, in '\x9b2J'."),
     ],
 )
 def test_an_altered_clone_is_refused_in_one_sentence_that_names_what_differs(
@@ -302,24 +306,81 @@ def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(stranger: Path, tm
             shutil.rmtree(tmp_path / "o")
 
 
-def test_what_fails_half_way_is_taken_back(stranger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    archive, rename = exported(stranger), Path.rename
+def test_runs_of_another_task_on_the_same_set_are_no_other_version_of_it(stranger: Path, tmp_path: Path) -> None:
+    """Where the task makes the inputs, its degradation is part of a set's digest."""
+    store(tmp_path / "ours", "local", 30.0, of=load_suite("derain", "smoke"), sha256="dd", sigma=None)
+    assert "2 runs imported" in invoke("import", exported(stranger), "--out", tmp_path / "ours").output
 
-    def full(self: Path, target: Path) -> Path:
-        if list((tmp_path / "ours").glob("denoise-*")):
-            raise OSError(28, "No space left on device")
-        return rename(self, target)
 
-    monkeypatch.setattr(Path, "rename", full)
-    done = invoke("import", archive, "--out", tmp_path / "ours", code=2)
-    assert "No space left on device" in done.stderr
+def test_a_recipe_that_a_preset_of_a_shipped_suite_changes_is_a_shipped_one(tmp_path: Path) -> None:
+    family = load_suite("family", "quick")
+    assert family.recipe.name == "quick"
+    assert family.recipe.steps != load_suite("denoise", "quick").recipe.steps
+    run(tmp_path / "theirs", "kit", of=family)
+    assert "1 runs imported" in invoke("import", exported(tmp_path / "theirs"), "--out", tmp_path / "ours").output
+
+
+def test_a_run_scored_on_a_folder_of_any_name_is_exported(tmp_path: Path) -> None:
+    [name] = run(tmp_path / "theirs", "kit", data_set="./.").evaluations()
+    invoke("import", exported(tmp_path / "theirs"), "--out", tmp_path / "ours")
+    [folder] = find([tmp_path / "ours"])
+    assert folder.evaluations() == [name]
+
+
+def test_runs_are_not_imported_into_a_run(stranger: Path, tmp_path: Path) -> None:
+    ours = run(tmp_path / "ours", "local")
+    assert "is the folder of a run" in invoke("import", exported(stranger), "--out", ours.path, code=2).stderr
+    assert not list(ours.path.glob("*/run.json"))
+
+
+def test_an_archive_of_another_compression_is_refused(stranger: Path, tmp_path: Path) -> None:
+    """Damaged LZMA data raise an exception of that module alone."""
+    archive = exported(stranger)
+    with zipfile.ZipFile(archive) as old:
+        contents = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_LZMA) as new:
+        for name, data in contents.items():
+            new.writestr(name, data)
+    assert "is compressed otherwise" in invoke("import", archive, "--out", tmp_path / "ours", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [(OSError(28, "No space left"), 2, "(No space left)"), (KeyboardInterrupt(), 3, "kitbench: stopped")],
+)
+@pytest.mark.parametrize("moved", [True, False])
+def test_what_fails_half_way_is_taken_back(
+    moved: bool, error: BaseException, code: int, said: str, stranger: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """When the first of two runs is moved or written, and the second one is not."""
+    archive, rename, replace = exported(stranger), Path.rename, Path.replace
+
+    def fail(self: Path, target: Path) -> Path:
+        if list((tmp_path / "ours").glob("denoise-*" if moved else ".import-*/denoise-*/training.json")):
+            raise error
+        return rename(self, target) if moved else replace(self, target)
+
+    monkeypatch.setattr(Path, "rename" if moved else "replace", fail)
+    done = invoke("import", archive, "--out", tmp_path / "ours", code=code)
+    assert said in done.stderr
     assert not (tmp_path / "ours").exists()
 
 
-@pytest.mark.parametrize("by", ["", "x" * 81, "two\nlines", "a|b", "<script>"])
+@pytest.mark.parametrize("by", ["", " ", "x" * 81, "two\nlines", "a\u2028b", "\x9b31m", "\u202eb", "a|b", "<script>"])
 def test_who_made_the_runs_is_one_plain_line(by: str, stranger: Path, tmp_path: Path) -> None:
     invoke("export", stranger, "--out", tmp_path / "x.zip", "--by", by, code=2)
     assert not (tmp_path / "x.zip").exists()
+
+
+def test_a_run_that_failed_or_is_still_scored_is_left_out(stranger: Path, tmp_path: Path) -> None:
+    run(stranger, "local")
+    failed, scored = find([stranger])[:2]
+    failed.fail(failed.run.key, "out of memory")
+    scored.write("progress.json", PROGRESS)
+    said = invoke("export", stranger, "--out", tmp_path / "x.zip", "--by", BY).output
+    assert said.count(": not complete\n") == 2
+    assert "(1 runs)" in said
 
 
 def test_exports_say_what_they_need(stranger: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from PIL import Image
+from PIL import Image, ImageOps
 from rich.console import Console
 
 from kitbench.apply import restore, trained
@@ -95,12 +95,17 @@ def test_sixteen_bits_are_not_cut_to_eight(tiny_runs, tmp_path) -> None:
     assert len(np.unique(deep.pixels % 257)) > 100
 
 
-def test_a_jpeg_is_turned_upright_as_its_exif_says(tmp_path) -> None:
-    upright = photograph(40, 60, 3)
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_turned_upright_as_its_exif_says(suffix, orientation, tmp_path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees clockwise to show
-    Image.fromarray(np.rot90(upright)).save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    assert restore.read_picture(tmp_path / "turned.jpg").pixels.shape == (40, 60, 3)
+    exif[0x0112] = orientation
+    stored = Image.fromarray(photograph(40, 60, 3))
+    stored.save(tmp_path / f"turned.{suffix}", exif=exif, **({} if suffix == "tif" else {"quality": 95}))
+    shown = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / f"turned.{suffix}"))).astype(int)
+    read = restore.read_picture(tmp_path / f"turned.{suffix}").pixels
+    assert read.shape == shown.shape
+    assert np.abs(read - shown).max() <= 6  # two decoders of JPEG
 
 
 def test_tiles_of_a_local_network_equal_the_whole_picture(tiny_runs) -> None:
@@ -195,6 +200,30 @@ def test_a_network_that_fails_on_one_picture_does_not_stop_the_others(tmp_path) 
     with pytest.raises(RunError, match=r"1 of 3 pictures .*50.png: MemoryError: no room for 50 columns"):
         restore_all(Restoration(Fails(), CPU, None, False), paths, targets, Console(quiet=True))
     assert [target.exists() for target in targets] == [True, False, True]
+
+
+def test_what_no_pixel_can_be_is_not_written(tmp_path) -> None:
+    """Values that are not finite; 16 bits in a file that bears the suffix of a format of 8."""
+
+    class Empty(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = torch.nn.Conv2d(3, 1, 1)
+
+        def forward(self, x):
+            return x / 0 if x.shape[-1] == 50 else x
+
+    paths = [tmp_path / f"{width}.png" for width in (40, 50)] + [tmp_path / "deep.jpg"]
+    for path in paths[:2]:
+        cv2.imwrite(str(path), photograph(20, int(path.stem), 3))
+    cv2.imwrite(str(tmp_path / "deep.png"), photograph(20, 20, 3, np.uint16))
+    (tmp_path / "deep.png").rename(paths[2])
+    targets = targets_of(paths, None, overwrite=False)
+    with pytest.raises(RunError) as failed:
+        restore_all(Restoration(Empty(), CPU, None, False), paths, targets, Console(quiet=True))
+    assert "50.png: the network returned 3000 of 3000 values that are NaN or infinite" in str(failed.value)
+    assert "deep-restored.jpg cannot hold the 16 bits of the picture" in str(failed.value)
+    assert [target.exists() for target in targets] == [True, False, False]
 
 
 def test_ctrl_c_keeps_what_is_restored_and_says_how_much_that_is(tmp_path) -> None:

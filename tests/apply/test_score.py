@@ -9,6 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -23,6 +24,7 @@ from kitbench.scoring import lpips, metrics
 from kitbench.scoring.lpips import LPIPS
 from kitbench.spec.loading import read_protocol
 from kitbench.store.folder import RunFolder, find
+from tests.conftest import TINY
 
 
 def invoke(folder: Path, *arguments: str, code: int = 0) -> Result:
@@ -80,7 +82,7 @@ def test_the_protocol_decides_what_is_compared(folders: Path) -> None:
         assert score.psnr == pytest.approx(peak_signal_noise_ratio(b, a), abs=1e-9)
 
 
-@pytest.mark.parametrize("rounding", ["8bit", "none"])
+@pytest.mark.parametrize("rounding", ["8bit", "8bit-truncated", "none"])
 def test_equal_pictures_are_infinitely_good_under_every_rounding(folders: Path, rounding: str) -> None:
     save(folders / "all" / "a.png", np.arange(256, dtype=np.uint8).reshape(16, 16))
     protocol = read_protocol("awgn8").model_copy(update={"rounding": rounding})
@@ -128,6 +130,14 @@ def test_what_cannot_be_scored_is_refused_in_one_sentence(folders: Path) -> None
     shutil.copytree(restored, folders / "broken")
     (folders / "broken" / "rocket-restored.png").write_bytes(b"no picture")
     save(folders / "tiny" / "a.png", np.zeros((5, 5, 3), np.uint8))
+    save(folders / "alpha" / "a.png", np.zeros((20, 20, 4), np.uint8))
+    save(folders / "upright" / "a.jpg", np.zeros((20, 20, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # by half a turn, so that the size says nothing
+    (folders / "turned").mkdir()
+    Image.new("RGB", (20, 20)).save(folders / "turned" / "a.jpg", exif=exif)
+    (folders / "deep").mkdir()
+    cv2.imwrite(str(folders / "deep" / "a.png"), np.zeros((20, 20, 3), np.uint16))
     (folders / "empty").mkdir()
     for arguments, sentence in (
         (("none", "clean"), "none is not a folder"),
@@ -144,6 +154,9 @@ def test_what_cannot_be_scored_is_refused_in_one_sentence(folders: Path) -> None
         (("size", "clean"), "rocket-restored.png is 79 x 64 px, RGB and clean/rocket.png is 80 x 64 px, RGB; the two"),
         (("gray", "clean"), "is 80 x 64 px, gray and"),
         (("broken", "clean"), "rocket-restored.png is not a readable image"),
+        (("alpha", "alpha"), "alpha/a.png has pixel format RGBA, expected 8-bit RGB or gray; convert the file"),
+        (("deep", "deep"), "deep/a.png has 16 bits a channel, expected 8-bit RGB or gray; convert the file"),
+        (("upright", "turned"), "turned/a.jpg is 20 x 20 px, RGB, to be turned (EXIF orientation 3); the two"),
         (("tiny", "tiny"), "a: SSIM needs images of at least 11 x 11 pixels"),
         (("restored", "clean", "--protocol", "awgn"), "Unknown protocol 'awgn'; did you mean 'awgn8'?"),
     ):
@@ -242,3 +255,38 @@ def test_given_weights_and_references_are_scored_on_a_folder_too(results: Path) 
     invoke(results, "eval", "--method", "input", *asked, "--out", "new")
     [run] = find([results / "new"])
     assert [(e.data_set, e.stamp) for e in run.evaluations()] == [("./held", "awgn8-seed0.v1")]
+
+
+def test_the_file_of_a_protocol_lies_where_one_is_wherever_the_suite_lies(results: Path) -> None:
+    [before] = run_of(results, "input").evaluations()
+    (results / "suites").mkdir()
+    (results / "suites" / "tiny.toml").write_text(TINY)
+    assert own(results, before).parent == results
+    asked = ("--method", "input", "--suite", "suites/tiny.toml", "--protocol", "own.toml", "--test-set", "./held")
+    assert before.stamp in invoke(results, "eval", *asked, "--out", "new").output
+
+
+OWN = '''"""mine: a darker image."""
+
+
+def restore(image, sigma):
+    return 0.9 * image
+'''
+
+
+def test_a_run_of_ones_own_function_is_scored_on_by_that_function_alone(results: Path) -> None:
+    (results / "mine.py").write_text(OWN)
+    (results / "other.py").write_text(OWN.replace("0.9", "0.8"))
+    asked = ("--suite", "denoise", "--preset", "smoke", "--test-set", "./held", "--protocol", "awgn8-seed0")
+    invoke(results, "eval", "--method", "mine.py", *asked, "--out", "new")
+    [run] = find([results / "new"])
+    more = ("eval", "--run", str(run.path), "--test-set", "skimage-test")
+    for words, sentence in (
+        (more, "mine is not a shipped method; give its Python file with --method FILE"),
+        ((*more, "--method", "other.py"), "other.py is not the version that the run was made with"),
+        (("reproduce", str(run.path)), "was scored by a user's own training-free method: score them again"),
+    ):
+        assert sentence in invoke(results, *words, code=2).stderr
+    assert [e.data_set for e in run.evaluations()] == ["./held"]
+    invoke(results, *more, "--method", "mine.py")
+    assert {e.data_set for e in run.evaluations()} == {"./held", "skimage-test"}

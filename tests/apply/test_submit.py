@@ -11,11 +11,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 from scipy.io import loadmat, savemat
 
-from kitbench.apply.submit import submit
+from kitbench.apply.submit import denoiser, submit
 from kitbench.data.cards import Card, card
-from kitbench.errors import InputError
+from kitbench.errors import InputError, RunError
 from tests.conftest import run_kitbench
 
 BOXES = [[(1, 3, 12, 18), (9, 5, 20, 24)], [(4, 1, 15, 20), (2, 2, 9, 9)]]
@@ -108,3 +109,12 @@ def test_a_trained_run_is_submitted_from_the_command_line(tmp_path: Path, tiny_r
     assert "takes a .csv" in run_kitbench(tmp_path, *arguments, "--out", "other.zip", code=2).stderr
     arguments[1] = "DND"
     assert "is not in" in run_kitbench(tmp_path, *arguments, "--out", "dnd.zip", code=2).stderr
+
+
+def test_values_that_are_not_finite_are_not_submitted() -> None:
+    class Empty(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x / 0
+
+    with pytest.raises(RunError, match="12 of 12 values that are NaN or infinite"):
+        denoiser(Empty(), torch.device("cpu"))(np.ones((2, 2, 3), np.float32))  # type: ignore[arg-type]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -15,7 +18,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from kitbench.cli.main import cli
-from kitbench.errors import InputError
+from kitbench.data.cards import Card
+from kitbench.errors import InputError, Interrupted
 from kitbench.model.methods import method_cards
 from kitbench.spec import loading
 from tests.conftest import TINY
@@ -149,6 +153,12 @@ def test_a_gray_set_in_colour_mode_says_how_to_run_gray_alone(here: Path) -> Non
     assert cells("--test-set", "skimage-gray", "--set", "data.modes=gray")[0] == "gray/input"
 
 
+def test_a_folder_of_any_name_is_taken_from_the_command_line(here: Path) -> None:
+    """TOML refuses the escapes by which JSON writes what lies beyond the first 65,536 characters."""
+    done = call("run", "--suite", "tiny.toml", "--test-set", "./\N{CAMERA}é", "--dry-run", code=2)
+    assert "kitbench: ./\N{CAMERA}é is not a folder" in done.stderr
+
+
 def test_an_unknown_set_names_the_nearest_ones_and_not_all(here: Path) -> None:
     done = call("run", "--suite", "tiny.toml", "--test-set", "Kodak", "--dry-run", code=2)
     assert "Kodak24" in done.stderr
@@ -180,6 +190,7 @@ def test_digits_that_name_no_run_or_several_are_refused(here: Path) -> None:
     refused = call("diff", key[:10], key[:10], code=2).stderr
     assert "results/copy" in refused
     assert "is not a folder" in call("table", "missing", code=2).stderr
+    assert "No run whose key begins with" in call("retrieval", "--run", other[:10], code=2).stderr
 
 
 def test_diff_rounds_shows_what_moved_and_names_the_image_that_moved_most(here: Path) -> None:
@@ -206,6 +217,63 @@ def test_the_missing_weights_of_lpips_are_told_once_with_the_option_that_names_t
     again = call(*words, "--set", "task.sigma_test=[15, 25]").stdout
     assert "lpips" not in again
     assert "σ15" in again
+
+
+# What is written, and what stops
+
+
+@pytest.mark.parametrize(
+    ("out", "sentence"),
+    [("folder.csv", "folder.csv is a folder; give the path of a file."), ("file/t.csv", "cannot be written (Not a")],
+)
+def test_an_out_that_cannot_be_a_file_is_refused_before_the_work(here: Path, out: str, sentence: str) -> None:
+    store(here / "results", "kit", 30.0)
+    (here / "folder.csv").mkdir()
+    (here / "file").touch()
+    for words in (
+        ("table", "results"),
+        ("export", "results"),
+        ("report", "results"),
+        ("score", "none", "none", "--protocol", "awgn8"),
+        ("pools", "none", "--stored"),
+        ("retrieval", "none"),
+    ):
+        done = call(*words, "--out", out, code=2)
+        assert sentence in done.stderr, words
+        assert done.stderr.count("\n") == 1
+
+
+def test_ctrl_c_has_the_exit_code_of_an_interruption_and_not_of_a_failed_check(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(paths: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kitbench.store.folder.find", stop)
+    done = call("check", "results", "--against", "reference.json", code=3)
+    assert done.stderr == "kitbench: stopped; what was stored before is kept\n"
+
+
+def test_ctrl_c_ends_downloads_at_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+
+    def endless(card: Card, root: Path, report: Callable[[str, int, int | None], None]) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        for number in range(2000):
+            try:
+                report(card.name, number, None)
+            except Interrupted:
+                ended.append(card.name)
+                raise
+            time.sleep(0.005)
+
+    monkeypatch.setattr("kitbench.data.fetch.fetch", endless)
+    done = call("data", "fetch", "Set12", "--data", "sets", code=3)
+    assert done.stderr == "kitbench: stopped; the same command continues the downloads\n"
+    end = time.monotonic() + 5
+    while not ended and time.monotonic() < end:
+        time.sleep(0.005)
+    assert ended == ["Set12"]
 
 
 # Help

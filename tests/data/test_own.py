@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
+from kitbench.data.audit import audit
 from kitbench.data.cards import cards
 from kitbench.data.images import to_gray
 from kitbench.data.own import card_of_set
 from kitbench.data.photograph import read_set
+from kitbench.data.repetition import images_of
 from kitbench.errors import InputError
 from kitbench.runs.prepare import choose_sets, set_sha256
 from kitbench.spec import loading
@@ -92,6 +95,17 @@ def test_what_is_no_folder_of_pictures_is_refused_in_one_sentence(
         with pytest.raises(InputError) as refusal:
             read_set(card_of_set(name), None, "colour")
         assert sentence in str(refusal.value)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_are_refused_and_not_cut_to_eight(suffix: str, tmp_path: Path) -> None:
+    write(tmp_path / "deep" / "a.png", image(0))
+    cv2.imwrite(str(tmp_path / "deep" / f"b.{suffix}"), image(1).astype(np.uint16) * 257)
+    found = card_of_set(f"{tmp_path}/deep")
+    with pytest.raises(InputError, match=f"b.{suffix} has 16 bits a channel"):
+        images_of(found, None, "colour")
+    [line] = audit(found, tmp_path / "deep")
+    assert f"b.{suffix} has 16 bits a channel" in line
 
 
 def test_a_shipped_name_is_still_that_of_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,13 +126,14 @@ def test_status_tells_every_state_from_the_folders_alone(tmp_path: Path) -> None
         Planned(name=f"cell {n}", mode="colour", method="kit", seed=n, work=w)
         for n, w in ((6, "6"), (7, "7"), (0, work))
     ]
-    path = plan_path(tmp_path, "tiny", "local")
-    path.parent.mkdir()
     host = os.uname().nodename
-    path.write_text(Plan(launcher="local", pid=os.getpid(), host=host, cells=tuple(cells)).model_dump_json())
+    alive = Plan(launcher="local", pid=os.getpid(), host=host, cells=tuple(cells))
+    path = plan_path(tmp_path, "tiny", alive)
+    path.parent.mkdir()
+    path.write_text(alive.model_dump_json())
     gone = Planned(name="cell 8", mode="colour", method="kit", seed=8, work="8")
     dead = Plan(launcher="local", pid=2**22 + 1, host=host, cells=(gone,))  # above the largest number of a process
-    plan_path(tmp_path, "other", "local").write_text(dead.model_dump_json())
+    plan_path(tmp_path, "tiny", dead).write_text(dead.model_dump_json())
 
     with running.lock():
         lines = survey([tmp_path], now=lambda: 1010.0)
@@ -189,6 +190,26 @@ def test_cells_that_a_stopped_command_had_not_begun_stay_in_status(tmp_path: Pat
     with plan.planned(suite, tmp_path, cells):  # the same command again, to the end
         pass
     assert not list(tmp_path.glob(".launch/plan-*"))
+
+
+def test_commands_that_run_parts_of_one_suite_side_by_side_do_not_hide_each_others_cells(tmp_path: Path) -> None:
+    suite = loading.load_suite("denoise", "smoke")
+    first, second, third = (
+        [Cell(suite, "colour", name, name, None, {}, seed, "cpu", "00") for name in ("kit", "window")]
+        for seed in range(3)
+    )
+
+    def queued() -> list[str]:
+        return sorted(line.name[-2:] for line in survey([tmp_path]) if line.state == "queued")
+
+    plan.write_plan(suite, tmp_path, "slurm", third)
+    with plan.planned(suite, tmp_path, first):
+        with plan.planned(suite, tmp_path, second):
+            assert queued() == ["s0", "s0", "s1", "s1", "s2", "s2"]
+        assert queued() == ["s0", "s0", "s2", "s2"]
+    assert queued() == ["s2", "s2"]
+    plan.write_plan(suite, tmp_path, "slurm", first)  # a second submission, while the first one waits
+    assert queued() == ["s0", "s0", "s2", "s2"]
 
 
 def test_status_of_a_folder_without_runs_is_refused(tmp_path: Path) -> None:

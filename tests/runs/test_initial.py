@@ -15,12 +15,14 @@ from skimage import data as photographs
 
 from kitbench.apply import reproduce
 from kitbench.cli.main import cli
-from kitbench.errors import InputError
+from kitbench.errors import InputError, RunError
 from kitbench.runs.cell import Cell
 from kitbench.runs.checkpoint import trained_state
-from kitbench.runs.initial import initial_weights, stored_run
+from kitbench.runs.initial import initial_weights, seen_images, stored_run
 from kitbench.runs.prepare import Options
+from kitbench.runs.tune import Search, tune
 from kitbench.spec.loading import load_suite
+from kitbench.spec.suite import Suite
 from kitbench.store.folder import RunFolder, find
 from kitbench.verdict.render import render
 from tests.conftest import TINY
@@ -81,11 +83,30 @@ def test_training_starts_from_the_weights_of_the_run(invoke: Invoke, tiny_runs: 
     options = Options(tmp_path / "again", None, "cpu", 0, None, jobs=1)
     [outcome] = reproduce.reproduce([made], options, None, Console(quiet=True))
     assert outcome.verdict == "bit-identical"
+    told: list[str] = []
+    assert seen_images(made, None, told.append).keys() == {"./train", "skimage-train"}
+    assert not told
     shutil.rmtree(tmp_path / "results" / first.path.name)
+    assert seen_images(made, None, told.append).keys() == {"./train"}
+    assert told == [
+        f"not compared with the training images of results/{first.path.name}, from which {made.path} started: "
+        "it is not here"
+    ]
     shutil.copytree(conv_of(tiny_runs, 1).path, tmp_path / "results" / first.path.name)
     [outcome] = reproduce.reproduce([made], options, None, Console(quiet=True))
     assert outcome.verdict == "different"
     assert "weights that training starts from" in str(outcome.first)
+
+
+def test_images_that_the_weights_were_trained_on_are_no_test_images(
+    invoke: Invoke, tiny_runs: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "seen").mkdir()
+    Image.fromarray(photographs.coffee()[200:264, 200:264]).save(tmp_path / "seen" / "a.png")
+    words = ("--method", "conv", "--test-set", "./seen", "--dry-run")
+    invoke(*words)
+    done = invoke(*words, "--set", f"recipe.init={conv_of(tiny_runs).path}", code=2)
+    assert "Training and test images overlap: skimage-train/coffee contains all or part of ./seen/a" in done.stderr
 
 
 def test_what_cannot_start_a_training_is_refused_in_one_sentence(
@@ -122,3 +143,25 @@ def test_the_key_knows_the_weights_and_not_their_place() -> None:
         assert load_suite("denoise", overrides=[f"recipe.init={digits}"]).recipe.init == digits
     assert key("a", "11") == key("b", "11")
     assert len({key(None, None), key("a", "11"), key("a", "22")}) == 3
+
+
+def test_a_search_of_rates_starts_from_a_run_that_is_named_by_its_hash(
+    tiny_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its trials lie in a folder of their own, where that run is not."""
+    first = tmp_path / conv_of(tiny_runs).path.name
+    shutil.copytree(conv_of(tiny_runs).path, first)
+    key = RunFolder(first).run.key
+
+    def trial(suite: Suite, options: Options, console: Console) -> None:
+        assert suite.recipe.init is not None
+        raise RunError(f"would start from {stored_run(suite.recipe.init, options.out).path}")
+
+    monkeypatch.setattr("kitbench.runs.tune.run_suite", trial)
+    for digits in (key[:6], key):
+        suite = load_suite("denoise", "smoke", [f"recipe.init={digits}"])
+        with pytest.raises(RunError, match=f"would start from {first}"):
+            tune(suite, Options(tmp_path, None, "cpu", 0, None), Search((1e-3, 2e-3), 1000), Console(quiet=True))
+    other = key[:-1] + ("0" if key[-1] != "0" else "1")
+    with pytest.raises(InputError, match="is neither the folder of a run"):
+        stored_run(other, tmp_path)
