@@ -24,7 +24,7 @@ from kitbench.spec.fields import Mode
 from kitbench.spec.suite import Data, SetNames, Source, Suite
 from kitbench.spec.tasks import Denoise
 from kitbench.store.folder import RunFolder
-from kitbench.store.records import Run, Trial, Tuning, read_record, shared_with_search
+from kitbench.store.records import Evaluation, Run, Trial, Tuning, read_record, shared_with_search
 
 FACTOR = 2.0
 """Between two neighbouring rates of the grid."""
@@ -125,10 +125,18 @@ def _trial(suite: Suite, options: Options, rate: float, seed: int, console: Cons
     found = []
     for folder in complete:
         record = folder.run
-        means = [evaluation.mean_psnr for evaluation in folder.evaluations()]
+        scored = [e for e in folder.evaluations() if _of_search(e, chosen, record.mode)]
+        means = [evaluation.mean_psnr for evaluation in scored]
         psnr = math.fsum(means) / len(means)
         found.append((record, Trial(method=record.method, lr=rate, psnr_db=psnr, key=record.key)))
     return found
+
+
+def _of_search(evaluation: Evaluation, trial: Suite, mode: Mode) -> bool:
+    """Whether an evaluation belongs to this search: its folder may hold those of other validation sets."""
+    sigmas = trial.task.sigma_test if isinstance(trial.task, Denoise) else (None,)
+    sets: SetNames = getattr(trial.data.folder, mode)
+    return evaluation.data_set in sets.test and evaluation.sigma in sigmas and evaluation.stamp == trial.protocol.stamp
 
 
 def _source(suite: Suite, options: Options) -> dict[Mode, SetNames]:
