@@ -59,6 +59,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require-gpu", action="store_true", help="a test marked gpu fails where it is skipped")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file with the longest tests first: as the last one it keeps one worker busy for minutes after the others."""
+    items.sort(key=lambda item: item.path.name != "test_cuda.py")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu"):
         import torch

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "benchmarks/README.md", ROOT / "results/README.md"]
+PAGES = [ROOT / "README.md", *(p for folder in ("docs", "benchmarks", "results") for p in sorted((ROOT / folder).glob("*.md")))]
 BLOCK = re.compile(r"(<!-- made by: (?P<command>.+?) -->\n)(?P<text>.*?)(<!-- end -->)", re.DOTALL)
 
 

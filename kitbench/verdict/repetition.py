@@ -125,7 +125,7 @@ def _sheet(block: ComparedRuns, condition: str, kind: str, found: Sequence[Gain]
     notes = (
         f"Means over the {images} images of {WITH} that are {KINDS[kind]}, and over those of {WITHOUT} in their place. "
         "Where a copy was replaced the content is another, so every method gains or loses something; what is gained "
-        f"beyond {CONTROL}, which compares no patches, is due to the copies. Standard errors are over images.",
+        f"beyond {CONTROL}, which compares no patches, is put down to the copies. Standard errors are over images.",
     )
     stamp = block.first.evaluation.stamp
     return Sheet(f"Gain from {KINDS[kind]}: {caption_of(block.first.run)}, {condition}, {stamp}", header, lines, notes)
