@@ -6,12 +6,15 @@ Text formats (render.py) and the report (page/tables.py) print the same cells, s
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pandas as pd
 
+from kitbench.spec.shipped import builtin
 from kitbench.store.records import Run
 from kitbench.verdict.compare import SCENES, Column, heading
 
@@ -199,6 +202,12 @@ def slowed(row: pd.Series) -> bool:
     return bool(pd.notna(row["contended"]) and row["contended"] > SLOWED)
 
 
+@cache
+def _shipped_rates() -> dict[str, float]:
+    """The learning rate of every shipped recipe, by its name: a caption names another one."""
+    return {name: float(tomllib.loads(text)["lr"]) for name, text in builtin("recipes").items()}
+
+
 def caption_of(run: Run) -> str:
     if run.recipe is None or run.backbone is None:
         return f"{run.suite}, {run.mode}: references, not trained here"
@@ -206,9 +215,10 @@ def caption_of(run: Run) -> str:
     threads = recipe.threads or run.environment.threads
     where = f"{run.device}, {threads} thread{'s' * (threads > 1)}" if run.device == "cpu" else run.device
     tuned = f", fine-tuned from {recipe.init.rpartition('/')[2]}" if recipe.init is not None else ""
+    rate = "" if _shipped_rates().get(recipe.name) in (None, recipe.lr) else f", learning rate {recipe.lr:g}"
     return (
         f"{run.suite}, {run.mode}, recipe {recipe.name} "
-        f"({recipe.steps} steps of {recipe.batch} x {recipe.crop} px{tuned}), "
+        f"({recipe.steps} steps of {recipe.batch} x {recipe.crop} px{rate}{tuned}), "
         f"width {backbone.width}, attention at levels {', '.join(map(str, backbone.attention_levels))}, on {where}"
     )
 

@@ -98,6 +98,13 @@ def test_one_seed_says_no_interval(tmp_path: Path) -> None:
     assert rows(find([tmp_path]))["within_noise"].isna().all()
 
 
+def test_the_caption_names_a_learning_rate_that_is_not_the_recipes(tmp_path: Path) -> None:
+    for rate in (2e-3, 4e-3):  # that of the recipe smoke, and twice as much
+        store(tmp_path, "kit", 30.0, lr=rate)
+    text = render(find([tmp_path]), "markdown")
+    assert sorted(re.findall(r" px(.*?)\), width", text)) == ["", ", learning rate 0.004"]
+
+
 def student_with_all_pairs(methods: dict[str, np.ndarray]) -> dict[frozenset[str], float]:
     """Holm-adjusted p values of all pairs of scores [seeds, images], by Student's test over seeds alone."""
     pairs = [frozenset(pair) for pair in combinations(methods, 2)]
