@@ -268,7 +268,12 @@ def test_ctrl_c_ends_downloads_at_once(here: Path, monkeypatch: pytest.MonkeyPat
             time.sleep(0.005)
 
     monkeypatch.setattr("kitbench.data.fetch.fetch", endless)
-    done = call("data", "fetch", "Set12", "--data", "sets", code=3)
+    # A shell that starts the tests in the background has them ignore the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        done = call("data", "fetch", "Set12", "--data", "sets", code=3)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert done.stderr == "kitbench: stopped; the same command continues the downloads\n"
     end = time.monotonic() + 5
     while not ended and time.monotonic() < end:
