@@ -393,9 +393,7 @@ def test_exports_say_what_they_need(stranger: Path, tmp_path: Path) -> None:
 
 
 def test_stored_reference_runs_of_older_source_are_refused(tmp_path: Path) -> None:
-    """They were made by other code than this, and say so."""
-    invoke(
-        "export", ROOT / "results" / "reference" / "denoise-cbsd68-first-cpu", "--out", tmp_path / "x.zip", "--by", "us"
-    )
+    older = ROOT / "results" / "reference" / "denoise-cbsd68-first-cpu"
+    invoke("export", older, "--out", tmp_path / "x.zip", "--by", "us")
     done = invoke("import", tmp_path / "x.zip", "--out", tmp_path / "ours", code=2)
     assert "source" in done.stderr
