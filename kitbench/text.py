@@ -1,4 +1,4 @@
-"""Durations and amounts of memory as text."""
+"""Durations, amounts of memory, and sentences as text."""
 
 from __future__ import annotations
 
@@ -20,3 +20,8 @@ def gib(amount: float) -> str:
     while amount >= 1024 and place < len(units) - 1:
         amount, place = amount / 1024, place + 1
     return f"{amount:.3g} {units[place]}" if amount < 100 else f"{amount:.0f} {units[place]}"
+
+
+def capitalised(text: str) -> str:
+    """The text with its first letter in upper case, all others as they are."""
+    return text[:1].upper() + text[1:]

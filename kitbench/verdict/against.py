@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from kitbench.errors import InputError
 from kitbench.store.folder import RunFolder
+from kitbench.text import capitalised
 from kitbench.verdict.compare import Column, Columns, Compared, adjusted, compare, heading, paired_scores
 from kitbench.verdict.contrasts import ComparedRuns, blocks
 from kitbench.verdict.entries import entries
@@ -86,4 +87,4 @@ def _notes(compared: Sequence[Compared], method: str) -> tuple[str, ...]:
             "that nothing is decided."
         )
     reasons = dict.fromkeys(c.found.note for c in compared if c.found.note and c.found.seeds > 1)
-    return (*notes, *(f"{reason[0].upper()}{reason[1:]}." for reason in reasons))
+    return (*notes, *(f"{capitalised(reason)}." for reason in reasons))

@@ -16,6 +16,7 @@ import pandas as pd
 
 from kitbench.spec.shipped import builtin
 from kitbench.store.records import Run
+from kitbench.text import capitalised
 from kitbench.verdict.compare import SCENES, Column, heading
 
 NOT_MEASURED = "n/a"
@@ -170,7 +171,7 @@ def notes_of(block: pd.DataFrame) -> list[str]:
         made.setdefault(row["deviation"], []).append(row["method"])
     notes += [f"¶ Runs of {', '.join(methods)} were made unlike most: {text}." for text, methods in made.items()]
     reasons = dict.fromkeys(compared["statistics_note"].dropna())
-    return notes + [f"{reason[0].upper()}{reason[1:]}; such differences are not decided." for reason in reasons]
+    return notes + [f"{capitalised(reason)}; such differences are not decided." for reason in reasons]
 
 
 def _other_bests(block: pd.DataFrame) -> list[str]:

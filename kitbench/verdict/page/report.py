@@ -18,6 +18,7 @@ import pandas as pd
 from kitbench.store.folder import RunFolder
 from kitbench.store.records import Run, Tuning
 from kitbench.store.sweeps import Sweep
+from kitbench.text import capitalised
 from kitbench.verdict import published
 from kitbench.verdict.claims import claims
 from kitbench.verdict.compare import Compared, against_best, equal_seeds, paired_scores
@@ -136,7 +137,7 @@ def _verdict(
     if smallest:
         sentences.append(detects(max(smallest)))
     notes = dict.fromkeys(c.found.note for c, _ in compared if c.found.note and c.p_holm is not None)
-    return sentences + [f"{note[0].upper()}{note[1:]}." for note in notes if note]
+    return sentences + [f"{capitalised(note)}." for note in notes if note]
 
 
 def _above(block: pd.DataFrame, trained: ComparedRuns, best: str) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kitbench.store.records import Tuning
+from kitbench.text import capitalised
 from kitbench.verdict.compare import Compared, adjusted
 from kitbench.verdict.contrasts import ComparedRuns, compare_methods
 from kitbench.verdict.layout import Layout, TableValue
@@ -123,7 +124,7 @@ def differences_of(compared: Sequence[Compared], family: str = "all pairs of met
         "Paired by seed and image; an image's mean over its conditions. Interval and p hold for other seeds and other "
         f"images; p is corrected for {family}, one interval is not.",
         "Detects: the smallest true difference that these seeds and images find with 80 % power after the correction.",
-        *dict.fromkeys(f"{c.found.note[0].upper()}{c.found.note[1:]}." for c in compared if c.found.note),
+        *dict.fromkeys(f"{capitalised(c.found.note)}." for c in compared if c.found.note),
     ]
     return Grid("Differences from the best", header, lines, notes)
 
