@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 SMALLEST = 32
 """Pixels of a tile's side."""
+ALL_SIZES = "64,128,256,512,whole"
 
 
 @click.command()
@@ -75,7 +76,10 @@ def _levels(text: str) -> list[float]:
 
 @click.command()
 @PATHS
-@click.option("--tile", "tiles", default="64,128,256,512,whole", show_default=True, help="Sides of the tiles, pixels.")
+@click.option(
+    "--tile", "tiles", show_default=ALL_SIZES,
+    help="Sides of the tiles, pixels: to score, and alone to print; by default all that are stored are printed.",
+)  # fmt: skip
 @click.option(
     "--test-set", "data_sets", multiple=True, metavar="SET", callback=listed,
     help="Only this set. Several: repeat, or A,B.",
@@ -88,7 +92,7 @@ def _levels(text: str) -> list[float]:
 @click.option("--out", type=click.Path(path_type=Path), help="Write Markdown to this file instead of the terminal.")
 def pools(
     paths: tuple[Path, ...],
-    tiles: str,
+    tiles: str | None,
     data_sets: tuple[str, ...],
     stored: bool,
     data: Path | None,
@@ -109,7 +113,7 @@ def pools(
     from kitbench.verdict.pools import pool_sheets
     from kitbench.verdict.sheets import sheet_markdown
 
-    sizes, data_sets = _sizes(tiles), one_spelling(data_sets)
+    sizes, data_sets = _sizes(ALL_SIZES if tiles is None else tiles), one_spelling(data_sets)
     if out is not None:
         writable_file(out)
     runs = find(paths)
@@ -130,7 +134,7 @@ def pools(
                         progress.console.print(f"{run.path}: {made} evaluations", highlight=False, soft_wrap=True)
         except RunError as error:
             raise RunError(f"{error}. {how_to_go_on()}") from error
-    give("\n".join(map(sheet_markdown, pool_sheets(runs, data_sets))), out)
+    give("\n".join(map(sheet_markdown, pool_sheets(runs, data_sets, () if tiles is None else sizes))), out)
 
 
 def _bar(progress: Progress, title: str) -> Callable[[int, int], None]:

@@ -8,7 +8,7 @@ Trials are ordinary stored runs, in OUT/tuning; the choice is a record with its 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,12 +54,14 @@ def rounded(rate: float) -> float:
 def tune(suite: Suite, options: Options, search: Search, console: Console) -> list[Tuning]:
     """Search the best rate of every method of a suite, and store the choice; a record for each mode.
 
-    A trial whose training diverges has no score. Raises InputError where the suite names no validation sets, or its
-    comparison uses the search's seed; RunError where no trial of a method ended well, or one failed in another way than
-    by diverging; Interrupted on Ctrl-C, after which the same search goes on.
+    A trial whose training diverges has no score. Raises InputError where the suite names no validation sets, its
+    comparison uses the search's seed, or the stored record holds methods that this search leaves out; RunError where no
+    trial of a method ended well, or one failed in another way than by diverging; Interrupted on Ctrl-C, after which the
+    same search goes on.
     """
     if search.seed in suite.seeds:
         raise InputError(f"--seed {search.seed} is one of the suite's seeds, whose runs are compared; give another.")
+    _keep_methods(suite, _source(suite, options), options.out)
     suite, _ = initial_weights(suite, options.out)  # trials have a folder of their own, where no hash would be found
     rates, scored, widened = search.rates, dict[Mode, list[Trial]](), 0
     shared: dict[Mode, dict[str, Any]] = {}
@@ -88,6 +90,18 @@ def tune(suite: Suite, options: Options, search: Search, console: Console) -> li
         RunFolder(options.out).write(record_name(suite, mode), record)
         records.append(record)
     return records
+
+
+def _keep_methods(suite: Suite, modes: Iterable[Mode], out: Path) -> None:
+    """Raises InputError where a stored record, which this search would replace, has a rate of other methods."""
+    for path in (out / record_name(suite, mode) for mode in modes):
+        known = tuple(read_record(Tuning, path).best) if path.is_file() else ()
+        if lost := [name for name in known if name not in suite.methods]:
+            both = ",".join([*known, *(name for name in suite.methods if name not in known)])
+            raise InputError(
+                f"{path} has a rate of {', '.join(lost)} too, which a search without it would lose. Search all with "
+                f"--method {both} (stored trials are not run again), or give another --out."
+            )
 
 
 def beyond(rates: Sequence[float], best: Sequence[float]) -> tuple[float, ...]:

@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 from kitbench.verdict.entries import Entry
-from kitbench.verdict.statistics import ALPHA, Array, Difference, detectable, difference, holm, to_best
+from kitbench.verdict.statistics import ALPHA, Array, Difference, detectable, difference, holm, testable, to_best
 
 Column = tuple[str, str]
 """Data set and condition (`σ25`, or nothing)."""
@@ -60,7 +60,7 @@ class Compared:
     detectable: float | None = None
     """The smallest true difference in dB that would be found with 80 % power after that correction."""
     family: int = 1
-    """How many comparisons were corrected together."""
+    """How many comparisons were corrected together: those with a p value."""
 
     @property
     def decided(self) -> bool:
@@ -144,7 +144,8 @@ def _runs(scores: Scores, *methods: Columns) -> tuple[str, ...]:
 def adjusted(compared: Sequence[Compared]) -> list[Compared]:
     """With Holm's correction over all of them: comparisons that were fixed before the scores were seen."""
     p = holm(np.array([np.nan if c.found.p is None else c.found.p for c in compared]))
-    return [with_correction(c, float(value), len(compared)) for c, value in zip(compared, p, strict=True)]
+    family = max(int(np.isfinite(p).sum()), 1)
+    return [with_correction(c, float(value), family) for c, value in zip(compared, p, strict=True)]
 
 
 def with_correction(compared: Compared, p_holm: float, family: int) -> Compared:
@@ -181,7 +182,7 @@ def against_best(tables: Mapping[K, Mapping[str, Columns]]) -> dict[K, list[Comp
     known = {key: found for key, found in scores.items() if found is not None}
     if not known:
         return {}
-    family = sum(math.comb(len(tables[key]), 2) for key in known)
+    family = max(sum(math.comb(len(tables[key]), 2) for key, found in known.items() if testable(found.values)), 1)
     compared = {}
     for (key, found), (best, p) in zip(known.items(), to_best([s.values for s in known.values()]), strict=True):
         names, place = list(tables[key]), int(best)

@@ -59,16 +59,17 @@ def by_width(size: int) -> float:
     return math.inf if size == WHOLE else size
 
 
-def pool_sheets(runs: Sequence[RunFolder], data_sets: Sequence[str] = ()) -> list[Sheet]:
+def pool_sheets(runs: Sequence[RunFolder], data_sets: Sequence[str] = (), sizes: Sequence[int] = ()) -> list[Sheet]:
     """A table for each family of protocols, comparison, data set and noise level that has two sizes of tiles.
 
-    data_sets: those to show; empty: all. Raises InputError where no run was scored at two sizes.
+    data_sets, sizes (sides of tiles in pixels, 0: whole images): those to show; empty: all. Raises InputError where no
+    run was scored at two of the sizes.
     """
     families: dict[str, dict[int, str]] = {}
     for folder in runs:
         for evaluation in folder.evaluations():
             family = pool_family(evaluation.protocol)
-            if family is not None:
+            if family is not None and (not sizes or evaluation.protocol.tile in sizes):
                 families.setdefault(family, {})[evaluation.protocol.tile] = evaluation.stamp
     sheets = []
     for family, stamps in sorted(families.items()):
@@ -84,8 +85,8 @@ def pool_sheets(runs: Sequence[RunFolder], data_sets: Sequence[str] = ()) -> lis
                     sheets.append(_sheet(f"PSNR against the size of the tiles, {caption}", rows))
     if not sheets:
         raise InputError(
-            "None of these trained runs was scored at two sizes of tiles; score them with `kitbench pools RUNS`, "
-            "which needs their weights."
+            f"None of these trained runs was scored at two {'of these ' if sizes else ''}sizes of tiles; score them "
+            f"with `kitbench pools RUNS`, which needs their weights."
         )
     return sheets
 

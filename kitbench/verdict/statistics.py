@@ -91,6 +91,12 @@ def spread(d: Array) -> Spread:
     )  # fmt: skip
 
 
+def testable(scores: Array) -> bool:
+    """Whether differences of scores [..., seeds, images] have p values, if they have any spread."""
+    seeds, images = scores.shape[-2:]
+    return bool(seeds > 1 and images >= FEWEST_IMAGES)
+
+
 def half_width(found: Spread, level: float = ALPHA) -> Array:
     """Half the width [...] of the interval that misses the true mean in at most a share `level` of cases."""
     of_seeds, of_images = (stats.t.isf(level / 2, n - 1) for n in (found.seeds, found.images))

@@ -16,7 +16,7 @@ from kitbench.apply.trained import load_trained
 from kitbench.cli.main import cli
 from kitbench.data.cards import card
 from kitbench.data.photograph import Photograph, read_set
-from kitbench.errors import Interrupted
+from kitbench.errors import InputError, Interrupted
 from kitbench.scoring import evaluate
 from kitbench.spec import loading
 from kitbench.spec.pools import WHOLE, pool_family, pool_protocol
@@ -235,6 +235,10 @@ def test_a_table_ranks_within_a_size_and_names_the_best_one(tmp_path: Path) -> N
     )
     assert "Set_A σ25, awgn8.v1" in sheet.caption
     assert pool_sheets(find([tmp_path]), ["Set_A"]) == [sheet]
+    [sheet] = pool_sheets(find([tmp_path]), sizes=[64, WHOLE])
+    assert sheet.header == ("Method", "64 px", "whole", "Widest - narrowest", "At its best size", "Seeds")
+    with pytest.raises(InputError, match="two of these sizes"):
+        pool_sheets(find([tmp_path]), sizes=[64, 128])
 
 
 def test_the_error_is_that_of_the_mean_over_images(tmp_path: Path) -> None:

@@ -130,3 +130,14 @@ def test_a_best_rate_at_the_edge_of_the_last_grid_is_said(search: Search) -> Non
     assert "a rate beyond the grid may be better for kit, local" in tuning_caption(record)
     [inside] = search({"colour": FINE})
     assert "beyond" not in tuning_caption(inside)
+
+
+def test_a_search_of_fewer_methods_does_not_drop_the_rates_of_the_others(search: Search, tmp_path: Path) -> None:
+    search({"colour": FINE, "gray": FINE})
+    path = tmp_path / tune.record_name(suite_of(700), "colour")
+    stored = path.read_bytes()
+    fewer = loading.load_suite("denoise", "quick", ["recipe.steps=700"], ["kit", "window"])
+    options = Options(tmp_path, tmp_path, "cpu", 0, None)
+    with pytest.raises(InputError, match=r"has a rate of local too.*--method kit,local,window"):
+        tune.tune(fewer, options, tune.Search(RATES, 1000), Console(quiet=True))
+    assert path.read_bytes() == stored

@@ -21,7 +21,7 @@ from kitbench.data.photograph import read_set
 from kitbench.spec.shipped import builtin
 from kitbench.store.folder import RunFolder, find
 from kitbench.verdict import published
-from kitbench.verdict.compare import compare, equal_seeds, paired_scores, scene
+from kitbench.verdict.compare import against_best, compare, equal_seeds, paired_scores, scene
 from kitbench.verdict.contrasts import blocks
 from kitbench.verdict.entries import entries
 from kitbench.verdict.render import render
@@ -180,6 +180,14 @@ def test_a_column_that_cannot_decide_is_marked_in_a_table_that_can(three: Path) 
     assert table.loc[("CBSD68", "conv"), "within_noise"] == False  # noqa: E712
     assert table.loc[("Set_B", "kit"), "within_noise"] == True  # noqa: E712
     assert "3 images are too few to decide a difference, at least 6 are needed" in render(find([three]), "markdown")
+    [block] = blocks(entries(find([three]), None))
+    alone, both = (
+        against_best({one: {name: {one: of[one]} for name, of in block.methods.items()} for one in columns})
+        for columns in ([("CBSD68", "σ50")], [("CBSD68", "σ50"), ("Set_B", "σ50")])
+    )
+    found, expected = ([(c.p_holm, c.detectable, c.family) for c in of["CBSD68", "σ50"]] for of in (both, alone))
+    assert found == expected
+    assert {family for _, _, family in found} == {3}  # not 6: the pairs on Set_B have no p value
 
 
 SEVERAL_OF_A_SCENE = {
