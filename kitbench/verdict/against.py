@@ -44,7 +44,8 @@ def _sheet(block: ComparedRuns, method: str) -> Sheet:
         for name in others
     )  # fmt: skip
     caption = f"PSNR in dB above that of {method}: {caption_of(block.first.run)}"
-    return Sheet(caption, ("Method", *map(heading, columns)), lines, _notes(list(compared.values()), method))
+    notes = (*_notes(list(compared.values()), method), *block.unlike())
+    return Sheet(caption, ("Method", *map(heading, columns)), lines, notes)
 
 
 def _compared(block: ComparedRuns, a: str, b: str, column: Column) -> Compared | None:
@@ -79,7 +80,7 @@ def _notes(compared: Sequence[Compared], method: str) -> tuple[str, ...]:
     if tested := sum(c.p_holm is not None for c in compared):
         notes.append(
             f"\\* differs from zero at 5 %, with Holm's correction over {tested} differences of this table, where "
-            f"{method} was chosen before the scores were seen."
+            f"{method} was chosen before the scores were seen; one interval is not corrected."
         )
     if any(c.found.seeds == 1 for c in compared):
         notes.append(

@@ -163,9 +163,10 @@ def _quality(main: Runs, by_task: Mapping[str, Runs]) -> dict[str, Part]:
 
 
 def _part(question: str, contrast: Contrast, runs: Runs) -> Part:
-    keys = dict.fromkeys(key for compared in contrast.setups.values() for key in compared.runs)
+    together = [compared.runs for compared in contrast.setups.values()]
+    keys = dict.fromkeys(key for own in together for key in own)
     evidence = "; ".join(f"{setup}: {in_words(compared)}" for setup, compared in contrast.setups.items())
-    evidence += _unlike(runs, keys)
+    evidence += _unlike(runs, together)
     absent = "only smoke runs are stored, which settle no claim" if runs.smoke and not runs.blocks else contrast.reason
     return Part(
         question, contrast.verdict, f"{evidence}{_left_out(runs)}".removeprefix("; "), tuple(keys),
@@ -173,11 +174,15 @@ def _part(question: str, contrast: Contrast, runs: Runs) -> Part:
     )  # fmt: skip
 
 
-def _unlike(runs: Runs, keys: Collection[str]) -> str:
-    """Which of the runs with these keys other code or another environment made than most runs of their comparison."""
+def _unlike(runs: Runs, together: Sequence[Collection[str]]) -> str:
+    """Which runs other code or another environment made than most of those that they were compared with.
+
+    together: the keys of the runs of each comparison; runs at each method's best rate are of several blocks.
+    """
     found = []
-    for block in runs.blocks:
-        own = [entry for columns in block.methods.values() for group in columns.values() for entry in group]
+    for keys in together:
+        touched = [block.entries for block in runs.blocks if any(entry.run.key[:10] in keys for entry in block.entries)]
+        own = [entry for of_block in touched for entry in of_block]
         found += [one for one in deviations(own, labels(own)) if one.run[:10] in keys]
     by_method: dict[str, list[Deviation]] = {}
     for one in found:
@@ -231,8 +236,9 @@ def _best_of_all(kind: Kind, contrasts: Sequence[Contrast], runs: Runs) -> Part:
         for contrast in contrasts
         for setup, compared in contrast.setups.items()
     )
-    keys = dict.fromkeys(k for contrast in contrasts for compared in contrast.setups.values() for k in compared.runs)
-    evidence += _unlike(runs, keys)
+    together = [compared.runs for contrast in contrasts for compared in contrast.setups.values()]
+    keys = dict.fromkeys(key for own in together for key in own)
+    evidence += _unlike(runs, together)
     return Part(question, verdict, evidence + (_left_out(runs) if evidence else ""), tuple(keys), command, reason)
 
 
@@ -268,7 +274,7 @@ def _noted(runs: Runs, question: str, value: Callable[[Retrieval], np.ndarray], 
         return Part(question, UNDECIDED, "", command=command, reason=reason)
     values = value(found)
     after = f"{block.steps:,} steps, " if block else ""
-    words = f"{after}{len(values)} seed{'s' * (len(values) > 1)}: {found}{_unlike(runs, found.runs)}"
+    words = f"{after}{len(values)} seed{'s' * (len(values) > 1)}: {found}{_unlike(runs, [found.runs])}"
     interval = mean_interval(values)
     if interval is None:
         return Part(question, UNDECIDED, words, tuple(found.runs), command, "no interval over seeds")

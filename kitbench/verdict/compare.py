@@ -38,8 +38,13 @@ REPEATED = {
     },
 }  # fmt: skip
 """Pictures that a set holds twice, pixel for pixel, under another rain: the second one, and the first."""
-SAME_SCENES = {"GoPro-gamma": "GoPro", "RealBlur-R": "RealBlur-J", "Repetition-none": "Repetition"}
+SAME_SCENES = {
+    "GoPro-gamma": "GoPro", "RealBlur-R": "RealBlur-J", "Repetition-none": "Repetition",
+    "Kodak24-full": "Kodak24", "Urban100-centre512": "Urban100",
+}  # fmt: skip
 """Sets that show the scenes of another one."""
+DOWNSAMPLED = re.compile(r"(_SRF_\d+)?_HR$")
+"""Ends the names of Urban100's pictures as its authors pack them, for super-resolution, and not those of its crops."""
 
 
 def heading(column: Column) -> str:
@@ -112,7 +117,8 @@ def scene(data_set: str, image: str) -> str:
     nobody knows which of them are independent.
     """
     if data_set not in SCENES:
-        return image
+        twins = SAME_SCENES.keys() | set(SAME_SCENES.values())
+        return DOWNSAMPLED.sub("", image.rpartition("/")[2]) if data_set in twins else image
     found = re.match(SCENES[data_set], image)
     name = found[1] if found else ""
     return REPEATED.get(data_set, {}).get(name, name)

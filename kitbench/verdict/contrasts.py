@@ -21,6 +21,7 @@ from kitbench.spec.shipped import suite_names
 from kitbench.store.records import Run, Tuning, shared_with_search
 from kitbench.verdict.compare import Column, Compared, compare, paired_scores, with_correction
 from kitbench.verdict.entries import Entry, bare_label, labels
+from kitbench.verdict.provenance import unlike_notes
 from kitbench.verdict.statistics import ALPHA, corrected
 
 Verdict = Literal["supported", "not supported", "depends on the learning rate", "not decided"]
@@ -87,6 +88,15 @@ class ComparedRuns:
         return next(group[0] for columns in self.methods.values() for group in columns.values())
 
     @property
+    def entries(self) -> list[Entry]:
+        """All of them."""
+        return [entry for columns in self.methods.values() for group in columns.values() for entry in group]
+
+    def unlike(self) -> tuple[str, ...]:
+        """Notes on the runs that were made unlike most of the block, or by somebody else."""
+        return unlike_notes(self.entries, labels(self.entries))
+
+    @property
     def steps(self) -> int:
         recipe = self.first.run.recipe
         assert recipe is not None
@@ -103,9 +113,9 @@ class ComparedRuns:
         """Longest training first, then colour, then most methods, then most results."""
         recipe = self.first.run.recipe
         assert recipe is not None
-        results = sum(len(group) for columns in self.methods.values() for group in columns.values())
         return (
-            recipe.steps * recipe.batch * recipe.crop**2, self.first.run.mode == "colour", len(self.methods), results
+            recipe.steps * recipe.batch * recipe.crop**2, self.first.run.mode == "colour", len(self.methods),
+            len(self.entries),
         )  # fmt: skip
 
     def identity(self, *left_out: str) -> str:

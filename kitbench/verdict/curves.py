@@ -69,6 +69,8 @@ class CurveSet:
     """Whose seconds are meant."""
     left_out: tuple[str, ...]
     """Methods with runs that have no validation PSNR on these crops, each with the number of such runs."""
+    unlike: tuple[str, ...] = ()
+    """Notes on runs that were made unlike most, or by somebody else."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ def learning_curves(block: ComparedRuns, folders: Mapping[str, RunFolder]) -> Cu
         crops[1],
         _clock(block.first.run),
         tuple(f"{method} ({count} of {len(runs[method])} runs)" for method, count in missing.items() if count),
+        block.unlike(),
     )
 
 
@@ -203,6 +206,7 @@ def target_sheet(found: CurveSet) -> Sheet:
         f"({target.control}). Counted is the first validated step by which half of a method's seeds had reached it.",
         f"TMACs: 10^12 multiply-adds. {MACS_NOTE}",
         *left_out,
+        *found.unlike,
     )
     header = ("Method", "Seeds that reach it", "Final PSNR, dB", "Steps", f"Seconds ({found.clock})", "TMACs")
     return Sheet(caption, header, lines, notes)

@@ -32,8 +32,8 @@ class Entry:
 def entries(runs: Sequence[RunFolder], protocol: str | None) -> list[Entry]:
     """All stored evaluations, of one protocol, each once though its run be in two folders.
 
-    Raises InputError where there are two protocols and none was chosen, two versions of a data set, or two copies of a
-    run with unequal scores.
+    Raises InputError where there are two protocols and none was chosen, two versions of a data set, two copies of a
+    run with unequal scores, or two runs that say they are the same one.
     """
     found = [
         Entry(record, folder.training, evaluation, origin.by if origin else None)
@@ -63,7 +63,22 @@ def entries(runs: Sequence[RunFolder], protocol: str | None) -> list[Entry]:
                 f"Two versions of data set {name} ({contents[name][:8]}, {content[:8]}) cannot be in one table; "
                 f"give fewer runs."
             )
-    return _each_once(found)
+    found = _each_once(found)
+    _refuse_twins(found)
+    return found
+
+
+def _refuse_twins(found: Sequence[Entry]) -> None:
+    """A comparison, an attention, its settings and a seed decide a run's key: two keys of one run are a forgery."""
+    keys: dict[str, str] = {}
+    for entry in found:
+        run = entry.run
+        what = json.dumps([run.comparison, run.method, run.attention, run.settings, run.seed], sort_keys=True)
+        if run.comparison and keys.setdefault(what, run.key) != run.key:
+            raise InputError(
+                f"Runs {keys[what][:10]} and {run.key[:10]} both say that they are {run.method}, seed {run.seed}, of "
+                f"one comparison, but have different keys: one is not what it says; leave it out."
+            )
 
 
 def _each_once(found: Sequence[Entry]) -> list[Entry]:
@@ -106,11 +121,15 @@ def mean_lpips(evaluation: Evaluation) -> float | None:
 
 
 @cache
-def _shipped_methods() -> frozenset[str]:
-    """Names of the methods of the shipped suites, and of the shipped files of methods."""
+def _shipped_methods() -> dict[str, set[str]]:
+    """The attentions behind each name of a method in the shipped suites and in the shipped files of methods."""
     files = [file.name for file in resources.files("kitbench.baselines").iterdir() if file.name.endswith(".py")]
     named = {name.removesuffix(".py").rstrip("_").replace("_", "-") for name in files}
-    return frozenset({name for text in builtin("suites").values() for name in tomllib.loads(text)["methods"]} | named)
+    found = {name: {name} for name in named}
+    for text in builtin("suites").values():
+        for name, method in tomllib.loads(text)["methods"].items():
+            found.setdefault(name, set()).add(method.get("attention", name))
+    return found
 
 
 def from_file(run: Run) -> bool:
@@ -122,9 +141,11 @@ def from_file(run: Run) -> bool:
 
 
 def bare_label(run: Run) -> str:
-    """The method's name, with the source behind it where a user's file bears the name of a shipped method."""
-    own = from_file(run) and run.method in _shipped_methods()
-    return f"{run.method} (file {run.attention[:8]})" if own else run.method
+    """The method's name, with what is behind it where that is not the attention that a shipped name stands for."""
+    shipped = _shipped_methods().get(run.method)
+    if shipped is None or run.seed is None or "weights" in run.settings or run.attention in shipped:
+        return run.method
+    return f"{run.method} ({'file' if from_file(run) else 'attention'} {run.attention[:8]})"
 
 
 def labels(found: Sequence[Entry]) -> dict[tuple[str, str], str]:

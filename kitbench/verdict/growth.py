@@ -110,12 +110,12 @@ def _sizes(points: Sequence[Point], quantity: str) -> str:
 
 
 def _curve(sweeps: Sequence[Sweep], method: str) -> tuple[Sweep, list[Point]] | None:
-    """The longest inference curve of a method."""
+    """The longest inference curve of a method: of the attention alone, with the default settings, in any form."""
     found = [
         (sweep, sweep.curve(label, "infer"))
         for sweep in sweeps
-        for label, (name, _) in sweep.methods.items()
-        if name == method
+        for label, (name, settings) in sweep.methods.items()
+        if name == method and settings.keys() <= {"form"} and sweep.scope == "attention"
     ]
     return max(found, key=lambda pair: len(pair[1]), default=None)
 

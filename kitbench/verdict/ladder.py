@@ -61,6 +61,8 @@ class Ladder:
 
     title: str
     lines: tuple[LadderLine, ...]
+    unlike: tuple[str, ...]
+    """Notes on runs that were made unlike most of those at their budget, or by somebody else."""
 
     @property
     def budgets(self) -> list[tuple[int, int]]:
@@ -110,7 +112,7 @@ def _ladder(group: Sequence[ComparedRuns]) -> Ladder:
         f"{run.suite}, {run.mode}, {run.recipe.batch} x {run.recipe.crop} px a step, learning rate {run.recipe.lr:g}, "
         f"width {run.backbone.width}, on {run.device}"
     )
-    return Ladder(title, lines)
+    return Ladder(title, lines, tuple(dict.fromkeys(note for block in group for note in block.unlike())))
 
 
 def ladder_sheet(ladder: Ladder) -> Sheet:
@@ -136,7 +138,9 @@ def ladder_sheet(ladder: Ladder) -> Sheet:
         f"Not decided: {reasons}.",
     ]
     chosen = [note for note, holds in zip(notes, (True, tested, reasons), strict=True) if holds]
-    return Sheet(f"Budget ladder: {ladder.title}", ("Difference, dB", *heads, "Order"), tuple(lines), tuple(chosen))
+    return Sheet(
+        f"Budget ladder: {ladder.title}", ("Difference, dB", *heads, "Order"), tuple(lines), (*chosen, *ladder.unlike)
+    )
 
 
 def _range(values: Sequence[int], what: str) -> str:

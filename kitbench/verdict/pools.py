@@ -45,13 +45,13 @@ class PoolRow:
     def gain(self) -> tuple[float, float | None]:
         """Widest - narrowest, dB: the mean over images, and its standard error, None for one image.
 
-        In the error the images of one scene, which are not independent, count as one.
+        The images of one scene, which are not independent, are averaged and count as one in both.
         """
         narrowest, *_, widest = self.by_size.values()
         difference = widest - narrowest
         by_scene = [difference[np.array(self.scenes) == one].mean() for one in dict.fromkeys(self.scenes)]
         error = float(np.std(by_scene, ddof=1)) / math.sqrt(len(by_scene)) if len(by_scene) > 1 else None
-        return float(difference.mean()), error
+        return float(np.mean(by_scene)), error
 
 
 def by_width(size: int) -> float:
@@ -82,7 +82,8 @@ def pool_sheets(runs: Sequence[RunFolder], data_sets: Sequence[str] = (), sizes:
                 rows = pool_rows(blocks_of, column)
                 if rows and comparison and (not data_sets or column[0] in data_sets):
                     caption = f"{caption_of(next(iter(blocks_of.values())).first.run)}: {heading(column)}, {family}"
-                    sheets.append(_sheet(f"PSNR against the size of the tiles, {caption}", rows))
+                    unlike = dict.fromkeys(note for block in blocks_of.values() for note in block.unlike())
+                    sheets.append(_sheet(f"PSNR against the size of the tiles, {caption}", rows, list(unlike)))
     if not sheets:
         raise InputError(
             f"None of these trained runs was scored at two {'of these ' if sizes else ''}sizes of tiles; score them "
@@ -134,7 +135,7 @@ def _scores(group: Sequence[Entry]) -> dict[int, dict[str, float]]:
     }
 
 
-def _sheet(caption: str, rows: Sequence[PoolRow]) -> Sheet:
+def _sheet(caption: str, rows: Sequence[PoolRow], unlike: Sequence[str]) -> Sheet:
     sizes = sorted({size for row in rows for size in row.by_size}, key=by_width)
     leaders = {size: max(round(row.mean(size), 2) for row in rows if size in row.by_size) for size in sizes}
     ranking = "**bold** is the best of a column"
@@ -153,6 +154,7 @@ def _sheet(caption: str, rows: Sequence[PoolRow]) -> Sheet:
         f"one another; {ranking}. Widest - narrowest: mean ± standard error over images (over scenes, where a set has "
         "several images of one), of the sizes that the method was scored at. The best size is chosen on these same "
         "images, so its value is a little too high.",
+        *unlike,
     )
     return Sheet(caption, header, tuple(lines), notes)
 

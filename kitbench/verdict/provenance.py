@@ -27,7 +27,7 @@ class Deviation:
     """Its key."""
     trained: bool
     what: str
-    """`torch`, `threads`, `commit`, `source of the training`, ...; IMPORTED."""
+    """`torch`, `threads`, `device`, `commit`, `source of the training`, ...; IMPORTED."""
     found: str
     usual: str
     same_source: bool
@@ -68,6 +68,17 @@ def deviations(entries: Sequence[Entry], names: Mapping[tuple[str, str], str]) -
     return [found[key] for key in sorted(found)]
 
 
+def unlike_notes(found: Sequence[Entry], names: Mapping[tuple[str, str], str]) -> tuple[str, ...]:
+    """A note for each method of a table whose runs were made unlike most of these, or by somebody else."""
+    by_method: dict[str, list[Deviation]] = {}
+    for one in deviations(found, names):
+        by_method.setdefault(one.method, []).append(one)
+    alike: dict[str | None, list[str]] = {}
+    for method, own in by_method.items():
+        alike.setdefault(deviation_text(own), []).append(method)
+    return tuple(f"¶ Runs of {', '.join(methods)} were made unlike most: {text}." for text, methods in alike.items())
+
+
 def deviation_text(found: Sequence[Deviation]) -> str | None:
     """`torch 2.1.0 instead of 2.13.0; threads 64 instead of 1`; None where nothing differs.
 
@@ -92,7 +103,7 @@ def _facts(entry: Entry, name: str) -> dict[str, str]:
         "torch": environment.versions.get("torch", NOT_RECORDED),
     }
     if run.seed is not None:
-        facts |= {"threads": str(environment.threads), "flags": flags or NOT_RECORDED}
+        facts |= {"threads": str(environment.threads), "flags": flags or NOT_RECORDED, "device": environment.device}
     source = run.source or {}
     parts = ("network", "data", "training") if run.seed is not None else ()
     facts |= {f"{SOURCE}{part}": _short(source.get(part, NOT_RECORDED)) for part in parts}

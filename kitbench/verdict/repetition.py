@@ -30,12 +30,25 @@ class Gain:
     """What one method gains on one kind of images."""
 
     method: str
-    seeds: int
-    with_db: float
-    """Mean PSNR over images and seeds."""
-    without_db: float
-    by_image: Array
-    """With minus without, mean over seeds, dB [images]."""
+    seeds: tuple[int, ...]
+    images: tuple[str, ...]
+    values: Array
+    """PSNR with and without copies, dB [2, seeds, images]."""
+
+    @property
+    def by_image(self) -> Array:
+        """With minus without, mean over seeds, dB [images]."""
+        difference: Array = (self.values[0] - self.values[1]).mean(0)
+        return difference
+
+    def only(self, other: Gain) -> Gain:
+        """On the seeds and images that another one has too."""
+        seeds = [place for place, seed in enumerate(self.seeds) if seed in other.seeds]
+        images = [place for place, image in enumerate(self.images) if image in other.images]
+        return Gain(
+            self.method, tuple(self.seeds[place] for place in seeds), tuple(self.images[place] for place in images),
+            self.values[:, seeds][:, :, images],
+        )  # fmt: skip
 
     @property
     def mean(self) -> float:
@@ -58,11 +71,10 @@ def gains(block: ComparedRuns, condition: str, kind: str) -> list[Gain]:
         if not images:
             continue
         values = np.array([[[of[seed][image] for image in images] for seed in seeds] for of in scored])
-        values = values[:, :, np.isfinite(values).all((0, 1))]
-        if values.shape[2]:
-            means = values.mean((1, 2))
-            difference = (values[0] - values[1]).mean(0)
-            found.append(Gain(method, len(seeds), float(means[0]), float(means[1]), difference))
+        finite = np.isfinite(values).all((0, 1))
+        if finite.any():
+            kept = tuple(image for image, known in zip(images, finite, strict=True) if known)
+            found.append(Gain(method, tuple(seeds), kept, values[:, :, finite]))
     return found
 
 
@@ -114,27 +126,30 @@ def _sheet(block: ComparedRuns, condition: str, kind: str, found: Sequence[Gain]
     )
     lines = tuple(
         (
-            gain.method, f"{gain.with_db:.2f}", f"{gain.without_db:.2f}", f"{gain.mean:+.3f}",
+            gain.method, *(f"{mean:.2f}" for mean in gain.values.mean((1, 2))), f"{gain.mean:+.3f}",
             "n/a" if gain.error is None else f"{gain.error:.3f}",
-            "n/a" if control is None or len(control.by_image) != len(gain.by_image) else _beyond(gain, control),
-            str(gain.seeds),
+            "n/a" if control is None else _beyond(gain, control), str(len(gain.seeds)),
         )
         for gain in found
     )  # fmt: skip
-    images = len(found[0].by_image)
+    counts = sorted({len(gain.images) for gain in found})
     notes = (
-        f"Means over the {images} images of {WITH} that are {KINDS[kind]}, and over those of {WITHOUT} in their place. "
+        f"Means over the {' or '.join(map(str, counts))} images of {WITH} that are {KINDS[kind]}, and over those of "
+        f"{WITHOUT} in their place. "
         "Where a copy was replaced the content is another, so every method gains or loses something; what is gained "
         f"beyond {CONTROL}, which compares no patches, is put down to the copies. Standard errors are over images.",
+        *block.unlike(),
     )
     stamp = block.first.evaluation.stamp
     return Sheet(f"Gain from {KINDS[kind]}: {caption_of(block.first.run)}, {condition}, {stamp}", header, lines, notes)
 
 
 def _beyond(gain: Gain, control: Gain) -> str:
-    """Paired by image, with its standard error."""
+    """Paired by seed and image, with its standard error over images."""
     if gain.method == control.method:
         return "-"
-    difference = gain.by_image - control.by_image
+    difference = gain.only(control).by_image - control.only(gain).by_image
+    if not np.isfinite(difference).any():  # no seed, or no image, that both have
+        return "n/a"
     mean, n = float(difference.mean()), len(difference)
     return f"{mean:+.3f}" + (f" ± {float(difference.std(ddof=1)) / math.sqrt(n):.3f}" if n > 1 else "")

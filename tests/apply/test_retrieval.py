@@ -180,7 +180,7 @@ def test_a_gain_is_the_mean_over_images_and_seeds_of_one_kind(gained: Path) -> N
     [block] = blocks(entries(find([gained]), None))
     by_method = {gain.method: gain for gain in repetition.gains(block, "σ25", "copies")}
     kit = by_method["kit"]
-    assert (kit.seeds, kit.with_db, kit.without_db) == (2, pytest.approx(26.6), pytest.approx(26))
+    assert (kit.seeds, *kit.values.mean((1, 2))) == ((0, 1), pytest.approx(26.6), pytest.approx(26))
     np.testing.assert_allclose(kit.by_image, [0.5, 0.6, 0.7])
     assert kit.error == pytest.approx(0.1 / 3**0.5)
     [copies, periodic] = repetition.gain_sheets(find([gained]), None)
@@ -198,6 +198,24 @@ def test_an_image_that_was_restored_exactly_has_no_gain(gained: Path) -> None:
     [block] = blocks(entries(find([gained]), None))
     [kit] = [gain for gain in repetition.gains(block, "σ25", "copies") if gain.method == "kit"]
     assert len(kit.by_image) == 2
+
+
+def test_a_gain_beyond_the_control_is_paired_by_image_and_seed(gained: Path) -> None:
+    base = np.array([25, 26, 27, 28, 29, 30.0])
+    # No finite score of conv on image a, nor of kit on image c; a third seed of kit alone.
+    scored(gained, "conv", repetition.WITH, list(base - 0.1), 0, exact=1)
+    scored(gained, "kit", repetition.WITHOUT, list(base + 9), 2)
+    scored(gained, "kit", repetition.WITH, list(base), 2)
+    for seed in (0, 1, 2):
+        folder = store(gained, "kit", 30.0, seed, data_set="unused")
+        [of] = [e for e in folder.evaluations() if e.data_set == repetition.WITH]
+        scores = [s.model_copy(update={"psnr": None if s.image == "copies-c" else s.psnr}) for s in of.scores]
+        path = folder.evaluation_path(repetition.WITH, of.sigma, of.stamp)
+        folder.write(f"eval/{path.name}", of.model_copy(update={"scores": tuple(scores)}))
+    sheet = repetition.gain_sheets(find([gained]), None)[0]
+    [kit] = [line for line in sheet.lines if line[0] == "kit"]
+    assert kit[5] == "+0.500"  # image b, seeds 0 and 1: .6 beyond .1
+    assert "Means over the 2 images" in sheet.notes[0]
 
 
 def test_runs_that_were_not_scored_on_both_sets_are_refused(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 from kitbench.cli.main import cli
 from kitbench.errors import InputError
 from kitbench.spec import loading
-from kitbench.store.folder import RunFolder
-from kitbench.store.records import Trial, Tuning
+from kitbench.store.folder import RunFolder, find
+from kitbench.store.records import Trial, Tuning, read_record
 from kitbench.store.sweeps import Point, Sweep
 from kitbench.verdict.claims import FULL_STEPS, Claim, claims, load
 from kitbench.verdict.contrasts import UNDECIDED
@@ -240,6 +240,31 @@ def test_variants_are_named_and_do_not_hide_the_default(tmp_path: Path) -> None:
     [reach] = page(tmp_path / "runs")[2].parts
     assert reach.verdict == "supported"
     assert reach.evidence.endswith("; left out, not the default settings: kit (k 8)")
+
+
+def test_runs_at_own_rates_are_marked_where_another_torch_made_them(tmp_path: Path) -> None:
+    """They lie in another block than the runs that they are compared with."""
+    out = everything(tmp_path / "runs", GOOD)
+    for length in (700, 3000):
+        record = read_record(Tuning, out / f"tuning-{length}.json")
+        more = [Trial(method=m, lr=1e-2, psnr_db=29 + 2 * (m == "kit"), key=f"{m}{length}'") for m in GOOD]
+        changes = {"best": record.best | {"kit": 1e-2}, "trials": (*record.trials, *more), "rates": (LR, 1e-2)}
+        RunFolder(out).write(f"tuning-{length}.json", record.model_copy(update=changes))
+        for folder in find([runs(tmp_path / f"tuned-{length}", {"kit": 0.5}, steps=length, lr=1e-2)]):
+            other = ENVIRONMENT.model_copy(update={"versions": {"torch": "9.9"}})
+            folder.write("run.json", folder.run.model_copy(update={"environment": other}))
+    [reach] = page(out, tmp_path / "tuned-700", tmp_path / "tuned-3000")[2].parts
+    assert reach.verdict == "supported"
+    assert "runs of kit were made unlike most: torch 9.9 instead of 2" in reach.evidence
+
+
+def test_a_longer_sweep_of_a_variant_or_of_the_network_does_not_speak_for_kit(tmp_path: Path) -> None:
+    default = sweep(tmp_path / "default", {"kit": 1.0})
+    others = sweep(tmp_path / "exact", {"kit": 2.0}, (64, 128, 256, 512, 1024))
+    record = Sweep.model_validate_json((others / "scale.json").read_bytes())
+    for change in ({"methods": {"kit": ("kit", {"retrieval": "exact"})}}, {"scope": "model"}):
+        (others / "scale.json").write_text(record.model_copy(update=change).model_dump_json())
+        assert page(default, others)[4].parts[3].words == "supported (by construction)"
 
 
 def test_the_whole_interval_of_an_exponent_lies_below_its_bound(tmp_path: Path) -> None:

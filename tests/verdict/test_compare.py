@@ -236,6 +236,8 @@ def test_a_scene_in_two_sets_counts_once(tmp_path: Path) -> None:
     found = paired_scores([block.methods["kit"], block.methods["conv"]])
     assert found.values.shape == (2, 1, 6)
     assert {data_set for data_set, _ in found.images} == {"Repetition", "CBSD68"}
+    assert scene("Urban100", "HR/img_001_SRF_4_HR") == scene("Urban100-centre512", "img_001") == "img_001"
+    assert scene("Kodak24-full", "kodim01") == scene("Kodak24", "kodim01")
 
 
 def rename(run: RunFolder, images: list[str]) -> None:

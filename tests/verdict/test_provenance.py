@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from kitbench.errors import InputError
 from kitbench.spec import loading
 from kitbench.spec.fields import digest
 from kitbench.store.folder import RunFolder, find
+from kitbench.store.records import Origin
+from kitbench.verdict.against import against_sheets
 from kitbench.verdict.claims import claims
+from kitbench.verdict.contrasts import blocks
+from kitbench.verdict.curves import curves_markdown
+from kitbench.verdict.entries import entries, labels
+from kitbench.verdict.ladder import ladder_sheet, ladders
 from kitbench.verdict.page.report import report
 from kitbench.verdict.render import Format, render
 from tests.stored import store
@@ -99,3 +107,35 @@ def test_other_commits_of_equal_source_are_said_to_decide_nothing(stored: dict[s
         alter(folder, {"numerics": numerics}, f"eval/{record.name}")
     text = " ".join(render(list(stored.values()), "terminal").split())
     assert "commit dddddddddd instead of not recorded (the source that decides numbers is the same)" in text
+
+
+def test_tables_of_differences_name_who_made_the_runs(stored: dict[str, RunFolder], tmp_path: Path) -> None:
+    for seed in range(3):
+        origin = Origin(key=stored[f"kit-{seed}"].run.key, by="Mallory", archive_sha256="a" * 64, imported="2026")
+        stored[f"kit-{seed}"].write("origin.json", origin)
+        for method in ("kit", "conv"):
+            store(tmp_path, method, [31.0, 32.0] * 4, seed=seed, of=QUICK, steps=3000, curve={3000: 30.0})
+    runs, said = find([tmp_path]), "¶ Runs of kit were made unlike most: imported, run by Mallory."
+    assert said in against_sheets(runs, "conv")[1].notes
+    assert said in curves_markdown(runs, [])
+    [ladder] = ladders(blocks(entries(runs, None)))
+    assert said in ladder_sheet(ladder).notes
+
+
+def test_two_runs_that_say_they_are_the_same_one_are_refused(stored: dict[str, RunFolder], tmp_path: Path) -> None:
+    """Their seed would count twice, and one's scores would replace the other's."""
+    twin = RunFolder(tmp_path / "twin")
+    shutil.copytree(stored["kit-1"].path, twin.path)
+    [record] = twin.path.glob("eval/*.json")
+    for name in ("run.json", f"eval/{record.name}"):
+        alter(twin, {"key": "f" * 64}, name)
+    with pytest.raises(InputError, match=r"ffffffffff both say that they are kit, seed 1.*one is not what it says"):
+        entries(find([tmp_path]), None)
+
+
+def test_a_shipped_name_stands_for_its_attention_only(tmp_path: Path) -> None:
+    """`--set methods.local.attention=global` trains global attention."""
+    store(tmp_path, "local", 30.0, attention="global")
+    store(tmp_path, "kit-exact", 30.0, attention="kit")
+    store(tmp_path, "own", 30.0, attention="global")
+    assert set(labels(entries(find([tmp_path]), None)).values()) == {"local (attention global)", "kit-exact", "own"}
