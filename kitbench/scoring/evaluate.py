@@ -115,7 +115,9 @@ def score(restored: np.ndarray, photo: Photograph, protocol: Protocol, lpips: LP
     if lpips is not None:
         pair = [torch.from_numpy(i.astype(np.float32).transpose(2, 0, 1)[None] / 255) for i in (prediction, target)]
         distance = float(lpips(*(i.expand(1, 3, -1, -1) for i in pair)))
-    if protocol.space == "y" and target.shape[2] == 3:
+    if protocol.space != "native" and target.shape[2] == 3:
+        if protocol.space == "y-unrounded":
+            prediction, target = prediction.astype(np.float64), target.astype(np.float64)
         prediction, target = metrics.luma(prediction), metrics.luma(target)
     if protocol.shift:
         prediction, target = metrics.best_shift(prediction, target, protocol.shift)

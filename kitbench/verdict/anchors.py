@@ -76,7 +76,7 @@ def anchors(runs: Sequence[RunFolder]) -> list[Anchor]:
 
 
 def _is_for(figure: Figure, run: Run, evaluation: Evaluation) -> bool:
-    luma = evaluation.protocol.space == "y" and run.mode == "colour"
+    luma = evaluation.protocol.space != "native" and run.mode == "colour"
     metric = "PSNR gray" if run.mode == "gray" else "PSNR Y" if luma else "PSNR RGB"
     return (figure.data_set, figure.sigma, figure.metric) == (evaluation.data_set, evaluation.sigma, metric)
 

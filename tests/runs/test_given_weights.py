@@ -129,8 +129,8 @@ def test_an_anchor_scored_by_another_convention_than_print_is_marked_with_what_d
         texts.append(anchors_markdown([replace(anchor, model=prenet, evaluation=evaluation)]))
     assert "†" not in texts[0]
     assert "rain-y8-ssim2d.v1†" in texts[1]
-    theirs = "rounding 8bit where print has 8bit-truncated"
-    assert f"† Another convention than print: {theirs} (protocol rain-y8-truncated.v1).\n" in texts[1]
+    theirs = "rounding 8bit where print has 8bit-truncated, space y where print has y-unrounded"
+    assert f"† Another convention than print: {theirs} (protocol rain-y8-truncated.v2).\n" in texts[1]
     assert f"{theirs}, tile 256 where print has 0 (protocol" in texts[2]
 
 

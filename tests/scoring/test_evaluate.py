@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from kitbench.data.cards import card
 from kitbench.data.photograph import Photograph, read_set
 from kitbench.scoring import evaluate, tiles
+from kitbench.scoring.metrics import luma
 from kitbench.spec import loading
 
 SUITE = loading.load_suite("denoise", overrides=["protocol=awgn8"])
@@ -73,6 +74,16 @@ def test_conventions_move_the_number_in_the_direction_that_they_are_known_for(ph
 
     assert 4 < psnr(space="y") - psnr() < 6  # of white noise; luma averages three channels and spans 219 levels
     assert 0 < abs(psnr(rounding="none") - psnr()) < 0.01
+    # With Y rounded, errors below half a level vanish and others grow: at high PSNR the two differ.
+    good = photo.pixels / np.float32(255) + np.float32(1 / 255) * (np.arange(photo.pixels.shape[1])[:, None] % 2)
+    prediction, target = (luma(image.astype(float)) for image in (np.clip(np.rint(good * 255), 0, 255), photo.pixels))
+    unrounded = PROTOCOL.model_copy(update={"space": "y-unrounded"})
+    found = evaluate.score(good.astype(np.float32), photo, unrounded, None, 0.0).psnr
+    assert found == pytest.approx(peak_signal_noise_ratio(target, prediction, data_range=255), abs=1e-9)
+    assert (
+        found
+        != evaluate.score(good.astype(np.float32), photo, PROTOCOL.model_copy(update={"space": "y"}), None, 0.0).psnr
+    )
     inner = evaluate.score(
         restored[8:-8, 8:-8], Photograph("x", np.ascontiguousarray(photo.pixels[8:-8, 8:-8]), ""), PROTOCOL, None, 0.0
     )
