@@ -22,6 +22,12 @@ def gib(amount: float) -> str:
     return f"{amount:.3g} {units[place]}" if amount < 100 else f"{amount:.0f} {units[place]}"
 
 
+def shown(value: float, digits: int, sign: str = "") -> str:
+    """With so many decimals; what would be printed as zero and is not, with one significant digit. sign: "+" or ""."""
+    text = f"{value:{sign}.{digits}f}"
+    return text if float(text) or not value else f"{value:{sign}.0e}"
+
+
 def capitalised(text: str) -> str:
     """The text with its first letter in upper case, all others as they are."""
     return text[:1].upper() + text[1:]

@@ -5,6 +5,8 @@ Commands parse, call and print. Slow modules are imported inside the commands, s
 
 from __future__ import annotations
 
+import os
+import sys
 import traceback
 from typing import Any
 
@@ -23,8 +25,11 @@ class Cli(Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise  # click's own
+        except BrokenPipeError:  # `| head`: to click this is 1, the code of a failed check
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails when it closes the pipe
+            ctx.exit(ExitCode.RUN_FAILED)
         except InputError as error:
             _leave(ctx, error, str(error), ExitCode.BAD_INPUT)
         except RunError as error:

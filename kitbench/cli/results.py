@@ -8,8 +8,10 @@ from typing import Any
 import click
 
 from kitbench.cli.options import PATHS, PROTOCOL, RunPath
-from kitbench.cli.output import give, one_run
+from kitbench.cli.output import form_of, give, one_run
 from kitbench.errors import ExitCode, InputError
+
+TABLES = ("markdown", "latex", "csv", "json", "terminal")
 
 
 @click.command()
@@ -17,10 +19,8 @@ from kitbench.errors import ExitCode, InputError
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["markdown", "latex", "csv", "json", "terminal"]),
-    default="terminal",
-    show_default=True,
-    help="Form of the table.",
+    type=click.Choice(TABLES),
+    help="Form of the table; by default that of the suffix of --out, else terminal.",
 )
 @click.option("--protocol", help="Only rows of this protocol (id, or id.vN).")
 @click.option("--out", type=click.Path(path_type=Path), help="Write to this file instead of the terminal.")
@@ -33,6 +33,7 @@ def table(
     from kitbench.store.folder import find
     from kitbench.verdict.render import render
 
+    form = form_of(form, out, TABLES)
     if against is not None and form not in ("markdown", "terminal"):
         raise InputError(f"--against prints Markdown, on the terminal too, but --format is {form}; leave it out.")
     runs = find(paths)
@@ -91,9 +92,15 @@ def check(
     try:
         lines = reference.compare_with_reference(find(paths), reference.read_reference(against), time_tolerance)
     except InputError as error:
-        if junit is not None:  # a CI system shows this file: without it the step fails for no visible reason
-            writable_file(junit)
-            write_atomic(junit, reference.junit_error(str(error)))
+        # A CI system shows these files: without them the step fails for no visible reason.
+        said = (
+            (junit, reference.junit_error(str(error))),
+            (summary, f"## kitbench check: not possible\n\n{error}\n".encode()),
+        )
+        for path, data in said:
+            if path is not None:
+                writable_file(path)
+                write_atomic(path, data)
         raise
     for path, data in ((junit, reference.junit(lines)), (summary, reference.check_summary(lines).encode())):
         if path is not None:

@@ -22,8 +22,10 @@ from kitbench.cli.options import (
     one_spelling,
     overrides_of,
 )
-from kitbench.cli.output import give, make_console, one_run, show_tables
+from kitbench.cli.output import form_of, give, make_console, one_run, show_tables
 from kitbench.errors import InputError, RunError
+
+SCORES = ("terminal", "markdown", "csv")
 
 
 @click.command()
@@ -221,10 +223,8 @@ def _eval_run(
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["terminal", "markdown", "csv"]),
-    default="terminal",
-    show_default=True,
-    help="Form of the table.",
+    type=click.Choice(SCORES),
+    help="Form of the table; by default that of the suffix of --out, else terminal.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Write the table to this file instead of the terminal.")
 @LPIPS
@@ -240,6 +240,7 @@ def score(restored: Path, clean: Path, protocol: str, form: Any, out: Path | Non
     from kitbench.store.files import writable_file
     from kitbench.system.progress import progress
 
+    form = form_of(form, out, SCORES)
     if out is not None:
         writable_file(out)
     chosen, console = read_protocol(protocol), Console(stderr=True)

@@ -301,6 +301,12 @@ def _extras(module: Any, x: torch.Tensor) -> str | None:
     if hasattr(module, "needed_macs") and not hasattr(module, "macs"):
         return "it has needed_macs but no macs(height, width), the multiply-adds executed; add it"
     with torch.inference_mode():
+        module.eval()
+        if not torch.equal(module(x.detach()), module(x.detach())):
+            return (
+                "in evaluation mode two calls with the same input returned different values, so that no score could be "
+                "reproduced; draw random numbers from a generator with a fixed seed"
+            )
         if hasattr(module, "report"):
             report = module.eval().report(x.detach())
             try:

@@ -44,7 +44,7 @@ def train_cell(work: CellWork) -> None:
     model.float()  # trained in double precision, a run is kept and scored in single
     notes = attention_notes(work, model.eval())
     for name, note in notes.items():
-        work.reporter.say(f"{name}: {', '.join(f'{k} {v}' for k, v in note.items() if k not in MEASURED_ON)}")
+        work.reporter.say(f"{name}: {', '.join(f'{k} {_short(v)}' for k, v in note.items() if k not in MEASURED_ON)}")
     if first:
         assert work.probe is not None
         state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -63,6 +63,10 @@ def train_cell(work: CellWork) -> None:
         folder.write("training.json", training)
         for left in (folder.checkpoint, folder.previous_checkpoint, folder.path / "progress.json"):
             left.unlink(missing_ok=True)
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _train(work: CellWork, track: Log) -> tuple[UNet, list[LogLine]]:

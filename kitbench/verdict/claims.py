@@ -20,6 +20,7 @@ from kitbench.spec.tasks import Kind
 from kitbench.store.folder import RunFolder, find
 from kitbench.store.records import Tuning, read_record
 from kitbench.store.sweeps import Sweep
+from kitbench.text import shown
 from kitbench.verdict.compare import Compared
 from kitbench.verdict.contrasts import (
     UNDECIDED,
@@ -55,6 +56,7 @@ QUESTIONS = {
     "connectivity": ("kit", "window", "Does non-local connectivity (KiT) restore better than windows?"),
     "bias": ("kit", "global", "Does KiT's locality restore better than global attention?"),
 }
+ONLY_SMOKE = "only smoke runs are stored, which settle no claim"
 OTHERS = ("global", "window", "local")
 """The attentions that KiT has to beat to be the best."""
 TASKS: dict[Kind, str] = {"denoise": "denoising", "deblur": "deblurring", "derain": "deraining"}
@@ -167,7 +169,7 @@ def _part(question: str, contrast: Contrast, runs: Runs) -> Part:
     keys = dict.fromkeys(key for own in together for key in own)
     evidence = "; ".join(f"{setup}: {in_words(compared)}" for setup, compared in contrast.setups.items())
     evidence += _unlike(runs, together)
-    absent = "only smoke runs are stored, which settle no claim" if runs.smoke and not runs.blocks else contrast.reason
+    absent = ONLY_SMOKE if runs.smoke and not runs.blocks else contrast.reason
     return Part(
         question, contrast.verdict, f"{evidence}{_left_out(runs)}".removeprefix("; "), tuple(keys),
         contrast_command(contrast, runs) if contrast.verdict == UNDECIDED else "", absent,
@@ -187,8 +189,7 @@ def _unlike(runs: Runs, together: Sequence[Collection[str]]) -> str:
     by_method: dict[str, list[Deviation]] = {}
     for one in found:
         by_method.setdefault(one.method, []).append(one)
-    texts = [f"runs of {method} were made unlike most: {deviation_text(own)}" for method, own in by_method.items()]
-    return "".join(f"; {text}" for text in texts)
+    return "".join(f"; runs of {method} were {deviation_text(own)}" for method, own in by_method.items())
 
 
 def _left_out(runs: Runs) -> str:
@@ -198,7 +199,7 @@ def _left_out(runs: Runs) -> str:
 def in_words(compared: Compared) -> str:
     """A difference in words: figure, interval, p, and what its seeds and images can show."""
     found = compared.found
-    text = f"{compared.a} - {compared.b} {found.mean:+.3f} dB"
+    text = f"{compared.a} - {compared.b} {shown(found.mean, 3, '+')} dB"
     if found.interval is not None:
         text += f", 95 % interval [{found.interval.low:+.3f}, {found.interval.high:+.3f}]"
     if found.interval_seeds is not None:
@@ -208,11 +209,11 @@ def in_words(compared: Compared) -> str:
     seeds, images = (f"{n} {what}{'s' * (n > 1)}" for n, what in ((found.seeds, "seed"), (found.images, "image")))
     text += f", {seeds}, {images}"
     if compared.detectable is not None:
-        text += f", which detect {compared.detectable:.2f} dB or more with 80 % power"
+        text += f", which detect {shown(compared.detectable, 2)} dB or more with 80 % power"
         if not compared.decided:
             needed = seeds_to_find(found.spread, compared.family)
             more = f"takes {needed} seeds" if needed else f"is out of reach of {MOST_SEEDS} seeds"
-            text += f"; to find a difference of {abs(found.mean):.3f} dB {more}"
+            text += f"; to find a difference of {shown(abs(found.mean), 3)} dB {more}"
     return text + (f" ({found.note})" if found.note else "")
 
 
@@ -229,9 +230,9 @@ def _best_of_all(kind: Kind, contrasts: Sequence[Contrast], runs: Runs) -> Part:
         enough = not short and max(longest) >= FULL_STEPS
         command = contrast_command(open_one, runs) if enough else run_command(None, [], task=kind)
     if runs.smoke and not runs.blocks:
-        reason = "only smoke runs are stored, which settle no claim"
+        reason = ONLY_SMOKE
     evidence = "; ".join(
-        f"{setup}: {compared.a} - {compared.b} {compared.found.mean:+.3f} dB"
+        f"{setup}: {compared.a} - {compared.b} {shown(compared.found.mean, 3, '+')} dB"
         + (f", adjusted p {compared.p_holm:.3g}" if compared.p_holm is not None else "")
         for contrast in contrasts
         for setup, compared in contrast.setups.items()
@@ -271,6 +272,8 @@ def _noted(runs: Runs, question: str, value: Callable[[Retrieval], np.ndarray], 
         measured = any(entry.training and entry.training.notes for entry in of_kit)
         only = "the stored runs of kit measured their retrieval on one clean image only; train them again"
         reason = only if measured else "no stored run of kit noted its retrieval"
+        if runs.smoke and not runs.blocks:
+            reason = ONLY_SMOKE
         return Part(question, UNDECIDED, "", command=command, reason=reason)
     values = value(found)
     after = f"{block.steps:,} steps, " if block else ""

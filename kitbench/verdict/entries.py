@@ -51,7 +51,7 @@ def entries(runs: Sequence[RunFolder], protocol: str | None) -> list[Entry]:
     if len(stamps) > 1:
         raise InputError(
             f"Rows of different protocols cannot be in one table: found {' and '.join(stamps)}; "
-            f"choose one with --protocol."
+            f"choose one with --protocol {stamps[0]}, say."
         )
     if not found:
         raise InputError("These runs have no evaluation yet; let `kitbench run` finish first.")

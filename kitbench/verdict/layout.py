@@ -16,7 +16,7 @@ import pandas as pd
 
 from kitbench.spec.shipped import builtin
 from kitbench.store.records import Run
-from kitbench.text import capitalised
+from kitbench.text import capitalised, shown
 from kitbench.verdict.compare import SCENES, Column, heading
 
 NOT_MEASURED = "n/a"
@@ -169,7 +169,7 @@ def notes_of(block: pd.DataFrame) -> list[str]:
     made: dict[str, list[str]] = {}
     for row in block.dropna(subset=["deviation"]).drop_duplicates("method").to_dict("records"):
         made.setdefault(row["deviation"], []).append(row["method"])
-    notes += [f"¶ Runs of {', '.join(methods)} were made unlike most: {text}." for text, methods in made.items()]
+    notes += [f"¶ Runs of {', '.join(methods)} were {text}." for text, methods in made.items()]
     reasons = dict.fromkeys(compared["statistics_note"].dropna())
     return notes + [f"{capitalised(reason)}; such differences are not decided." for reason in reasons]
 
@@ -190,7 +190,11 @@ def _other_bests(block: pd.DataFrame) -> list[str]:
 
 def detects(db: float) -> str:
     """What the seeds and images of a table or a comparison can show. Empty for NaN."""
-    return "" if pd.isna(db) else f"These seeds and images detect differences of {db:.2f} dB or more with 80 % power."
+    return (
+        ""
+        if pd.isna(db)
+        else f"These seeds and images detect differences of {shown(db, 2)} dB or more with 80 % power."
+    )
 
 
 def row_name(row: pd.Series) -> str:

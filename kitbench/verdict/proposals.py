@@ -104,7 +104,12 @@ def _carried(run: Run, tuned: bool) -> list[tuple[str, str]]:
 
 
 def _place(block: ComparedRuns | None) -> str:
-    """Where images and runs lie; runs that were trained on embedded photographs need no images of the user's."""
+    """Where images and runs lie; what was trained and tested on embedded photographs, or on folders of the user's own
+    that the settings name, needs no --data."""
+    if block is not None:
+        sets = {*block.first.run.train_sets, *(entry.evaluation.data_set for entry in block.entries)}
+        if all("/" in name for name in sets):
+            return "--out OUT"
     if block is not None and block.first.run.suite in suite_names():
         run = block.first.run
         embedded: SetNames | None = getattr(load_suite(run.suite, run.preset).data.embedded, run.mode)

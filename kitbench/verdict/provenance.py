@@ -76,20 +76,22 @@ def unlike_notes(found: Sequence[Entry], names: Mapping[tuple[str, str], str]) -
     alike: dict[str | None, list[str]] = {}
     for method, own in by_method.items():
         alike.setdefault(deviation_text(own), []).append(method)
-    return tuple(f"¶ Runs of {', '.join(methods)} were made unlike most: {text}." for text, methods in alike.items())
+    return tuple(f"¶ Runs of {', '.join(methods)} were {text}." for text, methods in alike.items())
 
 
 def deviation_text(found: Sequence[Deviation]) -> str | None:
-    """`torch 2.1.0 instead of 2.13.0; threads 64 instead of 1`; None where nothing differs.
+    """`made unlike most: torch 2.1.0 instead of 2.13.0; threads 64 instead of 1`; None where nothing differs.
 
-    Other commits, where the digests of the source are recorded and equal, are said to decide no number.
+    Of runs that are imported, and else like the others: `imported, run by NAME`. Other commits, where the digests of
+    the source are recorded and equal, are said to decide no number.
     """
     texts = list(dict.fromkeys(map(str, found)))
     if not texts:
         return None
     others = [one for one in found if one.what != IMPORTED]
     known = bool(others) and all(one.what == "commit" and one.same_source for one in others)
-    return "; ".join(texts) + (" (the source that decides numbers is the same)" if known else "")
+    end = " (the source that decides numbers is the same)" if known else ""
+    return f"{'made unlike most: ' if others else ''}{'; '.join(texts)}{end}"
 
 
 def _facts(entry: Entry, name: str) -> dict[str, str]:

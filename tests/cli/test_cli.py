@@ -304,3 +304,10 @@ def test_help_imports_nothing_heavy() -> None:
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+def test_a_closed_pipe_is_no_failed_check(tiny_runs: Path) -> None:
+    command = f"set -o pipefail; {sys.executable} -m kitbench table {tiny_runs} --format json | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert done.stderr == ""

@@ -111,6 +111,11 @@ def test_a_file_of_the_users_own_is_a_method_like_any_other(tmp_path) -> None:
         ("return self.scale * self.mix(x)", "return x / 0", "not finite"),
         ("return self.scale * self.mix(x)", "return x @ x", "failed: RuntimeError"),
         (
+            "return self.scale * self.mix(x)",
+            "return self.mix(x) * self.scale * x.clone().uniform_()",
+            "no score could be",
+        ),
+        (
             "self.mix = scale,",
             "self.idle, self.mix = scale, nn.Linear(2, 2),",
             "reaches idle.weight, idle.bias; remove",

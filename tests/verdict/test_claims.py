@@ -230,6 +230,7 @@ def test_what_is_not_decided_names_a_command_that_would_decide_it(tmp_path: Path
     [reach] = found[2].parts
     if what == "smoke":
         assert reach.words == "not decided: only smoke runs are stored, which settle no claim"
+        assert found[3].parts[0].words == reach.words  # what they noted of their retrieval settles none either
     if what == "one length":
         assert "--set recipe.steps=2800" in reach.command
 
@@ -240,6 +241,29 @@ def test_variants_are_named_and_do_not_hide_the_default(tmp_path: Path) -> None:
     [reach] = page(tmp_path / "runs")[2].parts
     assert reach.verdict == "supported"
     assert reach.evidence.endswith("; left out, not the default settings: kit (k 8)")
+
+
+def test_a_difference_that_would_print_as_zero_is_printed(tmp_path: Path) -> None:
+    for number, method in enumerate(("kit", "local")):
+        for seed in (0, 1):
+            noise = 1e-4 * np.random.default_rng((seed, number)).standard_normal(12)
+            store(tmp_path, method, 30 + np.linspace(-3, 3, 12) + 2e-4 * number + noise, seed, of=QUICK)
+    [reach] = page(tmp_path)[2].parts
+    assert re.search(r"kit - local -\de-04 dB", reach.evidence)
+    assert not re.search(r" [-+]?0\.00+ dB", reach.evidence)
+
+
+def test_runs_on_ones_own_folders_need_no_data(tmp_path: Path) -> None:
+    command = ("kitbench", "run", "--suite", "denoise", "--train-set", "./mine", "--test-set", "./held")
+    for folder in find([runs(tmp_path, GOOD, data_set="./held")]):
+        environment = ENVIRONMENT.model_copy(update={"command": command})
+        folder.write(
+            "run.json", folder.run.model_copy(update={"environment": environment, "train_sets": {"./mine": "aa"}})
+        )
+    [reach] = page(tmp_path)[2].parts
+    assert "--train-set ./mine --test-set ./held" in reach.command
+    assert reach.command.endswith(" --out OUT")
+    assert "--data" not in reach.command
 
 
 def test_runs_at_own_rates_are_marked_where_another_torch_made_them(tmp_path: Path) -> None:

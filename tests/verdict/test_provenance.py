@@ -115,7 +115,7 @@ def test_tables_of_differences_name_who_made_the_runs(stored: dict[str, RunFolde
         stored[f"kit-{seed}"].write("origin.json", origin)
         for method in ("kit", "conv"):
             store(tmp_path, method, [31.0, 32.0] * 4, seed=seed, of=QUICK, steps=3000, curve={3000: 30.0})
-    runs, said = find([tmp_path]), "¶ Runs of kit were made unlike most: imported, run by Mallory."
+    runs, said = find([tmp_path]), "¶ Runs of kit were imported, run by Mallory."
     assert said in against_sheets(runs, "conv")[1].notes
     assert said in curves_markdown(runs, [])
     [ladder] = ladders(blocks(entries(runs, None)))

@@ -8,8 +8,11 @@ import json
 import re
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
 
+from kitbench.cli.main import cli
 from kitbench.errors import InputError
 from kitbench.store.folder import find
 from kitbench.verdict.page.report import report
@@ -212,3 +215,23 @@ def test_a_task_with_one_condition_has_columns_without_a_noise_level(tmp_path: P
     assert list(table["condition"].unique()) == [""]
     assert table["sigma"].isna().all()
     assert "nan" not in render(folders, "csv").lower()
+
+
+def test_a_file_has_the_format_of_its_suffix_and_no_colours(tmp_path: Path) -> None:
+    for method in ("kit", "conv"):
+        store(tmp_path / "runs", method, [30.0, 31.0], seed=0)
+
+    def table(*options: str, code: int = 0) -> str:
+        done = CliRunner().invoke(cli, ["table", str(tmp_path / "runs"), *options])
+        assert done.exit_code == code, done.output
+        return done.stderr
+
+    for suffix, form in ((".csv", "csv"), (".tex", "latex"), (".json", "json"), (".md", "markdown")):
+        table("--out", str(tmp_path / f"t{suffix}"))
+        assert (tmp_path / f"t{suffix}").read_text() == render(find([tmp_path / "runs"]), form)
+    table("--out", str(tmp_path / "t.txt"))
+    text = (tmp_path / "t.txt").read_text()
+    assert "\x1b" not in text
+    assert text == click.unstyle(render(find([tmp_path / "runs"]), "terminal"))
+    assert "name two formats" in table("--format", "csv", "--out", str(tmp_path / "u.md"), code=2)
+    assert not (tmp_path / "u.md").exists()

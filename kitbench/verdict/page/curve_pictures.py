@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
-from matplotlib import ticker
 
 from kitbench.store.records import Tuning
 from kitbench.verdict.curves import Curve, CurveSet, time_to_target
 from kitbench.verdict.ladder import LadderLine
-from kitbench.verdict.page.pictures import Look, legend_below, logarithmic, new_figure
+from kitbench.verdict.page.pictures import NARROWEST, Look, few_ticks, legend_below, logarithmic, new_figure
 
 Axis = Literal["steps", "seconds", "multiply-adds"]
 _SCALES: dict[Axis, Callable[[Curve], float | None]] = {
@@ -52,20 +51,21 @@ def curve_plot(found: CurveSet, axis: Axis, look: Look) -> bytes | None:
         ends = [float(curve.steps[-1] * scale) for curve, scale in known]
         if max(ends) > WIDE_RANGE * min(ends):
             logarithmic(axes)
+        else:
+            few_ticks(axes)
         axes.set_ylim(_shown([curve for curve, _ in known], [target.psnr_db] if target else []))
-        axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
         axes.set(xlabel=label, ylabel="validation PSNR, dB")
         legend_below(figure)
     return buffer.getvalue()
 
 
-def _shown(curves: Sequence[Curve], targets: Sequence[float]) -> tuple[float, float] | None:
-    """The range of the axis: the targets and all values after the first SHOWN_FROM of the training; None: one value."""
+def _shown(curves: Sequence[Curve], targets: Sequence[float]) -> tuple[float, float]:
+    """The range of the axis: the targets and all values after the first SHOWN_FROM of the training."""
     late = [curve.psnr_db[:, curve.steps >= SHOWN_FROM * curve.steps[-1]].ravel() for curve in curves]
     values = np.concatenate([*late, targets])
     low, high = float(values.min()), float(values.max())
-    margin = 0.05 * (high - low)
-    return (low - margin, high + margin) if margin else None
+    margin = max(0.05 * (high - low), (NARROWEST - (high - low)) / 2)
+    return low - margin, high + margin
 
 
 def ladder_plot(lines: Sequence[LadderLine], look: Look) -> bytes:

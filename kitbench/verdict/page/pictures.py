@@ -29,6 +29,8 @@ import matplotlib.pyplot as plt  # after the backend was chosen: no display is n
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F")
 MARKERS = "osD^vPX*"
+NARROWEST = 0.1
+"""Extent of an axis of PSNR in dB: methods that differ by less must not look as if they differed."""
 ERROR_FULL = 48
 """Error in grey levels that is drawn in the brightest colour of an error map."""
 
@@ -45,6 +47,7 @@ def new_figure(width: float, height: float) -> Iterator[tuple[Any, Any, io.Bytes
         figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
         axes.grid(visible=True, color="0.9", linewidth=0.6)
         axes.set_axisbelow(True)
+        axes.yaxis.set_major_formatter(ticker.ScalarFormatter(useOffset=False))
         axes.spines[["top", "right"]].set_visible(False)
         yield figure, axes, buffer
         figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -72,7 +75,8 @@ def pareto(points: Mapping[str, tuple[float, float]], label: str, column: str, l
             colour, marker = look[method]
             axes.plot([cost], [psnr], marker=marker, color=colour, markersize=8, linestyle="none")
             # Names are in a column of their own, evenly spaced, because points may coincide.
-            at = low + (high - low) * (place + 0.5) / len(points) if high > low else psnr
+            middle, extent = (low + high) / 2, max(high - low, NARROWEST * 0.9)
+            at = middle + extent * ((place + 0.5) / len(points) - 0.5)
             axes.annotate(
                 method, (cost, psnr), (1.04, at), textcoords=axes.get_yaxis_transform(), color="0.15", va="center",
                 annotation_clip=False, arrowprops={"arrowstyle": "-", "color": "0.8", "linewidth": 0.7},
@@ -80,7 +84,11 @@ def pareto(points: Mapping[str, tuple[float, float]], label: str, column: str, l
         costs = [cost for cost, _ in points.values()]
         if min(costs) > 0 and max(costs) > 5 * min(costs):
             logarithmic(axes)
+        else:
+            few_ticks(axes)
         axes.set(xlabel=label, ylabel=f"PSNR, dB: {column}")
+        if high - low < NARROWEST:
+            axes.set_ylim((low + high - NARROWEST) / 2, (low + high + NARROWEST) / 2)
     return buffer.getvalue()
 
 
@@ -96,6 +104,12 @@ def training_curves(logs: Mapping[str, Sequence[RunFolder]], look: Look) -> byte
         legend_below(figure)
         axes.set(xlabel="step", ylabel="PSNR of training crops, dB")
     return buffer.getvalue()
+
+
+def few_ticks(axes: Any) -> None:
+    """So few numbers on the x axis that they do not touch, written plainly."""
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
+    axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
 
 
 def logarithmic(axes: Any) -> None:

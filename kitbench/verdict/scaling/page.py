@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv as csv_format
 import io
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -186,11 +187,12 @@ def _growth(sweep: Sweep, what: What) -> list[str]:
 
 
 def _low(fit: Exponent) -> float:
-    return fit.value - (fit.half_width or 0)
+    """The lower end of the interval; two points have none, and decide nothing."""
+    return -math.inf if fit.half_width is None else fit.value - fit.half_width
 
 
 def _high(fit: Exponent) -> float:
-    return fit.value + (fit.half_width or 0)
+    return math.inf if fit.half_width is None else fit.value + fit.half_width
 
 
 def _kernel_or_method(sweep: Sweep, what: What) -> list[str]:
@@ -205,11 +207,11 @@ def _kernel_or_method(sweep: Sweep, what: What) -> list[str]:
         (label, name): found.value
         for label in (*forms.values(), kit)
         for name, quantity in QUANTITIES.items()
-        if (found := exponent(sweep.curve(label, what), quantity))
+        if (found := exponent(sweep.curve(label, what), quantity)) and found.half_width is not None
     }
     plain, fused = forms["materialised"], forms["sdpa"]
     sentences = []
-    # A single size has no slope.
+    # One size has no slope, two have one without an interval.
     if slope.get((plain, "memory"), 0) > 1.5 and slope.get((fused, "memory"), 9) <= LINEAR:
         sentences.append(
             f"{WORDS[what]}: the memory saved over global attention comes from the kernel: with a fused kernel, memory "

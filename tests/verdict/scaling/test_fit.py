@@ -128,3 +128,13 @@ def test_a_growth_that_the_interval_leaves_open_is_not_called_linear():
         r"not decided for bent \(1\.\d\d ± \d\.\d\d\)\.",
         time,
     )
+
+
+def test_two_points_decide_no_growth():
+    own = [p.model_copy(update={"method": "m"}) for p in points((64, 128), lambda s: 3.0 * s**4)]
+    [time] = [
+        s
+        for s in words(Sweep.model_construct(budget=10**9, methods={"m": ("m", {})}, points=tuple(own)))
+        if "time" in s
+    ]
+    assert time == "inference: growth of time in pixels is not decided for m (2.00 (2 points))."
