@@ -68,7 +68,11 @@ def require_eight_bits(path: Path) -> None:
 def _card_of_folder(name: str) -> Card:
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        raise InputError(f"{name} is not a folder; give the path of a folder of pictures, or the name of a data set.")
+        where = "" if folder.is_absolute() else f" in {Path.cwd()}"
+        raise InputError(
+            f"{name} is not a folder{where}; give the path of a folder of pictures, or the name of a data set; a stored "
+            "run on a relative path is made again where that folder is."
+        )
     halves = [folder / half for half in (INPUT, TARGET)]
     there = [half for half in halves if half.is_dir()]
     if len(there) == 1:

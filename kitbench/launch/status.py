@@ -80,7 +80,7 @@ def _line(folder: RunFolder, run: Run, now: float) -> Line:
         done = progress.done if running or progress.phase == "scoring" else _saved(folder)
         return Line(folder.path.name, state, work, done, progress.total, left, note)
     if failure:
-        return Line(folder.path.name, "failed", work, _saved(folder), steps, None, failure)
+        return Line(folder.path.name, "failed", work, steps if folder.trained else _saved(folder), steps, None, failure)
     if folder.held():
         return Line(folder.path.name, "running", work, None, steps, None, "preparing")
     if not any((folder.path / "eval").glob("*.json")):

@@ -109,7 +109,7 @@ def score_cell(scoring: PreparedScoring, cell: Cell, restore: Restore, reporter:
 
 
 def score_text(unit: Unit, score: Score) -> str:
-    """`CBSD68 sigma 25: 30.12 dB`"""
+    """Of one image: `CBSD68 sigma 25, 101085: 30.12 dB`"""
     name, sigma = unit
     at = "" if sigma is None else f" sigma {sigma:g}"
-    return f"{name}{at}: {'inf' if score.psnr is None else f'{score.psnr:.2f} dB'}"
+    return f"{name}{at}, {score.image}: {'inf' if score.psnr is None else f'{score.psnr:.2f} dB'}"
