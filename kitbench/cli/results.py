@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from kitbench.cli.options import PATHS, PROTOCOL, RunPath
 from kitbench.cli.output import give, one_run
 from kitbench.errors import ExitCode, InputError
+
+if TYPE_CHECKING:
+    from kitbench.store.folder import RunFolder
 
 
 @click.command()
@@ -68,14 +71,13 @@ def check(
 ) -> None:
     """Compare stored runs with a reference: PSNR, SSIM, parameters, multiply-adds, memory, time.
 
-    Exit code 1 where a run is worse.
+    Imported runs are left out. Exit code 1 where a run is worse.
     """
     from kitbench.store.files import writable_file, write_atomic
-    from kitbench.store.folder import find
     from kitbench.verdict import reference
 
     if update:
-        runs = find(paths)
+        runs = _made_here(paths)
         new = reference.collect(runs, protocol)
         writable_file(against)
         changed = [f"new: {len(new.rows)} rows"]
@@ -89,7 +91,7 @@ def check(
         click.echo(f"wrote {against}")
         return
     try:
-        lines = reference.compare_with_reference(find(paths), reference.read_reference(against), time_tolerance)
+        lines = reference.compare_with_reference(_made_here(paths), reference.read_reference(against), time_tolerance)
     except InputError as error:
         if junit is not None:  # a CI system shows this file: without it the step fails for no visible reason
             writable_file(junit)
@@ -105,6 +107,22 @@ def check(
     click.echo(f"{len(lines) - len(failed)} of {len(lines)} comparisons with {against} passed")
     if failed:
         raise SystemExit(ExitCode.CHECK_FAILED)
+
+
+def _made_here(paths: tuple[Path, ...]) -> list[RunFolder]:
+    """The runs at these paths that were not imported; says which were. Raises InputError where all were."""
+    from kitbench.store.folder import find, without_imported
+
+    runs = find(paths)
+    own, imported = without_imported(runs)
+    if not own:
+        raise InputError(
+            f"No run of your own is here, only {imported}; a reference is about your own runs: give the folder that "
+            f"they are in."
+        )
+    if imported:
+        click.echo(f"left out {imported}: a reference is about your own runs")
+    return own
 
 
 @click.command()
