@@ -107,14 +107,16 @@ def _staging(out: Path) -> Iterator[Path]:
         out.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(out / LOCK, timeout=LOCK_SECONDS):
-                for left in out.glob(f"{STAGING}*"):
-                    shutil.rmtree(left)
-                staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=out))
                 try:
-                    yield staging
+                    for left in out.glob(f"{STAGING}*"):
+                        shutil.rmtree(left)
+                    staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=out))
+                    try:
+                        yield staging
+                    finally:
+                        shutil.rmtree(staging)
                 finally:
-                    shutil.rmtree(staging)
-                    (out / LOCK).unlink()
+                    (out / LOCK).unlink(missing_ok=True)
         except BaseException:
             with suppress(OSError):  # something else may have been put there meanwhile
                 for folder in created:
