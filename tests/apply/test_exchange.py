@@ -378,3 +378,18 @@ def test_a_name_too_long_for_a_file_system_is_refused_in_both_directions(strange
     folder.rename(folder.with_name("a" * 220))
     said = invoke("export", stranger, "--out", tmp_path / "y.zip", "--by", BY, code=2).stderr
     assert "at most 200 letters" in said
+
+
+def test_a_disk_without_room_for_a_folder_is_left_as_it_was(
+    stranger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = exported(stranger)
+
+    def full(**given: object) -> str:
+        raise OSError(28, "No space left")
+
+    monkeypatch.setattr("tempfile.mkdtemp", full)
+    said = invoke("import", archive, "--out", tmp_path / "new" / "ours", code=2).stderr
+    assert "cannot be written to" in said
+    assert "(No space left); nothing was imported" in said
+    assert not (tmp_path / "new").exists()
