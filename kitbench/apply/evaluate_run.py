@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from kitbench.apply.stored_suite import suite_of
-from kitbench.apply.trained import load_trained
+from kitbench.apply.trained import load_trained, trained_method
 from kitbench.data.locate import check_root, locate
 from kitbench.data.overlap import assert_disjoint
 from kitbench.data.own import card_of_set
@@ -49,6 +49,8 @@ def score_run(folder: RunFolder, wanted: Wanted, options: Options, console: Cons
         raise InputError(
             f"{folder.path} was scored with given weights; score them again with --method and --weights, on a suite."
         )
+    if record.seed is not None:
+        trained_method(folder, wanted.method_file)  # refuses a run whose weights or method are not here
     _require_present(wanted.test_sets, options.data)
     protocol = wanted.protocol or _protocol_of(folder)
     sigmas = [evaluation.sigma for evaluation in folder.evaluations()]

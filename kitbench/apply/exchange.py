@@ -8,34 +8,26 @@ they are.
 from __future__ import annotations
 
 import hashlib
-import re
+import math
 import shutil
 import tempfile
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, Self
 
-from kitbench import NUMERICS
+from filelock import FileLock, Timeout
+
+from kitbench.apply.admission import Known, admit
 from kitbench.errors import InputError
-from kitbench.runs.cell import decisive
-from kitbench.runs.source import scoring_digest, source_digests
-from kitbench.spec.fields import digest
-from kitbench.spec.loading import load_suite, read_toml
-from kitbench.spec.shipped import builtin, suite_names
-from kitbench.spec.suite import Recipe
-from kitbench.spec.tasks import Denoise
-from kitbench.store.archive import read_archive, write_archive
+from kitbench.store.archive import ASK, read_archive, write_archive
 from kitbench.store.files import writable, writable_file, write_atomic
 from kitbench.store.folder import RunFolder, find
-from kitbench.store.records import Evaluation, Origin, Run, now
+from kitbench.store.records import Evaluation, Origin, now
+from kitbench.verdict.differences import scores_differ
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Characters that no record needs. Tables print its texts as they are."""
-NOT_IN_A_COMPARISON = ("attention", "settings", "seed")
-"""Keys of a run's identity in which runs of one comparison differ."""
+STAGING, LOCK, LOCK_SECONDS = ".import-", ".import.lock", 60
+"""In the folder of runs while an import is under way: the folder that it fills first, and its lock."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +37,8 @@ class Exchanged:
     done: tuple[str, ...]
     left_out: dict[str, str]
     """With the reason."""
+    note: str = ""
+    """What else is to be known; empty where there is nothing."""
 
 
 def export_runs(runs: Sequence[RunFolder], path: Path, by: str) -> Exchanged:
@@ -73,198 +67,113 @@ def import_runs(path: Path, out: Path) -> Exchanged:
     writable(out)
     if (out / "run.json").is_file():
         raise InputError(f"{out} is the folder of a run; give the folder of runs that it lies in.")
-    here = _Here.read(find([out]) if any(out.glob("*/run.json")) else [])
-    with tempfile.TemporaryDirectory() as place:
+    with _staging(out) as staging:
+        known = Known.of(find([out]) if any(out.glob("*/run.json")) else [])
         for name, data in contents.items():
-            file = Path(place) / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(data)
-        staged = [RunFolder(Path(place) / name) for name in manifest.runs]
+            write_atomic(staging / name, data)
+        staged = [RunFolder(staging / name, ASK) for name in manifest.runs]
         for folder in staged:
             try:
-                _check(folder, here)
+                admit(folder, known)
             except InputError as error:
-                text = str(error).replace(f"{place}/", "")
+                text = str(error).replace(f"{staging}/", "")
                 raise InputError(f"{path}: {text} Nothing was imported.") from error
         keys = [folder.run.key for folder in staged]
         if len(set(keys)) < len(keys):
-            raise InputError(f"{path} contains one run twice, under two names. Nothing was imported.")
-        new = [folder for folder in staged if folder.run.key not in here.keys and not (out / folder.path.name).exists()]
+            raise InputError(f"{path} contains one run twice, under two names; {ASK}. Nothing was imported.")
+        kept = {folder.path.name: why for folder in staged if (why := _why_not(folder, out, known))}
+        new = [folder for folder in staged if folder.path.name not in kept]
+        before = _stamps(known.runs.values())
+        added = _stamps(new) - before
         archive_sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         for folder in new:
             by = manifest.runs[folder.path.name]
             origin = Origin(key=folder.run.key, by=by, archive_sha256=archive_sha256, imported=now())
             folder.write("origin.json", origin)
         _move(new, out)
-    kept = {folder.path.name: "already here" for folder in staged if folder not in new}
-    return Exchanged(tuple(folder.path.name for folder in new), kept)
+    several = added and len(before | added) > 1
+    note = f"{out} now has scores under {' and '.join(sorted(before | added))}: choose one of them with --protocol"
+    return Exchanged(tuple(folder.path.name for folder in new), kept, note if several else "")
 
 
-@dataclass(frozen=True)
-class _Here:
-    """What the runs of a folder say that imported ones must agree with."""
+@contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """A new folder in `out` for the block, which one import at a time has; what killed ones have left is removed.
 
-    keys: frozenset[str]
-    recipes: tuple[dict[str, Any], ...]
-    """The keys of each that decide numbers."""
-    data: Mapping[tuple[str, ...], str]
-    """Digest of each test set, by `_scored_on`."""
-
-    @classmethod
-    def read(cls, folders: Sequence[RunFolder]) -> Self:
-        runs = [(folder, folder.run) for folder in folders]
-        return cls(
-            keys=frozenset(run.key for _, run in runs),
-            recipes=tuple(decisive(run.recipe) for _, run in runs if run.recipe is not None),
-            data={_scored_on(run, e): e.data_sha256 for folder, run in runs for e in folder.evaluations()},
-        )
-
-
-def _scored_on(run: Run, evaluation: Evaluation) -> tuple[str, ...]:
-    """What the digest of a test set follows from: colour mode, name, and the degradation, which is part of the digest
-    where the task makes the inputs (Gaussian noise is not: `PreparedScoring.test_sha256`).
+    Where the block fails, `out` is as it was before. Raises InputError where it cannot be written.
     """
-    task = "" if isinstance(run.task, Denoise) else digest(run.task.model_dump(mode="json"))
-    return run.mode, evaluation.data_set, task
+    created = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(out / LOCK, timeout=LOCK_SECONDS):
+                try:
+                    for left in out.glob(f"{STAGING}*"):
+                        shutil.rmtree(left)
+                    staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=out))
+                    try:
+                        yield staging
+                    finally:
+                        shutil.rmtree(staging)
+                finally:
+                    (out / LOCK).unlink(missing_ok=True)
+        except BaseException:
+            with suppress(OSError):  # something else may have been put there meanwhile
+                for folder in created:
+                    folder.rmdir()
+            raise
+    except Timeout as error:
+        raise InputError(f"Another import into {out} is under way; wait for it, then import again.") from error
+    except OSError as error:
+        raise InputError(f"Runs cannot be written to {out} ({error.strerror}); nothing was imported.") from error
 
 
 def _move(new: Sequence[RunFolder], out: Path) -> None:
-    """Write whole folders into `out`; none, where one of them fails or Ctrl-C comes."""
-    created, moved = not out.exists(), []
-    out.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".import-", dir=out))
+    """Move whole folders into `out`; none, where one of them fails or Ctrl-C comes."""
+    moved = []
     try:
         for folder in new:
-            for file in sorted(path for path in folder.path.rglob("*") if path.is_file()):
-                write_atomic(staging / file.relative_to(folder.path.parent), file.read_bytes())
-        for folder in new:
             target = out / folder.path.name
-            (staging / folder.path.name).rename(target)  # fails where the folder is there by now: it is not replaced
+            folder.path.rename(target)  # fails where the folder is there by now: it is not replaced
             moved.append(target)
-    except BaseException as error:
-        for target in (*moved, staging):
+    except BaseException:
+        for target in moved:
             shutil.rmtree(target)
-        if created:
-            out.rmdir()
-        if isinstance(error, OSError):
-            raise InputError(f"Runs cannot be written to {out} ({error.strerror}); nothing was imported.") from error
         raise
-    staging.rmdir()
 
 
-def _check(folder: RunFolder, here: _Here) -> None:
-    """Raises InputError where a run is not what it says, or is not comparable with runs made by this kitbench."""
-    run, name, evaluations = folder.run, folder.path.name, folder.evaluations()
-    folder.logged()
-    of_training = {folder.trained, run.recipe is not None, run.backbone is not None}
-    if of_training != {run.seed is not None} or not evaluations:
-        raise InputError(f"{name} is not a complete run.")
-    for record in (run, folder.training, *evaluations):
-        for text in _texts(record.model_dump(mode="json") if record else None):
-            if CONTROL.search(text):
-                raise InputError(f"{name} contains characters that control a terminal, in {text[:40]!r}.")
-    _check_identity(run, name)
-    _check_source(run, name)
-    _check_recipe(run, name, here)
-    paths = {folder.evaluation_path(e.data_set, e.sigma, e.stamp) for e in evaluations}
-    if paths != set((folder.path / "eval").iterdir()):
-        raise InputError(f"{name} contains a record whose name does not say what was scored.")
-    for evaluation in evaluations:
-        _check_evaluation(evaluation, run, folder)
-        found = evaluation.data_sha256
-        version = here.data.get(_scored_on(run, evaluation), found)
-        if found != version:
-            raise InputError(
-                f"{name} was scored on another version of data set {evaluation.data_set}: {found[:10]}, "
-                f"the runs here on {version[:10]}."
-            )
+def _stamps(runs: Iterable[RunFolder]) -> set[str]:
+    """Of the protocols that runs were scored by."""
+    return {evaluation.stamp for folder in runs for evaluation in folder.evaluations()}
 
 
-def _texts(value: object) -> Iterator[str]:
-    """All texts of a tree of JSON values."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for each in (*value, *value.values()) if isinstance(value, dict) else value:
-            yield from _texts(each)
-
-
-def _check_identity(run: Run, name: str) -> None:
-    """The key must be that of the identity, and the identity that of the record."""
-    seed = "" if run.seed is None else f"-s{run.seed}"
-    stated: dict[str, object] = {"mode": run.mode, "attention": run.attention}
-    if run.seed is not None:
-        backbone, recipe = run.backbone, run.recipe
-        stated |= {
-            "settings": run.settings, "seed": run.seed, "device": run.device,
-            "task": run.task.model_dump(mode="json", exclude={"sigma_test"}),
-            "backbone": backbone.model_dump(mode="json") if backbone else None,
-            "recipe": decisive(recipe) if recipe else None,
-        }  # fmt: skip
-    comparison = {key: value for key, value in run.identity.items() if key not in NOT_IN_A_COMPARISON}
-    facts = {
-        "key": (run.key, digest(run.identity)),
-        "name of the folder": (name, f"{run.task.kind}-{run.mode}-{run.method}{seed}-{run.key[:10]}"),
-        "comparison": (run.comparison, "" if run.seed is None else digest(comparison)),
-        **{what: (value, run.identity.get(what)) for what, value in stated.items()},
-    }
-    for what, (found, expected) in facts.items():
-        if found != expected:
-            raise InputError(f"{name} contradicts itself: its {what} does not follow from what its key is made of.")
-    if run.identity.get("numerics") != NUMERICS:
-        raise InputError(
-            f"{name} has version {run.identity.get('numerics')} of the numerics, this kitbench has {NUMERICS}."
+def _why_not(folder: RunFolder, out: Path, known: Known) -> str | None:
+    """Why a run is left out: it, or a folder of its name, is here. None where it is not."""
+    here = known.runs.get(folder.run.key)
+    if here is None:
+        return "a folder of that name is here" if (out / folder.path.name).exists() else None
+    ours = {(e.data_set, e.sigma, e.stamp): e for e in here.evaluations()}
+    pairs = [(e, ours.get((e.data_set, e.sigma, e.stamp))) for e in folder.evaluations()]
+    apart = [_apart(theirs, own) for theirs, own in pairs if own is not None]
+    lacking = [f"{theirs.data_set} {theirs.condition}".strip() for theirs, own in pairs if own is None]
+    parts = ["already here"]
+    if differ := [moved for moved in apart if moved is not None]:
+        psnr, ssim = (max(moved[which] for moved in differ) for which in (0, 1))
+        parts.append(
+            f"with other scores: of an image, up to {psnr:.2g} dB and SSIM {ssim:.2g}; to see which, import it into "
+            f"another --out, and give both to `kitbench diff`"
         )
+    if lacking:
+        parts.append(f"without the archive's scores on {' and '.join(lacking)}, which are not added")
+    return ", ".join(parts)
 
 
-def _check_source(run: Run, name: str) -> None:
-    if run.source is None:
-        raise InputError(f"{name} does not record the source that determined its numbers.")
-    _same_source(run.source, source_digests(run.attention, run.seed is not None), name, run.environment.commit)
-
-
-def _same_source(found: Mapping[str, str], expected: Mapping[str, str], name: str, commit: str | None) -> None:
-    for part, value in expected.items():
-        if found.get(part) != value:
-            raise InputError(
-                f"{name} was made by another source of the {part} (digest {found.get(part, 'not recorded')[:10]}, "
-                f"here {value[:10]}), at commit {(commit or 'unknown')[:10]}."
-            )
-
-
-def _check_recipe(run: Run, name: str, here: _Here) -> None:
-    """The recipe must be a shipped one of its name, or that of a run that is here."""
-    if run.recipe is None or (found := decisive(run.recipe)) in here.recipes:
-        return
-    known = _shipped_recipes(run.recipe.name) or here.recipes
-    if not known:
-        raise InputError(f"{name} was trained by recipe {run.recipe.name}, which neither kitbench nor a run here has.")
-    if found not in known:
-        keys = dict.fromkeys([*known[0], *found])
-        differing = [f"{k} {found.get(k)}, here {known[0].get(k)}" for k in keys if found.get(k) != known[0].get(k)]
-        raise InputError(f"{name} was trained by another recipe {run.recipe.name}: {'; '.join(differing)}.")
-
-
-@cache
-def _shipped_recipes(name: str) -> tuple[dict[str, Any], ...]:
-    """What decides numbers in the shipped recipe of a name, and in what presets of shipped suites make of it."""
-    if name not in builtin("recipes"):
-        return ()
-    presets = [(suite, preset) for suite in suite_names() for preset in read_toml(suite, "suites", Path())["presets"]]
-    made = [recipe for recipe in (load_suite(*one).recipe for one in presets) if recipe.name == name]
-    return tuple(map(decisive, [Recipe.model_validate(tomllib.loads(builtin("recipes")[name])), *made]))
-
-
-def _check_evaluation(evaluation: Evaluation, run: Run, folder: RunFolder) -> None:
-    name, protocol = folder.path.name, evaluation.protocol
-    if evaluation.key != run.key:
-        raise InputError(f"{name} contains scores of another run.")
-    if evaluation.stamp != protocol.stamp:
-        raise InputError(
-            f"{name} was scored by another protocol {evaluation.stamp}, which this kitbench calls {protocol.stamp}."
-        )
-    if not evaluation.scores:
-        raise InputError(f"{name} contains an evaluation without any image.")
-    if evaluation.numerics is None:
-        raise InputError(f"{name} does not record the source that scored it.")
-    _same_source(evaluation.numerics.source, scoring_digest(), name, run.environment.commit)
+def _apart(one: Evaluation, other: Evaluation) -> tuple[float, float] | None:
+    """By how much the scores of an image differ at most, in PSNR (dB) and SSIM; None where all are equal."""
+    theirs = {score.image: score for score in other.scores}
+    pairs = [(a, theirs[a.image]) for a in one.scores if a.image in theirs]
+    differing = [(a, b) for a, b in pairs if scores_differ(a, b)]
+    if not differing:
+        return None
+    infinite = [(math.inf if a.psnr is None else a.psnr, math.inf if b.psnr is None else b.psnr) for a, b in differing]
+    return max(0.0 if a == b else abs(a - b) for a, b in infinite), max(abs(a.ssim - b.ssim) for a, b in differing)

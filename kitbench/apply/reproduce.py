@@ -2,7 +2,7 @@
 
 bit-identical            weights, losses and the scores of every image are equal to the last bit
 within the seed spread   mean PSNR and SSIM of every evaluation are within WIDTH standard deviations over the seeds of
-                         the same cell that are stored in the same folder
+                         the same cell that are stored in the same folder; imported runs do not count
 different                anything else; the first difference in data, code, settings, device, versions, ... is named
 """
 
@@ -27,7 +27,7 @@ from kitbench.runs.prepare import Options, PreparedSuite, prepare, set_sha256
 from kitbench.runs.queue import run_suite
 from kitbench.spec.fields import digest
 from kitbench.spec.suite import Suite
-from kitbench.store.folder import RunFolder, find
+from kitbench.store.folder import RunFolder, find, without_imported
 from kitbench.store.records import Evaluation, Run
 from kitbench.system.environment import commit, device_name
 from kitbench.verdict.differences import RunDifference, differences, shared
@@ -149,7 +149,7 @@ def compare_runs(
 def _spread(name: str, stored: RunFolder, siblings: Sequence[RunFolder], evaluation: Evaluation) -> tuple[float, str]:
     """How much a mean may change, and why."""
     record, values = stored.run, {}
-    for folder in (stored, *siblings):
+    for folder in without_imported([stored, *siblings])[0]:
         other = folder.run
         cell = ("comparison", "attention", "settings")
         if all(getattr(other, key) == getattr(record, key) for key in cell):
@@ -160,7 +160,8 @@ def _spread(name: str, stored: RunFolder, siblings: Sequence[RunFolder], evaluat
     if record.seed is None:
         return FLOOR[name], f"allowed: {FLOOR[name]:g}, without training"
     if len(values) < 2:
-        return ONE_SEED[name], f"allowed: {ONE_SEED[name]:g}, because one seed has no spread"
+        why = "one seed has no spread" if values else "no run that was made here shows a spread"
+        return ONE_SEED[name], f"allowed: {ONE_SEED[name]:g}, because {why}"
     spread = statistics.stdev(values.values())
     allowed = max(WIDTH * spread, FLOOR[name])
     return allowed, f"allowed: {allowed:.2g}, from a standard deviation of {spread:.2g} over {len(values)} seeds"

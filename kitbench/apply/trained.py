@@ -40,6 +40,10 @@ def trained_method(folder: RunFolder, method_file: Path | None) -> methods.Loade
     run = folder.run
     if run.backbone is None or run.seed is None or run.recipe is None:
         raise InputError(f"{folder.path} is a run of the training-free method {run.method}; give a trained run.")
+    if (origin := folder.origin) is not None and not folder.weights.is_file():
+        raise InputError(
+            f"{folder.path} was imported without weights (run by {origin.by}); train it into another --out."
+        )
     if not folder.trained or not folder.weights.is_file():
         raise InputError(f"{folder.path} contains no {folder.weights.name}; finish the run, or give another one.")
     shipped = run.attention in methods.shipped()

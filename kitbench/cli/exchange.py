@@ -64,3 +64,5 @@ def import_(archive: Path, out: Path) -> None:
     for name in done.done:
         click.echo(f"wrote {out / name}")
     click.echo(f"{len(done.done)} runs imported")
+    if done.note:
+        click.echo(done.note)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from kitbench.cli.options import PATHS, PROTOCOL, RunPath
 from kitbench.cli.output import form_of, give, one_run
 from kitbench.errors import ExitCode, InputError
+
+if TYPE_CHECKING:
+    from kitbench.store.folder import RunFolder
 
 TABLES = ("markdown", "latex", "csv", "json", "terminal")
 
@@ -69,14 +72,13 @@ def check(
 ) -> None:
     """Compare stored runs with a reference: PSNR, SSIM, parameters, multiply-adds, memory, time.
 
-    Exit code 1 where a run is worse.
+    Imported runs are left out. Exit code 1 where a run is worse.
     """
     from kitbench.store.files import writable_file, write_atomic
-    from kitbench.store.folder import find
     from kitbench.verdict import reference
 
     if update:
-        runs = find(paths)
+        runs = _made_here(paths)
         new = reference.collect(runs, protocol)
         writable_file(against)
         changed = [f"new: {len(new.rows)} rows"]
@@ -90,7 +92,8 @@ def check(
         click.echo(f"wrote {against}")
         return
     try:
-        lines = reference.compare_with_reference(find(paths), reference.read_reference(against), time_tolerance)
+        runs, stored = _made_here(paths), reference.read_reference(against)
+        lines = reference.compare_with_reference(runs, stored, time_tolerance)
     except InputError as error:
         # A CI system shows these files: without them the step fails for no visible reason.
         said = (
@@ -110,8 +113,26 @@ def check(
     for line in failed:
         click.secho(f"FAILED {line}", fg="red")
     click.echo(f"{len(lines) - len(failed)} of {len(lines)} comparisons with {against} passed")
+    if others := reference.without_reference(runs, stored):
+        click.echo(f"not checked, because {against} has no such row: {', '.join(others)}")
     if failed:
         raise SystemExit(ExitCode.CHECK_FAILED)
+
+
+def _made_here(paths: tuple[Path, ...]) -> list[RunFolder]:
+    """The runs at these paths that were not imported; says which were. Raises InputError where all were."""
+    from kitbench.store.folder import find, without_imported
+
+    runs = find(paths)
+    own, imported = without_imported(runs)
+    if not own:
+        raise InputError(
+            f"No run of your own is here, only {imported}; a reference is about your own runs: give the folder that "
+            f"they are in."
+        )
+    if imported:
+        click.echo(f"left out {imported}: a reference is about your own runs")
+    return own
 
 
 @click.command()

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from kitbench.errors import InputError
 from kitbench.runs.cell import Cell
 from kitbench.runs.prepare import PreparedSuite
 from kitbench.runs.probe import Probe
+from kitbench.store.folder import without_imported
 from kitbench.store.records import Cost
 from kitbench.system.environment import device_name
 from kitbench.text import duration
@@ -68,10 +70,11 @@ def announce(
     say("suite", f"{suite.name}, preset {suite.preset}: {suite.title}")
     for label, text in _setting(prepared, devices):
         say(label, text)
-    stored = len(prepared.cells) - len(work)
+    stored = [prepared.folder(cell) for cell in prepared.cells if cell not in work]
     if stored:
-        where = f"complete in {prepared.options.out} and are not run again"
-        say("stored", f"{stored} of {len(prepared.cells)} runs are {where}")
+        _, imported = without_imported(stored)
+        where = f"complete in {prepared.options.out} and are not run again" + (f" ({imported})" if imported else "")
+        say("stored", escape(f"{len(stored)} of {len(prepared.cells)} runs are {where}"))
     for name, probe in probes.items():
         mine = [expected.seconds for cell, expected in work.items() if cell.method == name]
         say("method", f"{name}: {cost_text(probe.cost)}, about {duration(sum(mine))}" + " of one worker" * (slots > 1))

@@ -14,8 +14,12 @@ from kitbench.store.folder import RunFolder
 
 
 def failure(prepared: PreparedSuite, cell: Cell, error: Exception) -> str:
-    """One line of what went wrong; it and the traceback are kept in the run's folder as far as they can be."""
+    """One line of what went wrong; it and the traceback are kept in the run's folder as far as they can be, and not
+    where the run was imported meanwhile.
+    """
     folder, sentence = prepared.folder(cell), f"{cell.folder}: {describe_error(error)}"
+    if (folder.path / "origin.json").is_file():
+        return sentence
     try:
         if not (folder.path / "run.json").is_file():
             folder.write("run.json", record_of(prepared, cell))

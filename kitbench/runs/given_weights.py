@@ -134,13 +134,20 @@ def _training_free(name: str, loaded: methods.Loaded, scoring: PreparedScoring) 
 def score_all(
     runs: Sequence[Scored], records: Mapping[Cell, Run], scoring: PreparedScoring, console: Console
 ) -> list[RunFolder]:
-    """Score every one on the test sets that it has no scores of yet. Returns the folders of the runs."""
+    """Score every one on the test sets that it has no scores of yet. Returns the folders of the runs.
+
+    Raises InputError where one was imported and lacks scores, RunError where scoring fails, and Interrupted.
+    """
+    scoring.require_own(records)
     folders = []
     display = Display(console, dict.fromkeys(records, Expected(0.0, 1.0)), 1)
     with interruptible(how_to_go_on) as stop, display.shown():
         stop.idle = False
         for one in runs:
             folder = RunFolder(scoring.options.out / one.cell.folder)
+            if folder.origin is not None:  # it has all scores
+                folders.append(folder)
+                continue
             with folder.lock():
                 begin(folder, records[one.cell])
                 try:

@@ -74,6 +74,11 @@ def initial_weights(suite: Suite, out: Path) -> tuple[Suite, InitialWeights | No
     except InputError as error:
         raise InputError(f"recipe.init: {error}") from error
     training = folder.training
+    if (origin := folder.origin) is not None and not folder.weights.is_file():
+        raise InputError(
+            f"recipe.init: {folder.path} was imported without weights (run by {origin.by}); train it into another "
+            f"--out."
+        )
     if training is None:
         raise InputError(f"recipe.init: {folder.path} has no trained weights; finish that run, or give another one.")
     recipe = suite.recipe.model_copy(update={"init": str(folder.path)})

@@ -6,7 +6,7 @@ probe.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from kitbench.scoring.lpips import LPIPS, available
 from kitbench.seeds import derive
 from kitbench.spec.fields import CHANNELS, Mode, digest
 from kitbench.spec.suite import Protocol, SetNames, Suite
-from kitbench.spec.tasks import Denoise
+from kitbench.spec.tasks import Denoise, condition
 from kitbench.store.files import writable
 from kitbench.store.folder import RunFolder
 from kitbench.system.environment import choose_device, device_name, make_repeatable
@@ -111,13 +111,28 @@ class PreparedScoring:
         return sha256 if made else digest([sha256, task.model_dump(mode="json")])
 
     def missing(self, cell: Cell, folder: RunFolder) -> list[Unit]:
-        """The evaluations that are not stored yet, or that LPIPS can now be added to."""
-        absent, protocol = [], self.protocols[cell.mode]
+        """The evaluations that are not stored yet, or that LPIPS can now be added to (not to imported ones)."""
+        absent, protocol, imported = [], self.protocols[cell.mode], folder.origin is not None
         for name, sigma in self.units(cell):
             found = folder.evaluation(name, self.test_sha256(cell.mode, name), sigma, protocol.stamp)
-            if found is None or (found.lpips_note is not None and protocol.lpips in self.lpips):
+            lacks_lpips = found is not None and found.lpips_note is not None and not imported
+            if found is None or (lacks_lpips and protocol.lpips in self.lpips):
                 absent.append((name, sigma))
         return absent
+
+    def require_own(self, cells: Iterable[Cell]) -> None:
+        """Raises InputError where the run of a cell was imported and lacks scores: nothing is added to it."""
+        for cell in cells:
+            folder = RunFolder(self.options.out / cell.folder)
+            origin = folder.origin
+            for name, sigma in self.missing(cell, folder) if origin is not None else ():
+                assert origin is not None
+                where = f"{name} {condition(sigma)}".strip()
+                raise InputError(
+                    f"{folder.path} was imported (run by {origin.by}) and has no scores on {where} under "
+                    f"{self.protocols[cell.mode].stamp}; nothing is added to runs of others, so make your own in "
+                    f"another --out."
+                )
 
 
 @dataclass(frozen=True)
@@ -185,6 +200,8 @@ def prepare(suite: Suite, options: Options, checked: bool = True, console: Conso
     prepared = PreparedSuite(
         **vars(scoring), methods=loaded, references=references, settings=settings, cells=cells, initial=initial
     )
+    if checked:
+        prepared.require_own(cells)
     if initial is not None and checked:
         for cell in {(cell.mode, cell.method): cell for cell in cells if cell.trained}.values():
             prepared.build(cell)  # refuses weights of another network

@@ -28,8 +28,12 @@ from kitbench.store.folder import RunFolder
 from kitbench.store.records import LARGEST, By, now
 
 MANIFEST = "manifest.json"
-FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*")
-MEMBER = re.compile(rf"{FOLDER.pattern}/(run\.json|training\.json|log\.csv|eval/[A-Za-z0-9._+-]+\.json)")
+LONGEST = 200
+"""Characters of a folder's or a file's name: while it is written, a file system must take some more."""
+FOLDER = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._+-]{{0,{LONGEST - 1}}}")
+MEMBER = re.compile(
+    rf"{FOLDER.pattern}/(run\.json|training\.json|log\.csv|eval/[A-Za-z0-9._+-]{{1,{LONGEST - 5}}}\.json)"
+)
 MEMBERS, BYTES = 100_000, 1 << 30
 """Most files of an archive, and most bytes of all of them together."""
 ASK = "ask its author for another export"
@@ -60,7 +64,8 @@ def write_archive(path: Path, runs: Mapping[RunFolder, str]) -> Manifest:
     for name in contents:
         if not MEMBER.fullmatch(name):
             raise InputError(
-                f"{name} cannot be exported: its name must consist of letters, digits and . _ + -; rename the method."
+                f"{name} cannot be exported: each part of its path must consist of at most {LONGEST} letters, digits "
+                f"and . _ + -; rename the method."
             )
     manifest = Manifest(
         kitbench=kitbench.__version__, made=now(), runs={folder.path.name: by for folder, by in runs.items()},
@@ -111,7 +116,10 @@ def _members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
         raise InputError("contains two files of one name")
     for name in names:
         if name != MANIFEST and not MEMBER.fullmatch(name):
-            raise InputError(f"contains {name[:200]!r}, which is not the name of a record")
+            raise InputError(
+                f"contains {name[:LONGEST]!r}, which is not the name of a record (in each part at most {LONGEST} "
+                "letters, digits and . _ + -)"
+            )
     for info in found:
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise InputError(f"contains {info.filename}, which is compressed otherwise than `kitbench export` does")

@@ -33,6 +33,7 @@ from kitbench.spec.fields import Frozen, digest
 from kitbench.store.files import write_atomic
 from kitbench.store.log import LogLine, parse_log
 from kitbench.store.records import (
+    MEND,
     Evaluation,
     Failure,
     Origin,
@@ -51,14 +52,17 @@ class RunLocked(RunError):
 
 
 class RunFolder:
-    """One run on disk. Reading raises InputError for a file that is not the expected record."""
+    """One run on disk. Reading raises InputError for a file that is not the expected record.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    mend: what to do about a damaged record, for messages.
+    """
+
+    def __init__(self, path: Path, mend: str = MEND) -> None:
+        self.path, self.mend = path, mend
 
     @property
     def run(self) -> Run:
-        return read_record(Run, self.path / "run.json")
+        return read_record(Run, self.path / "run.json", self.mend)
 
     @property
     def trained(self) -> bool:
@@ -66,7 +70,7 @@ class RunFolder:
 
     @property
     def training(self) -> Training | None:
-        return read_record(Training, self.path / "training.json") if self.trained else None
+        return read_record(Training, self.path / "training.json", self.mend) if self.trained else None
 
     @property
     def weights(self) -> Path:
@@ -85,7 +89,7 @@ class RunFolder:
         return self.path / "log.csv"
 
     def evaluations(self) -> list[Evaluation]:
-        return [read_record(Evaluation, path) for path in sorted((self.path / "eval").glob("*.json"))]
+        return [read_record(Evaluation, path, self.mend) for path in sorted((self.path / "eval").glob("*.json"))]
 
     def evaluation_path(self, data_set: str, sigma: float | None, stamp: str) -> Path:
         level = "" if sigma is None else f"{sigma:g}-"
@@ -113,7 +117,8 @@ class RunFolder:
                 raise ValueError("it does not match the checksum stated in training.json")
             return parse_log(data.decode())
         except (OSError, ValueError, csv.Error) as error:
-            raise InputError(f"{self.log} is not a training log ({error}); restore it or delete it.") from error
+            mend = "restore it or delete it" if self.mend == MEND else self.mend
+            raise InputError(f"{self.log} is not a training log ({error}); {mend}.") from error
 
     def write(self, name: str, record: Frozen) -> None:
         """Write a record, followed by the checksum of its content."""
@@ -156,11 +161,17 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[Owner | None]:
-        """Lock the run for this process. Raises RunLocked, naming the owner, where another process has locked it.
+        """Lock the run for this process. Raises RunLocked, naming the owner, where another process has locked it, and
+        InputError where the run was imported: it stays as its author made it.
 
         The operating system releases the lock when its process ends, so a lock is never stale. Yields the previous
         owner if it was killed; its partly written files are removed.
         """
+        if (origin := self.origin) is not None:
+            raise InputError(
+                f"{self.path} was imported (run by {origin.by}), and nothing is added to runs of others; make your own "
+                f"in another --out."
+            )
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / ".lock", timeout=0.2)  # `held` takes it for a moment
         try:
@@ -212,3 +223,11 @@ def find(paths: Sequence[Path]) -> list[RunFolder]:
             )
         found |= {run.resolve(): RunFolder(run) for run in here}
     return list(found.values())
+
+
+def without_imported(runs: Sequence[RunFolder]) -> tuple[list[RunFolder], str]:
+    """The runs that were made here; and of the others how many and by whom, `2 imported, run by Jane Doe`, or ''."""
+    origins = {folder: folder.origin for folder in runs}
+    others = [origin.by for origin in origins.values() if origin is not None]
+    said = f"{len(others)} imported, run by {' and '.join(dict.fromkeys(others))}" if others else ""
+    return [folder for folder, origin in origins.items() if origin is None], said

@@ -24,6 +24,8 @@ SCHEMA = 1
 """The version that this code writes and reads. No older one exists; a new version must come with a migration."""
 LARGEST = 64 << 20
 """Bytes of the largest record that is read."""
+MEND = "restore it or delete the run's folder"
+"""What to do about a damaged record of a run that is stored here."""
 Stamp = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*\.v[0-9]+(\+[0-9a-f]{6})?$")]
 """Used in file names, so the pattern admits no path separator."""
 By = Annotated[
@@ -325,33 +327,33 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def read_record(model: type[Record], path: Path) -> Record:
-    """Read and validate a record; the file is not trusted. Raises InputError where it is not such a record."""
+def read_record(model: type[Record], path: Path, mend: str = MEND) -> Record:
+    """Read and validate a record; the file is not trusted. Raises InputError where it is not such a record.
+
+    mend: what to do about one that is damaged.
+    """
     try:
         if not path.is_file():  # a pipe would be waited on forever
-            raise InputError(f"{path} is not a file; restore it or delete the run's folder.")
+            raise InputError(f"{path} is not a file; {mend}.")
         if path.stat().st_size > LARGEST:
-            raise InputError(f"{path} is larger than {LARGEST >> 20} MiB, too large for a record; restore it.")
+            raise InputError(f"{path} is larger than {LARGEST >> 20} MiB, too large for a record; {mend}.")
         raw = json.loads(path.read_bytes())
         stated = raw.pop("sha256", None) if isinstance(raw, dict) else None
         found = digest(raw)
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}); restore it or delete the run's folder.") from error
+        raise InputError(f"{path} cannot be read as JSON ({error}); {mend}.") from error
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA:
         newer = isinstance(version, int) and version > SCHEMA
-        advice = "a newer kitbench wrote it: update kitbench" if newer else "it is not a record of kitbench: restore it"
+        advice = "a newer kitbench wrote it: update kitbench" if newer else f"it is not a record of kitbench: {mend}"
         raise InputError(f"{path} has schema version {str(version)[:20]!r}, this kitbench reads {SCHEMA}; {advice}.")
     if stated not in (None, found):
         raise InputError(
-            f"{path} is damaged or was edited: its content does not match the checksum stated in it; "
-            f"restore it or delete the run's folder."
+            f"{path} is damaged or was edited: its content does not match the checksum stated in it; {mend}."
         )
     try:
         return model.model_validate(raw)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         place = ".".join(map(str, fault["loc"]))
-        raise InputError(
-            f"{path} is not a valid record: {place}: {fault['msg']}; restore it or delete the run's folder."
-        ) from error
+        raise InputError(f"{path} is not a valid record: {place}: {fault['msg']}; {mend}.") from error

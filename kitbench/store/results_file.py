@@ -21,7 +21,7 @@ from kitbench.errors import InputError
 from kitbench.spec.fields import Frozen, Mode
 from kitbench.store.files import replace_with
 from kitbench.store.folder import RunFolder
-from kitbench.store.records import By, Evaluation
+from kitbench.store.records import By, Evaluation, Score
 
 
 class Result(Frozen):
@@ -77,19 +77,39 @@ INTEGERS = ("seed", "steps", "parameters", "macs", "resolution", "train_peak_byt
 
 
 def results(runs: Sequence[RunFolder]) -> list[Result]:
-    """A row for every evaluation of these runs, by run. Raises InputError where there is none."""
-    found = [row for folder in runs for row in _rows(folder)]
+    """A row for every evaluation of these runs, by run; of a run that is in two folders, from the first.
+
+    Raises InputError where there is none, or where two copies of a run have unequal scores.
+    """
+    found: list[Result] = []
+    first: dict[tuple[str, str, str, float | None, str], tuple[Score, ...]] = {}
+    for folder in runs:
+        for row, scores in _rows(folder):
+            place = (row.run, row.method, row.data_set, row.sigma, row.protocol)
+            if place not in first:
+                first[place] = scores
+                found.append(row)
+            elif _values(first[place]) != _values(scores):
+                raise InputError(
+                    f"Run {row.run[:10]} is in two of these folders, with unequal scores on {row.data_set}; give one "
+                    f"of them, and compare them with `kitbench diff`."
+                )
     if not found:
         raise InputError("These runs have no evaluation yet; let `kitbench run` finish first.")
     return found
 
 
-def _rows(folder: RunFolder) -> Iterator[Result]:
+def _values(scores: Sequence[Score]) -> list[tuple[str, float | None, float]]:
+    return [(score.image, score.psnr, score.ssim) for score in scores]
+
+
+def _rows(folder: RunFolder) -> Iterator[tuple[Result, tuple[Score, ...]]]:
+    """Each row with the scores of its images."""
     run, training, origin = folder.run, folder.training, folder.origin
     cost, environment = training.cost if training else run.cost, run.environment
     for evaluation in folder.evaluations():
         psnr = evaluation.mean_psnr
-        yield Result(
+        row = Result(
             run=run.key, comparison=run.comparison, run_by=origin.by if origin else None, suite=run.suite,
             preset=run.preset, task=run.task.kind, mode=run.mode, method=run.method, attention=run.attention,
             settings=json.dumps(run.settings, sort_keys=True), seed=run.seed, device=run.device,
@@ -103,6 +123,7 @@ def _rows(folder: RunFolder) -> Iterator[Result]:
             torch=environment.versions.get("torch"), threads=environment.threads, host=environment.host,
             started=environment.started,
         )  # fmt: skip
+        yield row, evaluation.scores
 
 
 def _lpips(evaluation: Evaluation) -> float | None:

@@ -207,6 +207,13 @@ def compare_with_reference(runs: Sequence[RunFolder], reference: Reference, time
     return lines
 
 
+def without_reference(runs: Sequence[RunFolder], reference: Reference) -> list[str]:
+    """Names of the rows of these runs, under the reference's protocol, that the reference does not have."""
+    known = {row.place for row in reference.rows}
+    rows = collect(runs, reference.protocol).rows
+    return [f"{_name(row.place)} (run {row.runs[0]})" for row in rows if row.place not in known]
+
+
 def _same_protocol(runs: Sequence[RunFolder], reference: Reference) -> None:
     """Raises InputError where there are evaluations, and none is under the reference's protocol."""
     stamps = {folder.run.key[:10]: {e.stamp for e in folder.evaluations()} for folder in runs}

@@ -8,28 +8,25 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from filelock import FileLock
 
+from kitbench.apply import exchange
 from kitbench.cli.main import cli
-from kitbench.runs.source import source_digests
-from kitbench.spec.fields import digest
 from kitbench.spec.loading import load_suite
-from kitbench.spec.suite import Suite
 from kitbench.store.archive import MANIFEST
-from kitbench.store.folder import RunFolder, find
+from kitbench.store.folder import find
 from kitbench.store.records import Origin, Progress
 from kitbench.verdict.claims import claims
 from kitbench.verdict.page.report import report
 from kitbench.verdict.render import Format, render
 from tests.conftest import ROOT
-from tests.stored import SUITE, store
+from tests.stored import rewrite, store, store_whole
 
 FORMATS: tuple[Format, ...] = ("terminal", "markdown", "latex", "csv", "json")
 BY = "Jane Doe, Elsewhere"
-JSON = dict[str, Any]
 PROGRESS = Progress(phase="scoring", done=1, total=2, seconds_left=None, updated=0.0, host="h")
 Contents = dict[str, bytes]
 
@@ -43,30 +40,11 @@ def invoke(*arguments: object, code: int = 0) -> Result:
     return done
 
 
-def rewrite(path: Path, change: Callable[[JSON], object]) -> None:
-    """Change a record as a stranger could, with a checksum that fits."""
-    raw = json.loads(path.read_text())
-    raw.pop("sha256")
-    change(raw)
-    path.write_text(json.dumps(raw | {"sha256": digest(raw)}))
-
-
-def run(out: Path, method: str, seed: int = 0, psnr: float = 30.0, of: Suite = SUITE, **scored: Any) -> RunFolder:
-    """A stored run by the shipped recipe and this source."""
-    folder = store(out, method, psnr, seed, lr=of.recipe.lr, of=of, **scored)
-    source = source_digests(method, True)
-    rewrite(folder.path / "run.json", lambda raw: raw.update(source=source))
-    numerics = {"source": {"scoring": source["scoring"]}, "torch": "2", "threads": 1, "flags": {}}
-    for path in (folder.path / "eval").iterdir():
-        rewrite(path, lambda raw: raw.update(numerics=numerics))
-    return folder
-
-
 @pytest.fixture
 def stranger(tmp_path: Path) -> Path:
     """A stranger's folder: kit, two seeds."""
     for seed in (0, 1):
-        run(tmp_path / "theirs", "kit", seed)
+        store_whole(tmp_path / "theirs", "kit", seed)
     return tmp_path / "theirs"
 
 
@@ -92,7 +70,7 @@ def test_imported_runs_stand_in_the_same_table_marked_in_every_format_and_in_the
 ) -> None:
     out = tmp_path / "ours"
     for seed in (0, 1):
-        run(out, "local", seed)
+        store_whole(out, "local", seed)
     invoke("import", exported(stranger), "--out", out)
     runs = find([out])
     assert sorted((r.run.method, r.run.seed, r.origin.by if r.origin else None) for r in runs) == [
@@ -128,91 +106,28 @@ def test_claims_say_who_made_imported_runs(tmp_path: Path) -> None:
 
 
 def test_a_local_run_is_never_replaced(stranger: Path, tmp_path: Path) -> None:
-    ours = run(tmp_path / "ours", "kit", 0, psnr=20.0)
+    ours = store_whole(tmp_path / "ours", "kit", 0, psnr=20.0)
     before = {path: path.read_bytes() for path in ours.path.rglob("*.json")}
     done = invoke("import", exported(stranger), "--out", tmp_path / "ours")
-    assert f"left out {ours.path.name}: already here" in done.output
+    assert (
+        f"left out {ours.path.name}: already here, with other scores: of an image, up to 10 dB and SSIM 0;"
+        in done.output
+    )
+    assert "kitbench diff" in done.output
     assert "1 runs imported" in done.output
     assert {path: path.read_bytes() for path in ours.path.rglob("*.json")} == before
     # Nor where it lies under another name.
     shutil.rmtree(tmp_path / "ours")
-    ours = run(tmp_path / "ours", "kit", 0, psnr=20.0)
+    ours = store_whole(tmp_path / "ours", "kit", 0, psnr=20.0)
     ours.path.rename(tmp_path / "ours" / "mine")
     assert "1 runs imported" in invoke("import", tmp_path / "theirs.zip", "--out", tmp_path / "ours").output
     assert "0 runs imported" in invoke("import", tmp_path / "theirs.zip", "--out", tmp_path / "ours").output
 
 
-def altered(what: str, folder: RunFolder) -> None:
-    """What a clone with other code, or a forger, would have stored."""
-    record = folder.path / "run.json"
-    [evaluation] = (folder.path / "eval").iterdir()
-    if what == "protocol":
-        rewrite(evaluation, lambda raw: raw["protocol"].update(rounding="none"))
-    elif what == "recipe":
-
-        def change(raw: JSON) -> None:
-            raw["recipe"]["steps"] = raw["identity"]["recipe"]["steps"] = 21
-            raw["key"] = digest(raw["identity"])
-            left = {k: v for k, v in raw["identity"].items() if k not in ("attention", "settings", "seed")}
-            raw["comparison"] = digest(left)
-
-        rewrite(record, change)
-        key = folder.run.key
-        rewrite(evaluation, lambda raw: raw.update(key=key))
-        folder.path.rename(folder.path.with_name(f"denoise-colour-kit-s1-{key[:10]}"))
-    elif what == "data":
-        rewrite(evaluation, lambda raw: raw.update(data_sha256="bb"))
-    else:
-        changes: dict[str, Callable[[JSON], object]] = {
-            "source": lambda raw: raw["source"].update(training="0" * 64),
-            "no source": lambda raw: raw.update(source=None),
-            "seed": lambda raw: raw.update(seed=7),
-            "key": lambda raw: raw["identity"].update(seed=7),
-            "attention": lambda raw: raw.update(attention="local"),
-            "settings": lambda raw: raw.update(settings={"k": 99}),
-            "comparison": lambda raw: raw.update(comparison="0" * 64),
-            "terminal": lambda raw: raw["environment"].update(commit="\x9b2J"),
-            "incomplete": lambda raw: (folder.path / "training.json").unlink(),
-        }
-        if what == "scoring":
-            rewrite(evaluation, lambda raw: raw["numerics"]["source"].update(scoring="0" * 64))
-        else:
-            rewrite(record, changes[what])
-
-
-@pytest.mark.parametrize(
-    ("what", "expected"),
-    [
-        ("protocol", "was scored by another protocol awgn8.v1, which this kitbench calls awgn8.v1+"),
-        ("recipe", "was trained by another recipe smoke: steps 21, here 20."),
-        ("source", "was made by another source of the training (digest 0000000000, here "),
-        ("scoring", "was made by another source of the scoring (digest 0000000000, here "),
-        ("no source", "does not record the source that determined its numbers"),
-        ("data", "was scored on another version of data set Set_A: bb, the runs here on aa."),
-        ("seed", "contradicts itself: its name of the folder does not follow"),
-        ("key", "contradicts itself: its key does not follow"),
-        ("attention", "contradicts itself: its attention does not follow"),
-        ("settings", "contradicts itself: its settings does not follow"),
-        ("comparison", "contradicts itself: its comparison does not follow"),
-        ("terminal", r"contains characters that control a terminal, in '\x9b2J'."),
-    ],
-)
-def test_an_altered_clone_is_refused_in_one_sentence_that_names_what_differs(
-    what: str, expected: str, stranger: Path, tmp_path: Path
-) -> None:
-    run(tmp_path / "ours", "local")
-    before = sorted((tmp_path / "ours").rglob("*"))
-    altered(what, find([stranger])[1])
-    done = invoke("import", exported(stranger), "--out", tmp_path / "ours", code=2)
-    assert expected in done.stderr
-    assert "Nothing was imported" in done.stderr
-    assert sorted((tmp_path / "ours").rglob("*")) == before
-
-
 def test_a_clone_that_differs_in_nothing_that_decides_a_number_is_imported_and_marked(
     stranger: Path, tmp_path: Path
 ) -> None:
-    run(tmp_path / "ours", "local")
+    store_whole(tmp_path / "ours", "local")
     for folder in find([stranger]):
         rewrite(folder.path / "run.json", lambda raw: raw["environment"].update(commit="a" * 40 + "+dirty"))
     invoke("import", exported(stranger), "--out", tmp_path / "ours")
@@ -316,19 +231,19 @@ def test_a_recipe_that_a_preset_of_a_shipped_suite_changes_is_a_shipped_one(tmp_
     family = load_suite("family", "quick")
     assert family.recipe.name == "quick"
     assert family.recipe.steps != load_suite("denoise", "quick").recipe.steps
-    run(tmp_path / "theirs", "kit", of=family)
+    store_whole(tmp_path / "theirs", "kit", of=family)
     assert "1 runs imported" in invoke("import", exported(tmp_path / "theirs"), "--out", tmp_path / "ours").output
 
 
 def test_a_run_scored_on_a_folder_of_any_name_is_exported(tmp_path: Path) -> None:
-    [name] = run(tmp_path / "theirs", "kit", data_set="./.").evaluations()
+    [name] = store_whole(tmp_path / "theirs", "kit", data_set="./.").evaluations()
     invoke("import", exported(tmp_path / "theirs"), "--out", tmp_path / "ours")
     [folder] = find([tmp_path / "ours"])
     assert folder.evaluations() == [name]
 
 
 def test_runs_are_not_imported_into_a_run(stranger: Path, tmp_path: Path) -> None:
-    ours = run(tmp_path / "ours", "local")
+    ours = store_whole(tmp_path / "ours", "local")
     assert "is the folder of a run" in invoke("import", exported(stranger), "--out", ours.path, code=2).stderr
     assert not list(ours.path.glob("*/run.json"))
 
@@ -374,7 +289,7 @@ def test_who_made_the_runs_is_one_plain_line(by: str, stranger: Path, tmp_path: 
 
 
 def test_a_run_that_failed_or_is_still_scored_is_left_out(stranger: Path, tmp_path: Path) -> None:
-    run(stranger, "local")
+    store_whole(stranger, "local")
     failed, scored = find([stranger])[:2]
     failed.fail(failed.run.key, "out of memory")
     scored.write("progress.json", PROGRESS)
@@ -397,3 +312,84 @@ def test_stored_reference_runs_of_older_source_are_refused(tmp_path: Path) -> No
     invoke("export", older, "--out", tmp_path / "x.zip", "--by", "us")
     done = invoke("import", tmp_path / "x.zip", "--out", tmp_path / "ours", code=2)
     assert "source" in done.stderr
+
+
+def test_scores_that_a_run_lacks_here_are_not_added_and_equal_ones_not_spoken_of(
+    stranger: Path, tmp_path: Path
+) -> None:
+    store_whole(tmp_path / "ours", "kit", 0)
+    store_whole(tmp_path / "ours", "kit", 1)
+    archive = exported(stranger)
+    said = invoke("import", archive, "--out", tmp_path / "ours").output
+    assert said.count(": already here\n") == 2
+    store_whole(stranger, "kit", 0, data_set="Set_B", sha256="bb")
+    said = invoke("import", exported(stranger), "--out", tmp_path / "ours").output
+    assert "already here, without the archive's scores on Set_B σ25, which are not added\n" in said
+
+
+def test_an_import_says_where_tables_will_ask_for_a_protocol(stranger: Path, tmp_path: Path) -> None:
+    store_whole(tmp_path / "ours", "local")
+    for folder in find([stranger]):
+        [path] = (folder.path / "eval").iterdir()
+        [evaluation] = folder.evaluations()
+        own = evaluation.protocol.model_copy(update={"id": "mine-own"})
+        rewrite(path, lambda raw, own=own: raw.update(protocol=own.model_dump(mode="json"), stamp=own.stamp))
+        path.rename(folder.evaluation_path(evaluation.data_set, evaluation.sigma, own.stamp))
+    said = invoke("import", exported(stranger), "--out", tmp_path / "ours").output
+    assert f"{tmp_path / 'ours'} now has scores under awgn8.v1 and mine-own.v1+" in said
+    assert "choose one of them with --protocol" in said
+    invoke("table", tmp_path / "ours", code=2)
+    invoke("table", tmp_path / "ours", "--protocol", "awgn8")
+    # In a folder of their own they need no choice.
+    assert "--protocol" not in invoke("import", tmp_path / "theirs.zip", "--out", tmp_path / "third").output
+
+
+def test_what_a_killed_import_has_left_is_removed_by_the_next(
+    stranger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive, left = exported(stranger), tmp_path / "ours" / ".import-abc" / "denoise-x"
+    left.mkdir(parents=True)
+    (left / "run.json").write_text("{}")
+    # Nothing is staged in TMPDIR, which may be full.
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
+    invoke("import", archive, "--out", tmp_path / "ours")
+    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == sorted(
+        folder.path.name for folder in find([stranger])
+    )
+
+
+def test_two_imports_into_one_folder_wait_for_one_another(
+    stranger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = exported(stranger)
+    (tmp_path / "ours" / ".import-abc").mkdir(parents=True)
+    monkeypatch.setattr(exchange, "LOCK_SECONDS", 0.1)
+    with FileLock(tmp_path / "ours" / exchange.LOCK):
+        said = invoke("import", archive, "--out", tmp_path / "ours", code=2).stderr
+    assert "Another import into" in said
+    assert (tmp_path / "ours" / ".import-abc").is_dir()
+
+
+def test_a_name_too_long_for_a_file_system_is_refused_in_both_directions(stranger: Path, tmp_path: Path) -> None:
+    name = f"{'a' * 300}/run.json"
+    archive = repacked(exported(stranger), lambda c: replace(c, name, b"{}", listed=True))
+    assert "which is not the name of a record" in invoke("import", archive, "--out", tmp_path / "o", code=2).stderr
+    folder = find([stranger])[0].path
+    folder.rename(folder.with_name("a" * 220))
+    said = invoke("export", stranger, "--out", tmp_path / "y.zip", "--by", BY, code=2).stderr
+    assert "at most 200 letters" in said
+
+
+def test_a_disk_without_room_for_a_folder_is_left_as_it_was(
+    stranger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = exported(stranger)
+
+    def full(**given: object) -> str:
+        raise OSError(28, "No space left")
+
+    monkeypatch.setattr("tempfile.mkdtemp", full)
+    said = invoke("import", archive, "--out", tmp_path / "new" / "ours", code=2).stderr
+    assert "cannot be written to" in said
+    assert "(No space left); nothing was imported" in said
+    assert not (tmp_path / "new").exists()

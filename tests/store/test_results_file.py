@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,12 @@ def test_another_table_is_refused(old: str, new: str, expected: str, runs: list[
         read_results(path)
     with pytest.raises(InputError, match="cannot be read as a results file"):
         read_results(tmp_path / "none.csv")
+
+
+def test_a_run_that_is_in_two_folders_has_one_row_each_or_is_refused(runs: list[RunFolder], tmp_path: Path) -> None:
+    shutil.copytree(tmp_path / "r", tmp_path / "copy")
+    both = [*runs, *find([tmp_path / "copy"])]
+    assert results(both) == results(runs)
+    store(tmp_path / "copy", "conv", 29.5, 1)
+    with pytest.raises(InputError, match=r"is in two of these folders, with unequal scores on Set_A; give one of them"):
+        results(both)

@@ -41,6 +41,16 @@ def test_the_same_runs_hold(tmp_path: Path) -> None:
     assert failures(runs(tmp_path), tmp_path) == []
 
 
+def test_rows_that_the_reference_does_not_have_are_named(kitbench: Kitbench, tmp_path: Path) -> None:
+    kitbench("check", runs(tmp_path / "old"), "--against", "ref.json", "--update")
+    extra = store(runs(tmp_path / "new"), "kit", [20.0, 21.0], lr=1e-2)
+    done = kitbench("check", "new", "--against", "ref.json")
+    assert (
+        f"not checked, because ref.json has no such row: kit on Set_A (colour) σ25 (run {extra.run.key[:10]})"
+        in done.stdout
+    )
+
+
 @pytest.mark.parametrize(
     ("injected", "quantity"),
     [
