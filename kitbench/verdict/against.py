@@ -78,9 +78,10 @@ def _notes(compared: Sequence[Compared], method: str) -> tuple[str, ...]:
     if any(c.found.interval is not None for c in compared):
         notes.append("In brackets the 95 % interval over seeds and images.")
     if tested := sum(c.p_holm is not None for c in compared):
+        tests = f"{tested} difference{'s' * (tested > 1)}"
         notes.append(
-            f"\\* differs from zero at 5 %, with Holm's correction over {tested} differences of this table, where "
-            f"{method} was chosen before the scores were seen; one interval is not corrected."
+            f"\\* differs from zero at 5 %, with Holm's correction over {tests} of this table, where {method} was "
+            "chosen before the scores were seen; one interval is not corrected."
         )
     if any(c.found.seeds == 1 for c in compared):
         notes.append(

@@ -193,7 +193,8 @@ def target_sheet(found: CurveSet) -> Sheet:
     left_out = [f"Without validation PSNR on these crops: {', '.join(found.left_out)}."] if found.left_out else []
     if target is None:
         controls = " or ".join(CONTROLS)
-        return Sheet(caption, (), (), (f"No target: no run of a control ({controls}) has validation PSNR.", *left_out))
+        none = f"No target: no run of a control ({controls}) has validation PSNR; train one by this recipe."
+        return Sheet(caption, (), (), (none, "`kitbench report` draws the curves.", *left_out))
     lines = tuple(
         (
             one.method, f"{one.reached} of {one.seeds}", f"{one.final_db:.2f}", _until(one.steps, "{:,.0f}".format),

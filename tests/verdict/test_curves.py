@@ -102,7 +102,7 @@ def test_without_a_control_there_is_no_target(tmp_path: Path) -> None:
     assert time_to_target(known(tmp_path)) is None
     sheet = target_sheet(known(tmp_path))
     assert sheet.lines == ()
-    assert sheet.notes == ("No target: no run of a control (conv or kit-random) has validation PSNR.",)
+    assert sheet.notes[0].startswith("No target: no run of a control (conv or kit-random) has validation PSNR; train")
 
 
 def test_a_curve_has_the_steps_at_which_every_seed_was_validated(tmp_path: Path) -> None:

@@ -61,14 +61,21 @@ def report(
         left_out=left_out,
         error_full=pictures.ERROR_FULL,
         scaling=[scaling(sweep) for sweep in sweeps],
-        published=Grid(
-            published.HEADING, published.HEADER, [[table_cell(c) for c in line] for line in published.lines()],
-            [published.CAUTION],
-        ),
+        published=_published(found),
         settings=_settings(found),
         reproduce=_reproduce(found, folders),
         environments=_environments(found),
     ) + "\n"  # fmt: skip
+
+
+def _published(found: Sequence[Entry]) -> Grid:
+    """Printed figures of the sets that these runs were scored on."""
+    lines = published.lines({(entry.evaluation.data_set, entry.evaluation.condition) for entry in found})
+    if not lines:
+        return Grid("None of these sets.", [], [], [])
+    return Grid(
+        published.HEADING, published.HEADER, [[table_cell(c) for c in line] for line in lines], [published.CAUTION]
+    )
 
 
 @dataclass(frozen=True)
