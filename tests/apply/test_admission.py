@@ -8,35 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
-from kitbench.cli.main import cli
 from kitbench.runs.source import source_digests
 from kitbench.spec.loading import load_suite
 from kitbench.store.folder import RunFolder, find
 from kitbench.verdict.render import render
+from tests.apply.conftest import invoke
 from tests.stored import renamed, rewrite, store_whole
 
 JSON = dict[str, Any]
 Change = Callable[[JSON], object]
 NESTED = "\n\n## 7. KiT wins."
-
-
-def invoke(*arguments: object, code: int = 0) -> Result:
-    done = CliRunner().invoke(cli, [str(argument) for argument in arguments])
-    assert done.exit_code == code, done.output
-    if code:
-        assert done.stderr.count("\n") == 1
-        assert "Traceback" not in done.output
-    return done
-
-
-@pytest.fixture
-def stranger(tmp_path: Path) -> Path:
-    """A stranger's folder: kit, two seeds."""
-    for seed in (0, 1):
-        store_whole(tmp_path / "theirs", "kit", seed)
-    return tmp_path / "theirs"
 
 
 def imported(theirs: Path, ours: Path, code: int = 0) -> Result:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 from filelock import FileLock
 
 from kitbench.apply import exchange
@@ -22,6 +21,7 @@ from kitbench.store.records import Origin, Progress
 from kitbench.verdict.claims import claims
 from kitbench.verdict.page.report import report
 from kitbench.verdict.render import Format, render
+from tests.apply.conftest import invoke
 from tests.conftest import ROOT
 from tests.stored import rewrite, store, store_whole
 
@@ -29,23 +29,6 @@ FORMATS: tuple[Format, ...] = ("terminal", "markdown", "latex", "csv", "json")
 BY = "Jane Doe, Elsewhere"
 PROGRESS = Progress(phase="scoring", done=1, total=2, seconds_left=None, updated=0.0, host="h")
 Contents = dict[str, bytes]
-
-
-def invoke(*arguments: object, code: int = 0) -> Result:
-    done = CliRunner().invoke(cli, [str(argument) for argument in arguments])
-    assert done.exit_code == code, done.output
-    if code:
-        assert done.stderr.count("\n") == 1
-        assert "Traceback" not in done.output
-    return done
-
-
-@pytest.fixture
-def stranger(tmp_path: Path) -> Path:
-    """A stranger's folder: kit, two seeds."""
-    for seed in (0, 1):
-        store_whole(tmp_path / "theirs", "kit", seed)
-    return tmp_path / "theirs"
 
 
 def exported(stranger: Path) -> Path:
