@@ -41,7 +41,7 @@ class Attention(nn.Module):
         super().__init__()
         if heads < 1 or dim % heads:
             raise ValueError(f"heads must divide dim, but dim is {dim} and heads is {heads}")
-        for name, value, least in (("k", k, 1), ("tile", tile, 1), ("halo", halo, 0), ("grid", grid, 0)):
+        for name, value, least in (("k", k, 1), ("tile", tile, 1), ("halo", halo, 0), ("grid", grid, 1)):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, but is {value}")
         self.dim, self.heads, self.k, self.tile, self.halo, self.grid = dim, heads, k, tile, halo, grid

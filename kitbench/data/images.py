@@ -21,12 +21,14 @@ def decode(path: Path) -> np.ndarray:
     """One image file as uint8 [H, W, 3] (RGB) or [H, W, 1] (gray). Raises InputError for anything else."""
     try:
         with Image.open(path) as image:
-            mode = image.mode
+            mode, deep = image.mode, ";16" in str(image.tile)
             pixels = np.asarray(image)
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise InputError(f"{path} is not a readable image ({error}); replace the file.") from error
     if mode not in ("RGB", "L"):
         raise InputError(f"{path} has pixel format {mode}, expected 8-bit RGB or gray; replace the file.")
+    if deep:  # Pillow reads the upper 8 bits of 16-bit RGB without a word
+        raise InputError(f"{path} has 16 bits a channel, expected 8-bit RGB or gray; convert the file.")
     return np.ascontiguousarray(pixels if pixels.ndim == 3 else pixels[..., None])
 
 

@@ -75,7 +75,9 @@ def _crops(photo: Photograph, side: int, wanted: int) -> Iterator[Photograph]:
     side = min(side, *photo.shape[:2])
     across = int(np.ceil(np.sqrt(wanted)))
     tops, lefts = (_starts(extent - side, across) for extent in photo.shape[:2])
-    for top, left in list(product(tops, lefts))[:wanted]:
+    places = list(product(tops, lefts))
+    for number in np.linspace(0, len(places) - 1, min(wanted, len(places))).round().astype(int):
+        top, left = places[number]
         pair = [p if p is None else p[top : top + side, left : left + side] for p in (photo.pixels, photo.degraded)]
         assert pair[0] is not None
         yield Photograph(f"{photo.name}+{top}+{left}", pair[0], photo.sha256, pair[1])

@@ -318,7 +318,7 @@ def test_an_order_is_undone_by_its_inverse() -> None:
         ("categories", "entries"), ("categories", "chunk"), ("graph", "k"), ("graph", "tile"),
     )] + [
         ("graph", {"halo": -1}, "halo must be at least 0"),
-        ("graph", {"grid": -1}, "grid must be at least 0"),
+        ("graph", {"grid": 0}, "grid must be at least 1"),
         ("centres", {"decay": 1.0}, r"decay must be in \[0, 1\), but is 1.0"),
         *((name, {"heads": 4}, "heads must divide dim, but dim is 6 and heads is 4") for name in NAMES),
     ],

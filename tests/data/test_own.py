@@ -11,7 +11,7 @@ from PIL import Image
 
 from kitbench.data.audit import audit
 from kitbench.data.cards import cards
-from kitbench.data.images import to_gray
+from kitbench.data.images import decode, to_gray
 from kitbench.data.own import card_of_set
 from kitbench.data.photograph import read_set
 from kitbench.data.repetition import images_of
@@ -104,6 +104,8 @@ def test_sixteen_bits_are_refused_and_not_cut_to_eight(suffix: str, tmp_path: Pa
     found = card_of_set(f"{tmp_path}/deep")
     with pytest.raises(InputError, match=f"b.{suffix} has 16 bits a channel"):
         images_of(found, None, "colour")
+    with pytest.raises(InputError, match=f"b.{suffix} has 16 bits a channel"):  # as an image of a shipped set is read
+        decode(tmp_path / "deep" / f"b.{suffix}")
     [line] = audit(found, tmp_path / "deep")
     assert f"b.{suffix} has 16 bits a channel" in line
 

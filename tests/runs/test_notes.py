@@ -115,6 +115,8 @@ def test_twenty_crops_are_cut_and_no_image_twice_where_there_are_enough() -> Non
     assert len(few) == CROPS
     assert len({(name, crop.pixels.tobytes()) for name, crop in few}) == CROPS  # all different
     assert {crop.pixels.shape for _, crop in few} == {(256, 256, 3)}
+    tops = {int(crop.name.split("+")[1]) for _, crop in few if crop.name.startswith("p1")}
+    assert {0, 256} <= tops  # from the top of the second image of A to its bottom
     many = cut_crops({"A": photographs(*[(64, 80)] * 30), "B": photographs(*[(64, 64)] * 3)}, 48)
     assert len(many) == CROPS
     assert len({(name, crop.sha256) for name, crop in many}) == CROPS
