@@ -81,7 +81,7 @@ def test_names_from_outside_are_escaped(tmp_path: Path) -> None:
     text = report(find([tmp_path]), [])
     assert "<script>alert" not in text
     assert "&lt;script&gt;alert" in text
-    assert "These runs have no stored crops" in text
+    assert "No crops are stored with these runs" in text
 
 
 def test_one_seed_decides_nothing_in_words(tmp_path: Path) -> None:
