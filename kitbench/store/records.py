@@ -198,6 +198,11 @@ class Evaluation(Frozen):
         """Mean over images, dB; infinite where an image was restored exactly."""
         return math.fsum(math.inf if s.psnr is None else s.psnr for s in self.scores) / len(self.scores)
 
+    def same_scores(self, other: Evaluation) -> bool:
+        """Whether PSNR and SSIM of every image are equal, in the same order."""
+        mine, theirs = ([(score.image, score.psnr, score.ssim) for score in of.scores] for of in (self, other))
+        return mine == theirs
+
     @property
     def mean_ssim(self) -> float:
         """Mean over images."""

@@ -21,7 +21,7 @@ from kitbench.errors import InputError
 from kitbench.spec.fields import Frozen, Mode
 from kitbench.store.files import replace_with
 from kitbench.store.folder import RunFolder
-from kitbench.store.records import By, Evaluation, Score
+from kitbench.store.records import By, Evaluation
 
 
 class Result(Frozen):
@@ -82,14 +82,14 @@ def results(runs: Sequence[RunFolder]) -> list[Result]:
     Raises InputError where there is none, or where two copies of a run have unequal scores.
     """
     found: list[Result] = []
-    first: dict[tuple[str, str, str, float | None, str], tuple[Score, ...]] = {}
+    first: dict[tuple[str, str, str, float | None, str], Evaluation] = {}
     for folder in runs:
-        for row, scores in _rows(folder):
+        for row, evaluation in _rows(folder):
             place = (row.run, row.method, row.data_set, row.sigma, row.protocol)
             if place not in first:
-                first[place] = scores
+                first[place] = evaluation
                 found.append(row)
-            elif _values(first[place]) != _values(scores):
+            elif not first[place].same_scores(evaluation):
                 raise InputError(
                     f"Run {row.run[:10]} is in two of these folders, with unequal scores on {row.data_set}; give one "
                     f"of them, and compare them with `kitbench diff`."
@@ -99,12 +99,8 @@ def results(runs: Sequence[RunFolder]) -> list[Result]:
     return found
 
 
-def _values(scores: Sequence[Score]) -> list[tuple[str, float | None, float]]:
-    return [(score.image, score.psnr, score.ssim) for score in scores]
-
-
-def _rows(folder: RunFolder) -> Iterator[tuple[Result, tuple[Score, ...]]]:
-    """Each row with the scores of its images."""
+def _rows(folder: RunFolder) -> Iterator[tuple[Result, Evaluation]]:
+    """Each row with the evaluation that it is of."""
     run, training, origin = folder.run, folder.training, folder.origin
     cost, environment = training.cost if training else run.cost, run.environment
     for evaluation in folder.evaluations():
@@ -123,7 +119,7 @@ def _rows(folder: RunFolder) -> Iterator[tuple[Result, tuple[Score, ...]]]:
             torch=environment.versions.get("torch"), threads=environment.threads, host=environment.host,
             started=environment.started,
         )  # fmt: skip
-        yield row, evaluation.scores
+        yield row, evaluation
 
 
 def _lpips(evaluation: Evaluation) -> float | None:

@@ -87,16 +87,12 @@ def _each_once(found: Sequence[Entry]) -> list[Entry]:
     for entry in found:
         run, evaluation = entry.run, entry.evaluation
         first = kept.setdefault((run.key, run.method, evaluation.data_set, evaluation.sigma), entry)
-        if first.evaluation is not evaluation and _scores(first) != _scores(entry):
+        if first.evaluation is not evaluation and not first.evaluation.same_scores(evaluation):
             raise InputError(
                 f"Run {run.key[:10]} is in two of these folders, with unequal scores on {evaluation.data_set}; give "
                 f"one of them, and compare them with `kitbench diff`."
             )
     return list(kept.values())
-
-
-def _scores(entry: Entry) -> list[tuple[str, float | None, float]]:
-    return [(score.image, score.psnr, score.ssim) for score in entry.evaluation.scores]
 
 
 def under(evaluation: Evaluation, protocol: str) -> bool:
