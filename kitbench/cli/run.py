@@ -177,6 +177,7 @@ def _submitted(jobs: list[str], out: Path) -> None:
 )
 @JOBS
 @click.option("--gpus", help="Which GPUs to use, e.g. 0,1.")
+@click.option("--dry-run", is_flag=True, help="Print which trials would be run, and run nothing.")
 def tune(
     suite: str,
     preset: str | None,
@@ -192,6 +193,7 @@ def tune(
     seed: int,
     jobs: int | None,
     gpus: str | None,
+    dry_run: bool,
 ) -> None:
     """Search the best learning rate of every method, alike for all, on validation images.
 
@@ -205,6 +207,12 @@ def tune(
     resolved = _suite(suite, preset, overrides_of(overrides, train_set, test_set), method)
     search = job.Search(_rates(rates) or job.rate_grid(resolved.recipe.lr, 5), seed)
     options = Options(out, data, device, workers, None, jobs=jobs, gpus=gpus)
+    if dry_run:
+        trials = job.planned_trials(resolved, options, search, make_console())
+        click.echo(f"{len(trials)} trials are to be run, and more where a method's best rate lies at the grid's edge")
+        for rate, label in trials:
+            click.echo(f"learning rate {rate:<10g}{label}")
+        return
     try:
         found = job.tune(resolved, options, search, make_console())
     except RunError as error:

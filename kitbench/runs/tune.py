@@ -19,7 +19,7 @@ from kitbench.errors import InputError, RunError
 from kitbench.runs.cell import decisive
 from kitbench.runs.initial import initial_weights
 from kitbench.runs.prepare import Options
-from kitbench.runs.queue import run_suite
+from kitbench.runs.queue import planned_cells, run_suite
 from kitbench.spec.fields import Mode
 from kitbench.spec.suite import Data, SetNames, Source, Suite
 from kitbench.spec.tasks import Denoise
@@ -59,10 +59,7 @@ def tune(suite: Suite, options: Options, search: Search, console: Console) -> li
     trial of a method ended well, or one failed in another way than by diverging; Interrupted on Ctrl-C, after which the
     same search goes on.
     """
-    if search.seed in suite.seeds:
-        raise InputError(f"--seed {search.seed} is one of the suite's seeds, whose runs are compared; give another.")
-    _keep_methods(suite, _source(suite, options), options.out)
-    suite, _ = initial_weights(suite, options.out)  # trials have a folder of their own, where no hash would be found
+    suite = _checked(suite, options, search)
     rates, scored, widened = search.rates, dict[Mode, list[Trial]](), 0
     shared: dict[Mode, dict[str, Any]] = {}
     todo: Sequence[float] = rates
@@ -90,6 +87,32 @@ def tune(suite: Suite, options: Options, search: Search, console: Console) -> li
         RunFolder(options.out).write(record_name(suite, mode), record)
         records.append(record)
     return records
+
+
+def planned_trials(suite: Suite, options: Options, search: Search, console: Console) -> list[tuple[float, str]]:
+    """Rate and cell of each trial of the grid that is not stored yet, without those of a widened grid.
+
+    Raises InputError as `tune` does; writes and runs nothing.
+    """
+    suite = _checked(suite, options, search)
+    return [
+        (rate, cell.label)
+        for rate in search.rates
+        for cell in planned_cells(*_asked(suite, options, rate, search.seed), console)
+    ]
+
+
+def _checked(suite: Suite, options: Options, search: Search) -> Suite:
+    """The suite with its initial weights found, which trials, in a folder of their own, would not find by a hash."""
+    if search.seed in suite.seeds:
+        raise InputError(f"--seed {search.seed} is one of the suite's seeds, whose runs are compared; give another.")
+    _keep_methods(suite, _source(suite, options), options.out)
+    return initial_weights(suite, options.out)[0]
+
+
+def _asked(suite: Suite, options: Options, rate: float, seed: int) -> tuple[Suite, Options]:
+    """What a trial runs, and where."""
+    return trial_suite(suite, _source(suite, options), rate, seed), replace(options, out=options.out / "tuning")
 
 
 def _keep_methods(suite: Suite, modes: Iterable[Mode], out: Path) -> None:
@@ -131,8 +154,8 @@ def best_rates(trials: Sequence[Trial]) -> dict[str, float]:
 
 def _trial(suite: Suite, options: Options, rate: float, seed: int, console: Console) -> list[tuple[Run, Trial]]:
     """Every method trained at one rate, as far as its training did not diverge."""
-    chosen = trial_suite(suite, _source(suite, options), rate, seed)
-    complete, failed = run_suite(chosen, replace(options, out=options.out / "tuning"), console)
+    chosen, where = _asked(suite, options, rate, seed)
+    complete, failed = run_suite(chosen, where, console)
     other = [sentence for sentence in failed if "training diverged" not in sentence]
     if other:
         raise RunError(f"{len(other)} trials failed: " + "; ".join(other))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 from rich.console import Console
+from skimage import data as photographs
 
 from kitbench.errors import InputError, RunError
 from kitbench.runs import tune
@@ -18,6 +22,7 @@ from kitbench.spec import loading
 from kitbench.spec.suite import Suite
 from kitbench.store.records import Tuning, read_record
 from kitbench.verdict.tuning import tuning_caption
+from tests.conftest import TINY, Kitbench
 
 LOW, MIDDLE, HIGH = RATES = (1e-3, 2e-3, 4e-3)
 Scores = Mapping[str, Mapping[float, float]]
@@ -141,3 +146,26 @@ def test_a_search_of_fewer_methods_does_not_drop_the_rates_of_the_others(search:
     with pytest.raises(InputError, match=r"has a rate of local too.*--method kit,local,window"):
         tune.tune(fewer, options, tune.Search(RATES, 1000), Console(quiet=True))
     assert path.read_bytes() == stored
+
+
+def test_the_commands_plan_search_and_use_what_they_found(kitbench: Kitbench, tmp_path: Path) -> None:
+    for folder, photograph in (("tested", photographs.astronaut()), ("validated", photographs.chelsea())):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(photograph[100:164, 200:264]).save(tmp_path / folder / "a.png")
+    sets = 'test = ["./tested/"], validation = ["./validated/"]'
+    (tmp_path / "tiny.toml").write_text(TINY.replace('test = ["skimage-test"]', sets))
+    recipe = ("--suite", "tiny.toml", "--method", "conv", "--set", "recipe.steps=3")
+    search = ("tune", *recipe, "--rates", "1e-3,2e-3")
+    planned = kitbench(*search, "--dry-run").stdout
+    assert "2 trials are to be run" in planned
+    assert re.findall(r"learning rate (\S+) +colour/conv/1000", planned) == ["0.001", "0.002"]
+    assert not (tmp_path / "results").exists()
+    found = kitbench(*search).stdout
+    record = read_record(Tuning, tmp_path / "results" / "tuning-tiny-only-colour-3.json")
+    assert record.widened  # the best of two rates is at an edge
+    assert {f"{rate:g}" for rate in record.rates} <= set(found.split())
+    assert max(record.trials, key=lambda trial: (trial.psnr_db or 0, -trial.lr)).lr == record.best["conv"]
+    assert "0 trials are to be run" in kitbench(*search, "--dry-run").stdout
+    kitbench("run", *recipe, "--tuned")
+    [run] = (tmp_path / "results").glob("*-conv-s0-*/run.json")
+    assert json.loads(run.read_text())["recipe"]["lr"] == record.best["conv"]
