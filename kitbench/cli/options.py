@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,29 @@ def overrides_of(overrides: tuple[str, ...], train_set: tuple[str, ...], test_se
     return (*overrides, *(f"{key}={json.dumps(names, ensure_ascii=False)}" for key, names in chosen.items() if names))
 
 
+FORMATS = {".csv": "csv", ".html": "html", ".json": "json", ".md": "markdown", ".tex": "latex"}
+"""By the suffix of a file."""
+
+
+def form_of(form: str | None, out: Path | None, known: Sequence[str]) -> str:
+    """The format of an output: the one that was chosen, else that of the file's suffix, else the first known one.
+
+    Raises InputError where the two differ, or the command has no such format.
+    """
+    by_suffix = FORMATS.get(out.suffix.lower()) if out is not None else None
+    if form is not None and by_suffix not in (None, form):
+        raise InputError(f"--format {form} and --out {out} name two formats; give one of them.")
+    chosen = form or by_suffix or known[0]
+    if chosen not in known:
+        raise InputError(f"This command has no format {chosen}, which --out {out} asks for; it has {', '.join(known)}.")
+    return chosen
+
+
+def _markdown_only(context: click.Context, parameter: click.Parameter, out: Path | None) -> Path | None:
+    form_of(None, out, ("markdown",))
+    return out
+
+
 METHODS = click.option(
     "--method", "--methods", "method", multiple=True, metavar="NAME|FILE", callback=listed,
     help="Only this method: a name (kitbench list), or the path of a .py file; by default all of the suite. "
@@ -95,6 +119,10 @@ SET = click.option(
 OUT = click.option(
     "--out", type=click.Path(path_type=Path), default=Path("results"), show_default=True, help="Folder for the runs."
 )
+MARKDOWN_OUT = click.option(
+    "--out", type=click.Path(path_type=Path), callback=_markdown_only,
+    help="Write Markdown to this file instead of the terminal.",
+)  # fmt: skip
 LPIPS = click.option(
     "--lpips-weights",
     metavar="FILE",

@@ -51,24 +51,6 @@ def one_run(found: list[Any]) -> list[Any]:
     return found
 
 
-FORMATS = {".csv": "csv", ".json": "json", ".tex": "latex", ".md": "markdown"}
-"""Of a table, by the suffix of its file."""
-
-
-def form_of(form: str | None, out: Path | None, known: Sequence[str]) -> str:
-    """The format of a table: the one that was chosen, else that of the file's suffix, else as on the terminal.
-
-    Raises InputError where the two differ, or the command has no such format.
-    """
-    by_suffix = FORMATS.get(out.suffix.lower()) if out is not None else None
-    if form is not None and by_suffix not in (None, form):
-        raise InputError(f"--format {form} and --out {out} name two formats; give one of them.")
-    chosen = form or by_suffix or "terminal"
-    if chosen not in known:
-        raise InputError(f"This command has no format {chosen}, which --out {out} asks for; it has {', '.join(known)}.")
-    return chosen
-
-
 def give(text: str, out: Path | None) -> None:
     """Print a text, or write it to a file, without colours."""
     from kitbench.store.files import writable_file, write_atomic

@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kitbench.cli.options import DATA, DEVICE, LPIPS, METHOD_FILE, PATHS, PROTOCOL, RunPath, listed, one_spelling
+from kitbench.cli.options import (
+    DATA,
+    DEVICE,
+    LPIPS,
+    MARKDOWN_OUT,
+    METHOD_FILE,
+    PATHS,
+    PROTOCOL,
+    RunPath,
+    listed,
+    one_spelling,
+)
 from kitbench.cli.output import give, make_console, one_run
 from kitbench.errors import InputError, RunError
 
@@ -28,7 +39,7 @@ ALL_SIZES = "64,128,256,512,whole"
 @PROTOCOL
 @DEVICE
 @click.option("--sigma", default="0,15,25,50", show_default=True, help="Noise levels, in 8-bit grey levels.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write Markdown to this file instead of the terminal.")
+@MARKDOWN_OUT
 def retrieval(
     paths: tuple[Path, ...],
     folder: Path | None,
@@ -89,7 +100,7 @@ def _levels(text: str) -> list[float]:
 @METHOD_FILE
 @DEVICE
 @LPIPS
-@click.option("--out", type=click.Path(path_type=Path), help="Write Markdown to this file instead of the terminal.")
+@MARKDOWN_OUT
 def pools(
     paths: tuple[Path, ...],
     tiles: str | None,

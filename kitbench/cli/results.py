@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kitbench.cli.options import PATHS, PROTOCOL, RunPath
-from kitbench.cli.output import form_of, give, one_run
+from kitbench.cli.options import MARKDOWN_OUT, PATHS, PROTOCOL, RunPath, form_of
+from kitbench.cli.output import give, one_run
 from kitbench.errors import ExitCode, InputError
 
 if TYPE_CHECKING:
     from kitbench.store.folder import RunFolder
 
-TABLES = ("markdown", "latex", "csv", "json", "terminal")
+TABLES = ("terminal", "markdown", "latex", "csv", "json")
 
 
 @click.command()
@@ -155,7 +155,7 @@ def report(paths: tuple[Path, ...], protocol: str | None, out: Path) -> None:
 @click.command()
 @PATHS
 @PROTOCOL
-@click.option("--out", type=click.Path(path_type=Path), help="Write Markdown to this file instead of the terminal.")
+@MARKDOWN_OUT
 def claims(paths: tuple[Path, ...], protocol: str | None, out: Path | None) -> None:
     """Put the paper's six statements to the test: supported, not supported, dependent on the learning rate, or open."""
     from kitbench.verdict import claims as statements
@@ -167,7 +167,7 @@ def claims(paths: tuple[Path, ...], protocol: str | None, out: Path | None) -> N
 @click.command()
 @PATHS
 @PROTOCOL
-@click.option("--out", type=click.Path(path_type=Path), help="Write Markdown to this file instead of the terminal.")
+@MARKDOWN_OUT
 def curves(paths: tuple[Path, ...], protocol: str | None, out: Path | None) -> None:
     """Print how fast each method learns: time to target, budget ladders, searches of learning rates."""
     from kitbench.verdict.claims import load
@@ -179,7 +179,7 @@ def curves(paths: tuple[Path, ...], protocol: str | None, out: Path | None) -> N
 
 @click.command()
 @PATHS
-@click.option("--out", type=click.Path(path_type=Path), help="Write Markdown to this file instead of the terminal.")
+@MARKDOWN_OUT
 def anchors(paths: tuple[Path, ...], out: Path | None) -> None:
     """Compare the scores of published weights, measured here, with the figures that their authors printed."""
     from kitbench.store.folder import find

@@ -19,10 +19,11 @@ from kitbench.cli.options import (
     SET,
     TEST_SET,
     RunPath,
+    form_of,
     one_spelling,
     overrides_of,
 )
-from kitbench.cli.output import form_of, give, make_console, one_run, show_tables
+from kitbench.cli.output import give, make_console, one_run, show_tables
 from kitbench.errors import InputError, RunError
 
 SCORES = ("terminal", "markdown", "csv")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
@@ -88,6 +89,7 @@ def load_suite(
         )
     raw = _merge(raw, presets[preset])
     raw["preset"] = preset
+    _one_source_for_both(raw)
     for kind in ("recipe", "protocol"):
         raw[kind] = _resolve(raw.get(kind), kind, base)
     _resolve_protocols(raw, base)
@@ -110,6 +112,15 @@ def load_suite(
         raw["seeds"] = list(seeds)
     _resolve_protocols(raw, base)
     return parse(Suite, raw, f"suite {label}")
+
+
+def _one_source_for_both(raw: dict[str, Any]) -> None:
+    """A suite file with one of the tables data.embedded and data.folder uses it with and without --data; in place."""
+    data = raw.get("data")
+    if isinstance(data, dict):
+        for given, absent in (("embedded", "folder"), ("folder", "embedded")):
+            if given in data and absent not in data:
+                data[absent] = deepcopy(data[given])
 
 
 def _merge(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:

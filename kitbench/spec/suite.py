@@ -226,7 +226,8 @@ class Suite(Frozen):
     data: Data
     backbone: Backbone
     methods: dict[str, Method]
-    references: tuple[str, ...]
+    references: tuple[str, ...] = ()
+    """Training-free methods, whose rows stand beside the trained ones."""
     recipe: Recipe
     protocol: Protocol
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1)]

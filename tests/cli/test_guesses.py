@@ -224,21 +224,21 @@ def test_the_missing_weights_of_lpips_are_told_once_with_the_option_that_names_t
 
 @pytest.mark.parametrize(
     ("out", "sentence"),
-    [("folder.csv", "folder.csv is a folder; give the path of a file."), ("file/t.csv", "cannot be written (Not a")],
+    [("folder", "is a folder; give the path of a file."), ("file/t", "cannot be written (Not a")],
 )
 def test_an_out_that_cannot_be_a_file_is_refused_before_the_work(here: Path, out: str, sentence: str) -> None:
     store(here / "results", "kit", 30.0)
-    (here / "folder.csv").mkdir()
     (here / "file").touch()
-    for words in (
-        ("table", "results"),
-        ("export", "results"),
-        ("report", "results"),
-        ("score", "none", "none", "--protocol", "awgn8"),
-        ("pools", "none", "--stored"),
-        ("retrieval", "none"),
+    for words, suffix in (
+        (("table", "results"), ".csv"),
+        (("export", "results"), ".csv"),
+        (("report", "results"), ".html"),
+        (("score", "none", "none", "--protocol", "awgn8"), ".csv"),
+        (("pools", "none", "--stored"), ".md"),
+        (("retrieval", "none"), ".md"),
     ):
-        done = call(*words, "--out", out, code=2)
+        (here / f"folder{suffix}").mkdir(exist_ok=True)
+        done = call(*words, "--out", f"{out}{suffix}", code=2)
         assert sentence in done.stderr, words
         assert done.stderr.count("\n") == 1
 
@@ -317,3 +317,12 @@ def test_completion_is_offered_by_the_installed_command() -> None:
     environment = os.environ | {"_KITBENCH_COMPLETE": "bash_complete", "COMP_WORDS": "kitbench cur", "COMP_CWORD": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "plain,curves\n"
+
+
+@pytest.mark.parametrize("command", ["claims", "curves", "anchors", "retrieval", "pools", "table"])
+def test_a_file_whose_suffix_asks_for_another_format_is_refused_before_anything_is_read(
+    here: Path, command: str
+) -> None:
+    said = call(command, "results", "--out", "page.html", code=2).stderr
+    assert "has no format html, which --out page.html asks for; it has" in said
+    assert not list(here.glob("page*"))

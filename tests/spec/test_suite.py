@@ -208,3 +208,18 @@ def test_the_rows_of_the_suite_reach_have_equal_keys_or_as_equal_as_squares_are(
     assert settings["window"]["window"] ** 2 == 64
     assert settings["window-11"]["window"] == settings["local-11"]["size"] == round(128**0.5)
     assert settings["local"]["size"] == 9  # the odd side next above 8
+
+
+@pytest.mark.parametrize("given", ["embedded", "folder"])
+def test_a_suite_file_with_one_source_of_data_uses_it_for_both(tmp_path: Path, given: str) -> None:
+    path, other = tmp_path / "mine.toml", {"embedded": "folder", "folder": "embedded"}[given]
+    lines = TINY.splitlines(keepends=True)
+    start = lines.index(f"[data.{other}]\n")
+    end = next(place for place in range(start + 1, len(lines)) if lines[place].startswith("["))
+    text = "".join(lines[:start] + lines[end:])
+    path.write_text(text.replace('references = ["input"]\n', ""))
+    chosen = loading.load_suite(str(path), overrides=['data.test=["CBSD68"]'])
+    assert chosen.data.embedded == chosen.data.folder
+    assert chosen.data.folder.colour is not None
+    assert chosen.data.folder.colour.test == ("CBSD68",)
+    assert chosen.references == ()
