@@ -30,6 +30,20 @@ def test_every_figure_is_what_its_command_prints_from_stored_runs(path: Path, co
     assert text == printed(command)
 
 
+@pytest.mark.parametrize("path", [path for path, text in PAGES.items() if readme.SHOWN.search(text)])
+def test_every_picture_is_what_its_command_draws_from_stored_runs(path: Path) -> None:
+    drawn = readme.drawn(PAGES[path])
+    assert drawn.keys() == set(readme.SHOWN.findall(PAGES[path]))
+    assert not readme.stale_figures(PAGES[path])
+
+
+def test_a_picture_of_other_numbers_is_found_and_one_of_other_rounding_is_not() -> None:
+    svg = '<g id="p0123456789"><path d="M 10.25 3.5" clip-path="url(#p0123456789)"/><text x="10.25">kit</text></g>'
+    assert readme.alike(svg, svg.replace("10.25", "10.251").replace("0123456789", "abcdef0123"))
+    for old, new in (("3.5", "3.6"), ("kit", "window"), ("M 10.25", "M 10.25 4.5")):
+        assert not readme.alike(svg, svg.replace(old, new))
+
+
 def test_the_attention_in_the_readme_is_one_that_kitbench_takes(tmp_path: Path) -> None:
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL)
     assert code is not None

@@ -4,22 +4,32 @@
     python tools/readme.py docs/messages.md     these pages
     python tools/readme.py --check              writes nothing; exit code 1 where a block is out of date
 
-Each block between `<!-- made by: COMMAND -->` and `<!-- end -->` becomes what the command prints.
+Each block between `<!-- made by: COMMAND -->` and `<!-- end -->` becomes what the command prints. Each
+`<!-- figures by: COMMAND -->` writes the figures that the page shows into results/figures.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("docs", "benchmarks", "results")
 PAGES = [ROOT / "README.md", *(page for name in FOLDERS for page in sorted((ROOT / name).glob("*.md")))]
 BLOCK = re.compile(r"(<!-- made by: (?P<command>.+?) -->\n)(?P<text>.*?)(<!-- end -->)", re.DOTALL)
+FIGURES = re.compile(r"<!-- figures by: (?P<command>.+?) -->")
+DRAWN = ROOT / "results" / "figures"
+NAMES = re.compile(r'(?<=["#])[a-z]{0,2}[0-9a-f]{10}(?=[")])')
+"""Identifiers that matplotlib makes of what they name."""
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
+SHOWN = re.compile(r"\]\((?:results/)?figures/([^)]+)\)")
+"""Figures that a page shows."""
 
 
 def printed(command: str) -> str:
@@ -35,6 +45,35 @@ def renewed(text: str) -> str:
     return BLOCK.sub(lambda block: f"{block[1]}\n{printed(block['command'])}\n\n{block[4]}", text)
 
 
+def drawn(text: str) -> dict[str, str]:
+    """By name, the SVG of each figure that a page shows, drawn anew from stored runs."""
+    shown = set(SHOWN.findall(text))
+    figures: dict[str, str] = {}
+    for block in FIGURES.finditer(text):
+        with tempfile.TemporaryDirectory() as folder:
+            printed(f"{block['command']} --out {shlex.quote(folder)}")
+            figures |= {path.name: path.read_text("utf-8") for path in Path(folder).iterdir() if path.name in shown}
+    return figures
+
+
+def alike(svg: str, other: str) -> bool:
+    """Whether two figures look the same: their numbers may differ by rounding, and so the names in the file."""
+    one, two = (NAMES.sub("", text) for text in (svg, other))
+    numbers = [[float(number) for number in NUMBER.findall(text)] for text in (one, two)]
+    return NUMBER.sub("0", one) == NUMBER.sub("0", two) and all(
+        math.isclose(a, b, abs_tol=0.01) for a, b in zip(*numbers, strict=True)
+    )
+
+
+def stale_figures(text: str) -> dict[str, str]:
+    """The figures of a page that are missing or look otherwise than drawn anew."""
+    return {
+        name: svg
+        for name, svg in drawn(text).items()
+        if not (path := DRAWN / name).is_file() or not alike(path.read_text("utf-8"), svg)
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pages", nargs="*", type=Path, metavar="PAGE", help="by default all pages with such blocks")
@@ -43,12 +82,14 @@ def main() -> int:
     stale = []
     for path in options.pages or PAGES:
         old = path.read_text("utf-8")
-        new = renewed(old)
-        if new == old:
-            continue
-        stale.append(path)
-        if not options.check:
-            path.write_text(new, "utf-8")
+        new = {path: renewed(old)} | {DRAWN / name: svg for name, svg in stale_figures(old).items()}
+        for file, text in new.items():
+            if text == (file.read_text("utf-8") if file.is_file() else None):
+                continue
+            stale.append(file)
+            if not options.check:
+                file.parent.mkdir(exist_ok=True)
+                file.write_text(text, "utf-8")
     for path in stale:
         print(f"{'out of date' if options.check else 'wrote'}: {path}")
     return int(options.check and bool(stale))

@@ -64,8 +64,8 @@ def cli() -> None:
 
 for command in (
     run.run, run.tune, run.status, run.reproduce, score.eval_, score.restore, score.score, score.submit, score.explain,
-    results.table, results.check, results.report, results.claims, results.curves, results.anchors, results.diff,
-    exchange.export, exchange.import_, scale.scale, reach.retrieval, reach.pools, data.data, data.list_,
+    results.table, results.check, results.report, results.figures, results.claims, results.curves, results.anchors,
+    results.diff, exchange.export, exchange.import_, scale.scale, reach.retrieval, reach.pools, data.data, data.list_,
 ):  # fmt: skip
     for one in (*command.commands.values(),) if isinstance(command, click.Group) else (command,):
         one.params.append(traceback_option())

@@ -155,6 +155,25 @@ def report(paths: tuple[Path, ...], protocol: str | None, out: Path) -> None:
 @click.command()
 @PATHS
 @PROTOCOL
+@click.option("--format", "form", type=click.Choice(["svg", "pdf"]), default="svg", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("figures"), show_default=True,
+              help="Folder to write them into.")  # fmt: skip
+def figures(paths: tuple[Path, ...], protocol: str | None, form: Any, out: Path) -> None:
+    """Write the figures of the report into files: costs, differences, learning curves, ladders, sweeps."""
+    from kitbench.store.files import writable, write_atomic
+    from kitbench.verdict.claims import load
+    from kitbench.verdict.page.report import figures as report_figures
+
+    writable(out)
+    for name, content in report_figures(*load(paths), protocol, form).items():
+        path = out / f"{name}.{form}"
+        write_atomic(path, content)
+        click.echo(f"wrote {path}")
+
+
+@click.command()
+@PATHS
+@PROTOCOL
 @MARKDOWN_OUT
 def claims(paths: tuple[Path, ...], protocol: str | None, out: Path | None) -> None:
     """Put the paper's six statements to the test: supported, not supported, dependent on the learning rate, or open."""

@@ -59,6 +59,8 @@ class LadderLine:
 class Ladder:
     """Comparisons that differ in the length of training only, with Holm's correction over all their differences."""
 
+    name: str
+    """For files: suite, mode, crops of a step, learning rate."""
     title: str
     lines: tuple[LadderLine, ...]
     unlike: tuple[str, ...]
@@ -112,7 +114,8 @@ def _ladder(group: Sequence[ComparedRuns]) -> Ladder:
         f"{run.suite}, {run.mode}, {run.recipe.batch} x {run.recipe.crop} px a step, learning rate {run.recipe.lr:g}, "
         f"width {run.backbone.width}, on {run.device}"
     )
-    return Ladder(title, lines, tuple(dict.fromkeys(note for block in group for note in block.unlike())))
+    name = f"{run.suite}-{run.mode}-{run.recipe.batch}x{run.recipe.crop}-lr{run.recipe.lr:g}"
+    return Ladder(name, title, lines, tuple(dict.fromkeys(note for block in group for note in block.unlike())))
 
 
 def ladder_sheet(ladder: Ladder) -> Sheet:

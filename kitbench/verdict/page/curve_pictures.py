@@ -1,4 +1,4 @@
-"""Figures of learning curves, budget ladders and searches of learning rates, as SVG bytes."""
+"""Figures of learning curves, budget ladders and searches of learning rates, as bytes of a file."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def curve_plot(found: CurveSet, axis: Axis, look: Look) -> bytes | None:
         "multiply-adds": "multiply-adds of training, TMACs",
     }[axis]  # fmt: skip
     target = time_to_target(found)
-    with new_figure(4.5, 4.0) as (figure, axes, buffer):
+    with new_figure(4.5, 4.0, look.form) as (figure, axes, buffer):
         if target is not None:
             axes.axhline(target.psnr_db, color="0.45", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         for curve, scale in known:
@@ -71,7 +71,7 @@ def _shown(curves: Sequence[Curve], targets: Sequence[float]) -> tuple[float, fl
 def ladder_plot(lines: Sequence[LadderLine], look: Look) -> bytes:
     """Differences against the budget, with 95 % intervals. A difference has the look of the method that is not kit."""
     budgets = sorted({rung.steps for line in lines for rung in line.rungs})
-    with new_figure(4.5, 4.0) as (figure, axes, buffer):
+    with new_figure(4.5, 4.0, look.form) as (figure, axes, buffer):
         axes.axhline(0, color="0.4", linewidth=0.8)
         for number, line in enumerate(lines):
             colour, marker = look[line.b if line.a == "kit" and line.b != "conv" else line.a]
@@ -94,7 +94,7 @@ def ladder_plot(lines: Sequence[LadderLine], look: Look) -> bytes:
 
 def tuning_plot(record: Tuning, look: Look) -> bytes:
     """Validation PSNR against the learning rate, a ring around each method's best; diverged trials have no point."""
-    with new_figure(4.5, 4.0) as (figure, axes, buffer):
+    with new_figure(4.5, 4.0, look.form) as (figure, axes, buffer):
         for method, best in record.best.items():
             colour, marker = look[method]
             psnr = {t.lr: math.nan if t.psnr_db is None else t.psnr_db for t in record.trials if t.method == method}

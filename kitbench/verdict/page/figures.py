@@ -1,10 +1,9 @@
-"""The figures of the report: costs, curves, ladders, searches, differences, sweeps and crops, embedded."""
+"""The figures of the report: costs, curves, ladders, searches, differences, sweeps and crops."""
 
 from __future__ import annotations
 
 import base64
 import math
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from kitbench.store.folder import RunFolder
-from kitbench.store.records import Tuning
+from kitbench.store.records import Run, Tuning
 from kitbench.store.sweeps import Sweep
 from kitbench.verdict.claims import QUESTIONS
 from kitbench.verdict.compare import Compared, heading
@@ -24,25 +23,34 @@ from kitbench.verdict.ladder import Ladder, ladder_sheet
 from kitbench.verdict.layout import caption_of
 from kitbench.verdict.page import curve_pictures, pictures
 from kitbench.verdict.page.tables import Grid, grid_of, tuning_grid
+from kitbench.verdict.scaling.plot import sweep_figure
 
 CROP_BYTES = 5_000_000
 """Largest size in bytes of all crops in a report; it states how many images were left out."""
 
 
 @dataclass(frozen=True)
-class EmbeddedFigure:
-    """A figure with its image as a data URL."""
+class Figure:
+    """A figure and what names it."""
 
+    name: str
+    """Of its file, without suffix."""
     title: str
-    source: str
+    image: bytes
+    """SVG or PDF."""
     wide: bool = False
+
+    @property
+    def source(self) -> str:
+        """An SVG as a data URL."""
+        return "data:image/svg+xml;base64," + base64.b64encode(self.image).decode()
 
 
 @dataclass(frozen=True)
 class Curves:
     """How the methods of one comparison learn."""
 
-    pictures: list[EmbeddedFigure]
+    pictures: list[Figure]
     note: str
     target: Grid | None
 
@@ -72,7 +80,7 @@ class Gallery:
 
 def pictures_of(
     block: pd.DataFrame, trained: ComparedRuns | None, compared: list[tuple[Compared, Any]], look: pictures.Look
-) -> list[EmbeddedFigure]:
+) -> list[Figure]:
     """Of one comparison: PSNR against costs, and the differences from the best."""
     if trained is None:
         return []
@@ -83,36 +91,45 @@ def pictures_of(
     here = {row["method"]: row for row in records if (row["data_set"], row["condition"]) == column}
     name = heading(column)
     shown = []
-    for field_name, scale, label in (
-        ("gmacs", 1.0, "GMACs of one image"),
-        ("train_peak_bytes", 2.0**20, "peak memory of a training step, MiB"),
+    for kind, field_name, scale, label in (
+        ("multiply-adds", "gmacs", 1.0, "GMACs of one image"),
+        ("memory", "train_peak_bytes", 2.0**20, "peak memory of a training step, MiB"),
     ):
         points = {
-            m: (float(here[m][field_name]) / scale, float(here[m]["psnr_db"]))
+            m: pictures.Quality(
+                float(here[m][field_name]) / scale, float(here[m]["psnr_db"]), _known(here[m]["psnr_pm_seeds"])
+            )
             for m in methods
             if m in here and pd.notna(here[m][field_name]) and math.isfinite(here[m]["psnr_db"])
         }
         if points:
-            svg = pictures.pareto(points, label, name, look)
-            shown.append(EmbeddedFigure(f"PSNR on {name} against {label}", _svg(svg)))
+            drawn = pictures.pareto(points, label, name, look)
+            title = f"PSNR on {name} against {label}; bar: 95 % interval over seeds, hollow: one seed"
+            shown.append(Figure(f"{_prefix(trained.first.run)}-psnr-{kind}", title, drawn))
     if compared:
         title = "Differences from the best, image by image; bar: 95 % interval over seeds and images"
-        shown.append(EmbeddedFigure(title, _svg(pictures.difference_plot(compared))))
+        drawn = pictures.difference_plot(compared, look.form)
+        shown.append(Figure(f"{_prefix(trained.first.run)}-differences", title, drawn))
     return shown
 
 
 def curves_of(block: ComparedRuns, folders: dict[str, RunFolder], look: pictures.Look) -> Curves:
     """The learning curves of a comparison and its time to target; training curves where nothing was validated."""
-    found = learning_curves(block, folders)
+    found, prefix = learning_curves(block, folders), _prefix(block.first.run)
     if found is None:
         drawn = pictures.training_curves({m: _folders(block, m, folders) for m in block.methods}, look)
         note = (
             "These runs were not validated during training, so there is no time to target. Shown is the PSNR of "
             "training crops, the mean over seeds, smoothed over 5 % of the steps."
         )
-        return Curves([] if drawn is None else [EmbeddedFigure("Training curves", _svg(drawn))], note, None)
+        shown = [] if drawn is None else [Figure(f"{prefix}-training", "Training curves", drawn)]
+        return Curves(shown, note, None)
     drawn_by_axis = {axis: curve_pictures.curve_plot(found, axis, look) for axis in curve_pictures.AXES}
-    shown = [EmbeddedFigure(f"Validation PSNR against {a}", _svg(d)) for a, d in drawn_by_axis.items() if d is not None]
+    shown = [
+        Figure(f"{prefix}-curve-{axis}", f"Validation PSNR against {axis}", drawn)
+        for axis, drawn in drawn_by_axis.items()
+        if drawn is not None
+    ]
     dashed = "; dashed: the target" if time_to_target(found) else ""
     note = (
         f"Crops of {found.measured_on}. Mean over seeds; band: from the lowest to the highest seed{dashed}. "
@@ -121,28 +138,43 @@ def curves_of(block: ComparedRuns, folders: dict[str, RunFolder], look: pictures
     return Curves(shown, note, replace(grid_of(target_sheet(found)), caption="Time to target"))
 
 
-def ladder_of(ladder: Ladder, look: pictures.Look) -> tuple[list[EmbeddedFigure], Grid]:
+def ladder_of(ladder: Ladder, look: pictures.Look) -> tuple[list[Figure], Grid]:
     """A budget ladder: the contrasts of the claims and all methods against the control without attention."""
     claimed = {(a, b) for a, b, _ in QUESTIONS.values()}
     parts = {
-        "pairs that the claims compare": [line for line in ladder.lines if (line.a, line.b) in claimed],
-        "each method against conv": [line for line in ladder.lines if (line.a, line.b) not in claimed],
+        "claims": (
+            "pairs that the claims compare",
+            [line for line in ladder.lines if (line.a, line.b) in claimed],
+        ),
+        "conv": ("each method against conv", [line for line in ladder.lines if (line.a, line.b) not in claimed]),
     }
     shown = [
-        EmbeddedFigure(
+        Figure(
+            f"ladder-{ladder.name}-{kind}",
             f"Difference against budget, {name}: mean over images and seeds, 95 % interval over both",
-            _svg(curve_pictures.ladder_plot(lines, look)),
+            curve_pictures.ladder_plot(lines, look),
         )
-        for name, lines in parts.items()
+        for kind, (name, lines) in parts.items()
         if lines
     ]
     return shown, grid_of(ladder_sheet(ladder))
 
 
-def tuning_of(record: Tuning, look: pictures.Look) -> tuple[list[EmbeddedFigure], Grid]:
+def tuning_of(record: Tuning, look: pictures.Look) -> tuple[list[Figure], Grid]:
     """A search of learning rates."""
     title = "Validation PSNR against the learning rate; ring: the method's best"
-    return [EmbeddedFigure(title, _svg(curve_pictures.tuning_plot(record, look)))], tuning_grid(record)
+    name = f"rates-{record.suite}-{record.preset}-{record.mode}-{record.steps}"
+    return [Figure(name, title, curve_pictures.tuning_plot(record, look))], tuning_grid(record)
+
+
+def _prefix(run: Run) -> str:
+    """What the names of the figures of a run's comparison begin with."""
+    assert run.recipe is not None
+    return f"{run.suite}-{run.mode}-{run.recipe.name}-{run.recipe.steps}"
+
+
+def _known(value: float) -> float | None:
+    return None if pd.isna(value) else float(value)
 
 
 def _from_25(sigma: float | None) -> float:
@@ -153,10 +185,6 @@ def _from_25(sigma: float | None) -> float:
 def _folders(block: ComparedRuns, method: str, folders: dict[str, RunFolder]) -> list[RunFolder]:
     keys = dict.fromkeys(e.run.key for group in block.methods[method].values() for e in group)
     return [folders[key] for key in keys]
-
-
-def _svg(data: bytes) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(data).decode()
 
 
 def _png(data: bytes) -> str:
@@ -218,11 +246,8 @@ def _gallery(methods: dict[str, tuple[Path, Entry, int]], comparison: str) -> Ga
     return Gallery(title, comparison, _png(first.whole), first.place, panels)
 
 
-def scaling(sweep: Sweep) -> EmbeddedFigure:
-    from kitbench.verdict.scaling.plot import draw_sweep
-
-    with tempfile.TemporaryDirectory() as folder:
-        draw_sweep(sweep, Path(folder))
-        svg = (Path(folder) / "scale.svg").read_bytes()
+def scaling(sweep: Sweep, form: pictures.Form = "svg") -> Figure:
+    """Cost against resolution."""
     title = f"Cost against resolution: {sweep.subject}, on {sweep.device} (sweep {sweep.key[:10]})"
-    return EmbeddedFigure(title, _svg(svg), wide=True)
+    [drawn] = sweep_figure(sweep, [form])
+    return Figure(f"scale-{sweep.key[:10]}", title, drawn, wide=True)

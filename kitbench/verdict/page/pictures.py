@@ -1,4 +1,4 @@
-"""Figures of stored runs, as SVG and PNG bytes: the same runs give the same bytes.
+"""Figures of stored runs, as SVG, PDF and PNG bytes: the same runs give the same bytes.
 
 A method has the same colour in all figures of a report (Okabe and Ito's palette, safe for colour-blind readers) and a
 marker or line style of its own, so that the figures can be read in gray.
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -23,6 +23,7 @@ from PIL.PngImagePlugin import PngImageFile
 from kitbench.errors import InputError
 from kitbench.store.folder import RunFolder
 from kitbench.verdict.compare import Compared
+from kitbench.verdict.scaling.plot import UNDATED, repeatable
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt  # after the backend was chosen: no display is needed
@@ -35,53 +36,82 @@ ERROR_FULL = 48
 """Error in grey levels that is drawn in the brightest colour of an error map."""
 
 
-Look = Mapping[str, tuple[str, str]]
-"""Colour and marker of every method of a report."""
+Form = Literal["svg", "pdf"]
+
+
+@dataclass(frozen=True)
+class Look:
+    """How the figures of one report are drawn."""
+
+    styles: Mapping[str, tuple[str, str]]
+    """Colour and marker of every method."""
+    form: Form = "svg"
+
+    def __getitem__(self, method: str) -> tuple[str, str]:
+        return self.styles[method]
 
 
 @contextmanager
-def new_figure(width: float, height: float) -> Iterator[tuple[Any, Any, io.BytesIO]]:
-    """A figure of one panel; after the block, the buffer contains its SVG."""
+def new_figure(width: float, height: float, form: Form = "svg") -> Iterator[tuple[Any, Any, io.BytesIO]]:
+    """A figure of one panel; after the block, the buffer contains its file."""
     buffer = io.BytesIO()
-    with plt.rc_context({"font.size": 10, "svg.hashsalt": "kitbench", "svg.fonttype": "none"}):
+    with repeatable(10):
         figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
         axes.grid(visible=True, color="0.9", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.yaxis.set_major_formatter(ticker.ScalarFormatter(useOffset=False))
         axes.spines[["top", "right"]].set_visible(False)
         yield figure, axes, buffer
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        figure.savefig(buffer, format=form, metadata=UNDATED[form])
         plt.close(figure)
 
 
-def styles(methods: Sequence[str]) -> Look:
+def styles(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Colour and marker of every method, no two alike among 64."""
     return {
         m: (COLOURS[i % len(COLOURS)], MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]) for i, m in enumerate(methods)
     }
 
 
-def pareto(points: Mapping[str, tuple[float, float]], label: str, column: str, look: Look) -> bytes:
-    """PSNR against a cost, {method: (cost, dB)}; a line joins the methods that no other one beats in both."""
-    with new_figure(5.2, 3.6) as (_, axes, buffer):
+@dataclass(frozen=True)
+class Quality:
+    """A method's mark in a figure of quality against cost."""
+
+    cost: float
+    psnr_db: float
+    half: float | None
+    """Half of the 95 % interval over seeds, dB; None for one seed."""
+
+
+def pareto(points: Mapping[str, Quality], label: str, column: str, look: Look) -> bytes:
+    """PSNR against a cost, with intervals over seeds; methods with one seed are hollow.
+
+    A line joins the methods that no other one beats in both.
+    """
+    with new_figure(5.2, 3.6, look.form) as (_, axes, buffer):
         front, best = [], -np.inf
-        for cost, psnr in sorted(points.values(), key=lambda p: (p[0], -p[1])):
-            if psnr > best:
-                front.append((cost, psnr))
-                best = psnr
+        for point in sorted(points.values(), key=lambda p: (p.cost, -p.psnr_db)):
+            if point.psnr_db > best:
+                front.append((point.cost, point.psnr_db))
+                best = point.psnr_db
         axes.plot(*zip(*front, strict=True), color="0.6", linewidth=1, drawstyle="steps-post", zorder=1)
-        low, high = min(p[1] for p in points.values()), max(p[1] for p in points.values())
-        for place, (method, (cost, psnr)) in enumerate(sorted(points.items(), key=lambda item: item[1][1])):
+        low = min(p.psnr_db - (p.half or 0) for p in points.values())
+        high = max(p.psnr_db + (p.half or 0) for p in points.values())
+        for place, (method, point) in enumerate(sorted(points.items(), key=lambda item: item[1].psnr_db)):
             colour, marker = look[method]
-            axes.plot([cost], [psnr], marker=marker, color=colour, markersize=8, linestyle="none")
+            face = colour if point.half is not None else "white"
+            axes.errorbar(
+                [point.cost], [point.psnr_db], point.half, marker=marker, color=colour, markersize=8, capsize=3,
+                markerfacecolor=face, linestyle="none",
+            )  # fmt: skip
             # Names are in a column of their own, evenly spaced, because points may coincide.
             middle, extent = (low + high) / 2, max(high - low, NARROWEST * 0.9)
             at = middle + extent * ((place + 0.5) / len(points) - 0.5)
             axes.annotate(
-                method, (cost, psnr), (1.04, at), textcoords=axes.get_yaxis_transform(), color="0.15", va="center",
-                annotation_clip=False, arrowprops={"arrowstyle": "-", "color": "0.8", "linewidth": 0.7},
+                method, (point.cost, point.psnr_db), (1.04, at), textcoords=axes.get_yaxis_transform(), color="0.15",
+                va="center", annotation_clip=False, arrowprops={"arrowstyle": "-", "color": "0.8", "linewidth": 0.7},
             )  # fmt: skip
-        costs = [cost for cost, _ in points.values()]
+        costs = [point.cost for point in points.values()]
         if min(costs) > 0 and max(costs) > 5 * min(costs):
             logarithmic(axes)
         else:
@@ -97,7 +127,7 @@ def training_curves(logs: Mapping[str, Sequence[RunFolder]], look: Look) -> byte
     lines = {method: found for method, folders in logs.items() if (found := _curve(folders)) is not None}
     if not lines:
         return None
-    with new_figure(4.5, 4.0) as (figure, axes, buffer):
+    with new_figure(4.5, 4.0, look.form) as (figure, axes, buffer):
         for number, (method, (steps, psnr)) in enumerate(lines.items()):
             line = ("-", "--", "-.")[number % 3]
             axes.plot(steps, psnr, color=look[method][0], linewidth=1.2, linestyle=line, label=method)
@@ -141,9 +171,9 @@ def _curve(folders: Sequence[RunFolder]) -> tuple[np.ndarray, np.ndarray] | None
     return logs[0][window - 1 :, 0], smooth
 
 
-def difference_plot(compared: Sequence[tuple[Compared, np.ndarray]]) -> bytes:
+def difference_plot(compared: Sequence[tuple[Compared, np.ndarray]], form: Form) -> bytes:
     """Differences of each method from the best, dB: dots are images (mean over seeds), bars are 95 % intervals."""
-    with new_figure(5.2, 0.9 + 0.42 * len(compared)) as (_, axes, buffer):
+    with new_figure(5.2, 0.9 + 0.42 * len(compared), form) as (_, axes, buffer):
         for place, (one, d) in enumerate(compared):
             axes.plot(d.mean(0), np.full(d.shape[1], place + 0.2), "o", color="#56B4E9", alpha=0.6, markersize=5)
             if one.found.interval is not None:

@@ -1,4 +1,4 @@
-"""`kitbench report`: one self-contained HTML file of stored runs, readable offline and printable.
+"""`kitbench report`: one self-contained HTML file of stored runs, readable offline and printable; its figures as files.
 
 Verdict, claims, tables, figures, settings, environment, and how to reproduce each number. The page is a Jinja template,
 report.html; images and scripts are embedded.
@@ -7,6 +7,7 @@ report.html; images and scripts are embedded.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from kitbench.verdict.entries import Entry, entries, labels
 from kitbench.verdict.ladder import ladders
 from kitbench.verdict.layout import caption_of, detects, layout_of
 from kitbench.verdict.page import pictures
-from kitbench.verdict.page.figures import curves_of, galleries_of, ladder_of, pictures_of, scaling, tuning_of
+from kitbench.verdict.page.figures import Figure, curves_of, galleries_of, ladder_of, pictures_of, scaling, tuning_of
 from kitbench.verdict.page.tables import Grid, ablation, differences_of, table_cell, table_of
 from kitbench.verdict.render import split
 from kitbench.verdict.rows import rows
@@ -37,15 +38,10 @@ def report(
     runs: Sequence[RunFolder], sweeps: Sequence[Sweep], tunings: Sequence[Tuning] = (), protocol: str | None = None
 ) -> str:
     """The HTML text. Raises InputError where the runs cannot be in one table."""
-    found = entries(runs, protocol)
-    table = rows(runs, protocol)
-    folders = {folder.run.key: folder for folder in runs}
-    compared = blocks(found)
-    names = {m for block in compared for m in block.methods} | {m for record in tunings for m in record.best}
-    page = _Page(found, folders, pictures.styles(sorted(names)))
-    sections = [page.section(block, run) for block, run in split(table, found)]
+    page = _page(runs, tunings, protocol)
+    found = page.found
     judged = claims(runs, sweeps, tunings, protocol)
-    galleries, left_out = galleries_of(found, folders)
+    galleries, left_out = galleries_of(found, page.folders)
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("kitbench", "verdict/page"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     ).get_template("report.html")
@@ -53,9 +49,9 @@ def report(
         title=", ".join(dict.fromkeys(entry.run.suite for entry in found)),
         protocol=found[0].evaluation.protocol,
         stamp=found[0].evaluation.stamp,
-        sections=sections,
+        sections=page.sections(rows(runs, protocol)),
         claims=judged,
-        ladders=[ladder_of(ladder, page.look) for ladder in ladders(compared)],
+        ladders=page.ladders(),
         searches=[tuning_of(record, page.look) for record in tunings],
         galleries=galleries,
         left_out=left_out,
@@ -63,9 +59,43 @@ def report(
         scaling=[scaling(sweep) for sweep in sweeps],
         published=_published(found),
         settings=_settings(found),
-        reproduce=_reproduce(found, folders),
+        reproduce=_reproduce(found, page.folders),
         environments=_environments(found),
     ) + "\n"  # fmt: skip
+
+
+def figures(
+    runs: Sequence[RunFolder],
+    sweeps: Sequence[Sweep],
+    tunings: Sequence[Tuning] = (),
+    protocol: str | None = None,
+    form: pictures.Form = "svg",
+) -> dict[str, bytes]:
+    """The figures of the page, by the names of their files without suffix. Raises InputError as `report` does."""
+    shown: list[Figure] = []
+    if runs:
+        page = _page(runs, tunings, protocol, form)
+        for section in page.sections(rows(runs, protocol)):
+            shown += section["pictures"]
+            shown += section["curves"].pictures if section["curves"] else []
+        for drawn, _ in [*page.ladders(), *(tuning_of(record, page.look) for record in tunings)]:
+            shown += drawn
+    named: dict[str, bytes] = {}
+    for figure in [*shown, *(scaling(sweep, form) for sweep in sweeps)]:
+        name = re.sub(r"[^\w.-]", "_", figure.name)  # of a user's suite, whose name may hold anything
+        alike = sum(other.partition("+")[0] == name for other in named)  # e.g. at several learning rates
+        named[f"{name}+{alike + 1}" if alike else name] = figure.image
+    return named
+
+
+def _page(
+    runs: Sequence[RunFolder], tunings: Sequence[Tuning], protocol: str | None, form: pictures.Form = "svg"
+) -> _Page:
+    found = entries(runs, protocol)
+    compared = blocks(found)
+    names = {m for block in compared for m in block.methods} | {m for record in tunings for m in record.best}
+    look = pictures.Look(pictures.styles(sorted(names)), form)
+    return _Page(found, compared, {folder.run.key: folder for folder in runs}, look)
 
 
 def _published(found: Sequence[Entry]) -> Grid:
@@ -83,8 +113,16 @@ class _Page:
     """What the sections of a report share."""
 
     found: Sequence[Entry]
+    compared: list[ComparedRuns]
     folders: dict[str, RunFolder]
     look: pictures.Look
+
+    def sections(self, table: pd.DataFrame) -> list[dict[str, Any]]:
+        """Of each comparison, with the rows of all."""
+        return [self.section(block, run) for block, run in split(table, self.found)]
+
+    def ladders(self) -> list[tuple[list[Figure], Grid]]:
+        return [ladder_of(ladder, self.look) for ladder in ladders(self.compared)]
 
     def section(self, block: pd.DataFrame, run: Run) -> dict[str, Any]:
         """Tables and figures of the runs of one comparison."""

@@ -6,7 +6,9 @@ well. Predicted points are hollow; out of memory is crossed out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ _STYLES: tuple[tuple[str, str, Any], ...] = (
     ("#56B4E9", "X", "-."),
     ("#7F7F7F", "*", ":"),
 )
+UNDATED: dict[str, dict[str, None] | None] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": None}
+"""Metadata by format: no date."""
 _PANELS: dict[str, tuple[Callable[[Point], float | None], str]] = {
     "multiply-adds": (lambda p: p.macs / 1e9, "GMACs"),
     "peak memory": (lambda p: p.bytes / 2**20, "MiB"),
@@ -32,8 +36,25 @@ _PANELS: dict[str, tuple[Callable[[Point], float | None], str]] = {
 }
 
 
+def repeatable(font_size: int) -> AbstractContextManager[None]:
+    """Settings under which the same data give the same bytes, with text as text."""
+    import matplotlib as mpl
+
+    return mpl.rc_context(
+        {"font.size": font_size, "svg.hashsalt": "kitbench", "svg.fonttype": "none", "pdf.fonttype": 42}
+    )
+
+
 def draw_sweep(sweep: Sweep, folder: Path) -> list[Path]:
-    """Write scale.png and scale.svg into `folder`: the sizes that were asked for."""
+    """Write scale.png and scale.svg into `folder`."""
+    files = [folder / f"scale.{kind}" for kind in ("png", "svg")]
+    for file, content in zip(files, sweep_figure(sweep, ("png", "svg")), strict=True):
+        file.write_bytes(content)
+    return files
+
+
+def sweep_figure(sweep: Sweep, forms: Sequence[str]) -> list[bytes]:
+    """The files of a sweep's picture in these formats: the sizes that were asked for."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -43,7 +64,7 @@ def draw_sweep(sweep: Sweep, folder: Path) -> list[Path]:
     sweep = sweep.model_copy(update={"points": asked})
     whats = list(dict.fromkeys(what for _, what in curves(sweep)))
     sizes = sorted({p.size for p in sweep.points})
-    with plt.rc_context({"font.size": 9, "svg.hashsalt": "kitbench", "svg.fonttype": "none"}):
+    with repeatable(9):
         figure, grid = plt.subplots(
             len(whats), len(_PANELS), figsize=(12, 3.6 * len(whats) + 0.9), squeeze=False, layout="constrained"
         )
@@ -54,12 +75,13 @@ def draw_sweep(sweep: Sweep, folder: Path) -> list[Path]:
                     _curve(axes, points, value, _STYLES[number % len(_STYLES)])
                 _dress(axes, f"{title}, {WORDS[what]}", unit, sizes)
         figure.legend(handles=_legend(sweep), loc="outside lower center", ncols=5, frameon=False)
-        files = [folder / f"scale.{kind}" for kind in ("png", "svg")]
-        for file in files:
-            metadata = {"Date": None} if file.suffix == ".svg" else None
-            figure.savefig(file, dpi=150, metadata=metadata)
+        contents = []
+        for form in forms:
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=form, dpi=150, metadata=UNDATED[form])
+            contents.append(buffer.getvalue())
         plt.close(figure)
-    return files
+    return contents
 
 
 def _curve(axes: Any, points: list[Point], value: Any, style: tuple[str, str, Any]) -> None:

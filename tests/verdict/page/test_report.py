@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import itertools
 import json
@@ -19,7 +20,7 @@ from kitbench.verdict.claims import load
 from kitbench.verdict.entries import Entry
 from kitbench.verdict.page import pictures
 from kitbench.verdict.page.figures import galleries_of
-from kitbench.verdict.page.report import report
+from kitbench.verdict.page.report import figures, report
 from tests.conftest import run_kitbench
 from tests.stored import store
 from tests.verdict.test_claims import sweep
@@ -196,6 +197,46 @@ def test_the_page_shows_curves_ladder_and_search(tmp_path: Path) -> None:
     assert "Budget ladder: denoise, colour, 4 x 64 px a step" in text
     assert "Validation PSNR against the learning rate" in text
     assert re.search(r'class="best">21\.00\*</td>', text)
+
+
+def test_the_figures_command_writes_those_of_the_page(page: Path, tiny_runs: Path) -> None:
+    folder = page.parent
+
+    def written(*arguments: str) -> dict[str, bytes]:
+        said = run_kitbench(folder, "figures", str(tiny_runs), "scale", *arguments).stdout
+        paths = re.findall(r"wrote (.+)", said)
+        return {Path(path).name: (folder / path).read_bytes() for path in paths}
+
+    drawn = written("--out", "drawn")
+    stem = "tiny-colour-smoke-12"
+    assert {name for name in drawn if not name.startswith("scale-")} == {
+        f"{stem}-psnr-multiply-adds.svg", f"{stem}-psnr-memory.svg", f"{stem}-differences.svg", f"{stem}-training.svg",
+    }  # fmt: skip
+    embedded = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', page.read_text())
+    assert sorted(drawn.values()) == sorted(base64.b64decode(one) for one in embedded)
+    pdf = written("--out", "drawn", "--format", "pdf")
+    assert {Path(name).stem for name in pdf} == {Path(name).stem for name in drawn}
+    assert all(content.startswith(b"%PDF-") for content in pdf.values())
+    assert written("--out", "again", "--format", "pdf") == pdf
+    (folder / "file").touch()
+    refused = run_kitbench(folder, "figures", "scale", "--out", "file", code=2).stderr
+    assert "file cannot be written (Not a directory)" in refused
+
+
+def test_figures_of_one_recipe_at_two_rates_do_not_replace_each_other(tmp_path: Path) -> None:
+    for rate in (LR, 2 * LR):
+        for method in ("conv", "kit"):
+            store(tmp_path, method, [30.0, 31.0], 0, lr=rate, of=QUICK)
+    names = list(figures(find([tmp_path]), []))
+    assert len(names) == len(set(names)) == 2 * sum("+" not in name for name in names)
+
+
+def test_a_method_with_one_seed_is_hollow_in_the_figure_of_costs_and_others_have_intervals() -> None:
+    points = {"kit": pictures.Quality(1.2, 30.9, 0.05), "global": pictures.Quality(37.0, 30.8, None)}
+    look = pictures.Look(pictures.styles(sorted(points)))
+    text = pictures.pareto(points, "GMACs", "CBSD68", look).decode()
+    assert text.count("fill: #ffffff; stroke: " + look["global"][0].lower()) == 1
+    assert "fill: #ffffff; stroke: " + look["kit"][0].lower() not in text
 
 
 def test_runs_that_were_not_validated_show_their_training_curve_and_say_so(page: Path) -> None:
