@@ -203,10 +203,17 @@ def test_one_process_speaks_nccl_with_itself(cuda: Device) -> None:
     assert ("nccl" in told) == cuda.real
 
 
-@pytest.mark.parametrize("sizes", ["32", pytest.param("64:256", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("cuda", "sizes"),
+    [
+        ("make-believe", "16:64"),
+        pytest.param("real", "32", marks=pytest.mark.gpu),
+        pytest.param("real", "64:256", marks=[pytest.mark.gpu, pytest.mark.slow]),
+    ],
+    indirect=["cuda"],
+)
 def test_a_sweep_on_cuda_has_no_failed_row(cuda: Device, sizes: str) -> None:
     methods = "kit,global:form=sdpa,window,local,conv" if cuda.real else "kit,conv"
-    sizes = sizes if cuda.real else sizes.replace("64:256", "16:64")  # three sizes, as cheap as they come
     asked = ("--sizes", sizes, "--what", "infer,train", "--methods", methods)
     cuda.kitbench("scale", "--device", "cuda", *asked, "--out", "scale")
     points = json.loads((cuda.folder / "scale" / "scale.json").read_text())["points"]
