@@ -155,7 +155,8 @@ def report(paths: tuple[Path, ...], protocol: str | None, out: Path) -> None:
 @click.command()
 @PATHS
 @PROTOCOL
-@click.option("--format", "form", type=click.Choice(["svg", "pdf"]), default="svg", show_default=True)
+@click.option("--format", "form", type=click.Choice(["svg", "pdf"]), default="svg", show_default=True,
+              help="Format of the files.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), default=Path("figures"), show_default=True,
               help="Folder to write them into.")  # fmt: skip
 def figures(paths: tuple[Path, ...], protocol: str | None, form: Any, out: Path) -> None:
