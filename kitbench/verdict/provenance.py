@@ -30,8 +30,6 @@ class Deviation:
     """`torch`, `threads`, `device`, `commit`, `source of the training`, ...; IMPORTED."""
     found: str
     usual: str
-    same_source: bool
-    """Whether the digests of all of the run's source are recorded, and those that most runs have."""
 
     def __str__(self) -> str:
         if self.what == IMPORTED:
@@ -44,7 +42,8 @@ def deviations(entries: Sequence[Entry], names: Mapping[tuple[str, str], str]) -
     order.
 
     names: of the runs' rows, by the key and the method of the run. An attention's own source is compared with that of
-    the same method alone.
+    the same method alone. Another commit is no deviation where the digests of all source that decides numbers are
+    recorded and are those that most runs have.
     """
     facts = [(entry, _facts(entry, names[entry.run.key, entry.run.method])) for entry in entries]
     counted: dict[str, Counter[str]] = {}
@@ -59,12 +58,11 @@ def deviations(entries: Sequence[Entry], names: Mapping[tuple[str, str], str]) -
         same_source = all(value == usual[what] != NOT_RECORDED for what, value in source.items())
         if entry.by is not None:
             name = names[run.key, run.method]
-            found[run.key, ""] = Deviation(name, run.key, run.seed is not None, IMPORTED, entry.by, "", same_source)
+            found[run.key, ""] = Deviation(name, run.key, run.seed is not None, IMPORTED, entry.by, "")
         for what, value in own.items():
-            if value != usual[what]:
+            if value != usual[what] and not (what == "commit" and same_source):
                 name, said = names[run.key, run.method], what.partition("|")[0]
-                one = Deviation(name, run.key, run.seed is not None, said, value, usual[what], same_source)
-                found[run.key, what] = one
+                found[run.key, what] = Deviation(name, run.key, run.seed is not None, said, value, usual[what])
     return [found[key] for key in sorted(found)]
 
 
@@ -82,16 +80,12 @@ def unlike_notes(found: Sequence[Entry], names: Mapping[tuple[str, str], str]) -
 def deviation_text(found: Sequence[Deviation]) -> str | None:
     """`made unlike most: torch 2.1.0 instead of 2.13.0; threads 64 instead of 1`; None where nothing differs.
 
-    Of runs that are imported, and else like the others: `imported, run by NAME`. Other commits, where the digests of
-    the source are recorded and equal, are said to decide no number.
+    Of runs that are imported, and else like the others: `imported, run by NAME`.
     """
     texts = list(dict.fromkeys(map(str, found)))
     if not texts:
         return None
-    others = [one for one in found if one.what != IMPORTED]
-    known = bool(others) and all(one.what == "commit" and one.same_source for one in others)
-    end = " (the source that decides numbers is the same)" if known else ""
-    return f"{'made unlike most: ' if others else ''}{'; '.join(texts)}{end}"
+    return ("made unlike most: " if any(one.what != IMPORTED for one in found) else "") + "; ".join(texts)
 
 
 def _facts(entry: Entry, name: str) -> dict[str, str]:

@@ -96,17 +96,22 @@ def test_a_scoring_by_other_code_is_marked(stored: dict[str, RunFolder]) -> None
     assert "Runs of window were made unlike most: source of the scoring cccccccccc instead of not recorded" in text
 
 
-def test_other_commits_of_equal_source_are_said_to_decide_nothing(stored: dict[str, RunFolder]) -> None:
+def test_another_commit_is_marked_unless_the_source_that_decides_numbers_is_the_same(
+    stored: dict[str, RunFolder],
+) -> None:
     alter(stored["local-0"], {"environment.commit": "d" * 40})
-    text = " ".join(render(list(stored.values()), "terminal").split())
-    assert "commit dddddddddd instead of not recorded (the source that decides numbers is the same)" not in text
+    said = "Runs of local were made unlike most: commit dddddddddd instead of not recorded"
+    assert said in " ".join(shown(stored).split())
     for folder in stored.values():
         alter(folder, {"source": dict.fromkeys(("attention", "network", "data", "training", "scoring"), "e" * 64)})
         [record] = folder.path.glob("eval/*.json")
         numerics = {"source": {"scoring": "e" * 64}, "torch": "2", "threads": 1, "flags": {}}
         alter(folder, {"numerics": numerics}, f"eval/{record.name}")
-    text = " ".join(render(list(stored.values()), "terminal").split())
-    assert "commit dddddddddd instead of not recorded (the source that decides numbers is the same)" in text
+    assert "unlike" not in shown(stored)
+    assert "¶" not in shown(stored)
+    alter(stored["local-0"], {"source.training": "f" * 64})
+    said = "commit dddddddddd instead of not recorded; source of the training ffffffffff instead of eeeeeeeeee"
+    assert said in " ".join(shown(stored).split())
 
 
 def test_tables_of_differences_name_who_made_the_runs(stored: dict[str, RunFolder], tmp_path: Path) -> None:
