@@ -44,7 +44,9 @@ def command(
         }  # fmt: skip
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
-        code = json.loads(server.stdout.readline())
+        answer = server.stdout.readline()
+        assert answer, f"the server has ended with exit code {server.wait()}"
+        code = json.loads(answer)
         out, error = (path.read_text() for path in paths)
     if code is None:
         raise subprocess.TimeoutExpired(arguments, timeout, out, error)

@@ -170,7 +170,7 @@ def tuning_of(record: Tuning, look: pictures.Look) -> tuple[list[Figure], Grid]:
 def _prefix(run: Run) -> str:
     """What the names of the figures of a run's comparison begin with."""
     assert run.recipe is not None
-    return f"{run.suite}-{run.mode}-{run.recipe.name}-{run.recipe.steps}"
+    return f"{run.suite}-{run.mode}-{run.recipe.name}-{run.recipe.steps}-lr{run.recipe.lr:g}"
 
 
 def _known(value: float) -> float | None:

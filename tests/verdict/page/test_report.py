@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from kitbench.errors import InputError
+from kitbench.spec import loading
 from kitbench.store.folder import find
 from kitbench.verdict.claims import load
 from kitbench.verdict.entries import Entry
@@ -208,7 +209,7 @@ def test_the_figures_command_writes_those_of_the_page(page: Path, tiny_runs: Pat
         return {Path(path).name: (folder / path).read_bytes() for path in paths}
 
     drawn = written("--out", "drawn")
-    stem = "tiny-colour-smoke-12"
+    stem = "tiny-colour-smoke-12-lr0.002"
     assert {name for name in drawn if not name.startswith("scale-")} == {
         f"{stem}-psnr-multiply-adds.svg", f"{stem}-psnr-memory.svg", f"{stem}-differences.svg", f"{stem}-training.svg",
     }  # fmt: skip
@@ -223,12 +224,15 @@ def test_the_figures_command_writes_those_of_the_page(page: Path, tiny_runs: Pat
     assert "file cannot be written (Not a directory)" in refused
 
 
-def test_figures_of_one_recipe_at_two_rates_do_not_replace_each_other(tmp_path: Path) -> None:
-    for rate in (LR, 2 * LR):
+def test_figures_of_several_comparisons_do_not_replace_each_other(tmp_path: Path) -> None:
+    of_width = loading.load_suite("denoise", "quick", ["backbone.width=32"])
+    for rate, suite in ((LR, QUICK), (2 * LR, QUICK), (LR, of_width)):
         for method in ("conv", "kit"):
-            store(tmp_path, method, [30.0, 31.0], 0, lr=rate, of=QUICK)
-    names = list(figures(find([tmp_path]), []))
-    assert len(names) == len(set(names)) == 2 * sum("+" not in name for name in names)
+            store(tmp_path, method, [30.0, 31.0], 0, lr=rate, of=suite)
+    kinds = ("psnr-multiply-adds", "psnr-memory", "differences")
+    stems = [f"denoise-colour-quick-700-lr{rate:g}" for rate in (LR, 2 * LR)]
+    expected = {f"{stem}-{kind}" for stem in stems for kind in kinds} | {f"{stems[0]}-{kind}+2" for kind in kinds}
+    assert set(figures(find([tmp_path]), [])) == expected
 
 
 def test_a_method_with_one_seed_is_hollow_in_the_figure_of_costs_and_others_have_intervals() -> None:
