@@ -20,7 +20,7 @@ from kitbench.spec.tasks import Kind
 from kitbench.store.folder import RunFolder, find
 from kitbench.store.records import Tuning, read_record
 from kitbench.store.sweeps import Sweep
-from kitbench.text import shown
+from kitbench.text import capitalised, shown
 from kitbench.verdict.compare import Compared
 from kitbench.verdict.contrasts import (
     UNDECIDED,
@@ -167,16 +167,15 @@ def _quality(main: Runs, by_task: Mapping[str, Runs]) -> dict[str, Part]:
 def _part(question: str, contrast: Contrast, runs: Runs) -> Part:
     together = [compared.runs for compared in contrast.setups.values()]
     keys = dict.fromkeys(key for own in together for key in own)
-    evidence = "; ".join(f"{setup}: {in_words(compared)}" for setup, compared in contrast.setups.items())
-    evidence += _unlike(runs, together)
+    facts = tuple(f"{setup}: {in_words(compared)}" for setup, compared in contrast.setups.items())
     absent = ONLY_SMOKE if runs.smoke and not runs.blocks else contrast.reason
     return Part(
-        question, contrast.verdict, f"{evidence}{_left_out(runs)}".removeprefix("; "), tuple(keys),
+        question, contrast.verdict, (*facts, *_unlike(runs, together), *_left_out(runs)), tuple(keys),
         contrast_command(contrast, runs) if contrast.verdict == UNDECIDED else "", absent,
     )  # fmt: skip
 
 
-def _unlike(runs: Runs, together: Sequence[Collection[str]]) -> str:
+def _unlike(runs: Runs, together: Sequence[Collection[str]]) -> tuple[str, ...]:
     """Which runs other code or another environment made than most of those that they were compared with.
 
     together: the keys of the runs of each comparison; runs at each method's best rate are of several blocks.
@@ -189,11 +188,14 @@ def _unlike(runs: Runs, together: Sequence[Collection[str]]) -> str:
     by_method: dict[str, list[Deviation]] = {}
     for one in found:
         by_method.setdefault(one.method, []).append(one)
-    return "".join(f"; runs of {method} were {deviation_text(own)}" for method, own in by_method.items())
+    alike: dict[str | None, list[str]] = {}
+    for method, unlike in by_method.items():
+        alike.setdefault(deviation_text(unlike), []).append(method)
+    return tuple(f"runs of {', '.join(methods)} were {text}" for text, methods in alike.items())
 
 
-def _left_out(runs: Runs) -> str:
-    return f"; left out, not the default settings: {', '.join(runs.left_out)}" if runs.left_out else ""
+def _left_out(runs: Runs) -> tuple[str, ...]:
+    return (f"left out, not the default settings: {', '.join(runs.left_out)}",) if runs.left_out else ()
 
 
 def in_words(compared: Compared) -> str:
@@ -231,7 +233,7 @@ def _best_of_all(kind: Kind, contrasts: Sequence[Contrast], runs: Runs) -> Part:
         command = contrast_command(open_one, runs) if enough else run_command(None, [], task=kind)
     if runs.smoke and not runs.blocks:
         reason = ONLY_SMOKE
-    evidence = "; ".join(
+    facts = tuple(
         f"{setup}: {compared.a} - {compared.b} {shown(compared.found.mean, 3, '+')} dB"
         + (f", adjusted p {compared.p_holm:.3g}" if compared.p_holm is not None else "")
         for contrast in contrasts
@@ -239,8 +241,9 @@ def _best_of_all(kind: Kind, contrasts: Sequence[Contrast], runs: Runs) -> Part:
     )
     together = [compared.runs for contrast in contrasts for compared in contrast.setups.values()]
     keys = dict.fromkeys(key for own in together for key in own)
-    evidence += _unlike(runs, together)
-    return Part(question, verdict, evidence + (_left_out(runs) if evidence else ""), tuple(keys), command, reason)
+    if facts:
+        facts += (*_unlike(runs, together), *_left_out(runs))
+    return Part(question, verdict, facts, tuple(keys), command, reason)
 
 
 def _recall(runs: Runs) -> Part:
@@ -274,18 +277,18 @@ def _noted(runs: Runs, question: str, value: Callable[[Retrieval], np.ndarray], 
         reason = only if measured else "no stored run of kit noted its retrieval"
         if runs.smoke and not runs.blocks:
             reason = ONLY_SMOKE
-        return Part(question, UNDECIDED, "", command=command, reason=reason)
+        return Part(question, UNDECIDED, (), command=command, reason=reason)
     values = value(found)
     after = f"{block.steps:,} steps, " if block else ""
-    words = f"{after}{len(values)} seed{'s' * (len(values) > 1)}: {found}{_unlike(runs, [found.runs])}"
+    facts = (f"{after}{len(values)} seed{'s' * (len(values) > 1)}: {found}", *_unlike(runs, [found.runs]))
     interval = mean_interval(values)
     if interval is None:
-        return Part(question, UNDECIDED, words, tuple(found.runs), command, "no interval over seeds")
-    words += f"; mean over levels, 95 % interval over seeds {what} [{interval.low:+.3f}, {interval.high:+.3f}]"
+        return Part(question, UNDECIDED, facts, tuple(found.runs), command, "no interval over seeds")
+    facts += (f"mean over levels, 95 % interval over seeds {what} [{interval.low:+.3f}, {interval.high:+.3f}]",)
     below, above = interval.high < bound, interval.low > bound
     verdict: Verdict = "supported" if above else "not supported" if below else UNDECIDED
     reason = "" if above or below else "the interval holds the bound"
-    return Part(question, verdict, words, tuple(found.runs), "" if above or below else command, reason)
+    return Part(question, verdict, facts, tuple(found.runs), "" if above or below else command, reason)
 
 
 def markdown(found: Sequence[Claim]) -> str:
@@ -294,10 +297,11 @@ def markdown(found: Sequence[Claim]) -> str:
     for claim in found:
         lines += [f"## {claim.number}. {claim.statement}", "", f"**{claim.verdict}**", ""]
         for part in claim.parts:
-            lines.append(f"- {part.question} **{part.words}**" + (f": {part.evidence}." if part.evidence else "."))
+            lines.append(f"- {part.question} **{capitalised(part.words)}.**")
+            lines += [f"  - {capitalised(fact)}." for fact in part.facts]
             if part.runs:
-                lines.append(f"  Runs: {', '.join(part.runs)}.")
+                lines.append(f"  - Runs: {', '.join(part.runs)}.")
             if part.command:
-                lines.append(f"  Next step: `{part.command}`")
+                lines.append(f"  - Next step: `{part.command}`")
         lines.append("")
     return "\n".join(lines)

@@ -21,7 +21,8 @@ class Part:
 
     question: str
     verdict: Verdict
-    evidence: str
+    facts: tuple[str, ...]
+    """What was measured, a sentence each, without full stops."""
     runs: tuple[str, ...] = ()
     command: str = ""
     """The next step towards a decision; empty where there is one, or where no run can bring it."""
@@ -29,6 +30,10 @@ class Part:
     """Why it is not decided."""
     by_construction: bool = False
     """Whether counted operations decide it, which follow from the definition of the method and not from a trial."""
+
+    @property
+    def evidence(self) -> str:
+        return "; ".join(self.facts)
 
     @property
     def words(self) -> str:
@@ -89,7 +94,7 @@ def _exponents(
     if found is None or len(fits) < len(quantities):
         absent = " and ".join(name for name in quantities if name not in fits)
         reason = f"no sweep with the {absent} of {method} at three sizes is stored"
-        return Part(question, UNDECIDED, "", command=SWEEP, reason=reason)
+        return Part(question, UNDECIDED, (), command=SWEEP, reason=reason)
     sweep, points = found
     words = ", ".join(
         f"{name} {f.value:.2f} ± {f.half_width or 0:.2f} ({_sizes(points, name)})" for name, f in fits.items()
@@ -97,7 +102,7 @@ def _exponents(
     verdicts = {verdict(f.value - (f.half_width or 0), f.value + (f.half_width or 0)) for f in fits.values()}
     worst = combined(verdicts)
     return Part(
-        question, worst, f"exponents in pixels of {method}: {words}",
+        question, worst, (f"exponents in pixels of {method}: {words}",),
         (f"sweep {sweep.key[:10]}",), SWEEP if worst == UNDECIDED else "",
         "an interval holds the bound" if worst == UNDECIDED else "", by_construction=quantities == ("multiply-adds",),
     )  # fmt: skip
@@ -129,7 +134,7 @@ def costly(sweeps: Sequence[Sweep]) -> Part:
     both = [found for found in both if found[1].keys() & found[2].keys()]
     if not both:
         reason = "no sweep of both global and window attention is stored"
-        return Part(question, UNDECIDED, "", command=SWEEP, reason=reason)
+        return Part(question, UNDECIDED, (), command=SWEEP, reason=reason)
     sweep, ours, theirs = max(both, key=lambda found: len(found[1].keys() & found[2].keys()))
     ratio = {size: ours[size].macs / theirs[size].macs for size in sorted(ours.keys() & theirs.keys())}
     words = "global / window: " + ", ".join(f"{r:.3g} at {size} px" for size, r in ratio.items())
@@ -142,4 +147,4 @@ def costly(sweeps: Sequence[Sweep]) -> Part:
     else:
         reason = "the sweep holds no map small enough"
     command = SWEEP.replace("64:4096", "16:1024") if verdict == UNDECIDED else ""
-    return Part(question, verdict, words, (f"sweep {sweep.key[:10]}",), command, reason, by_construction=True)
+    return Part(question, verdict, (words,), (f"sweep {sweep.key[:10]}",), command, reason, by_construction=True)
