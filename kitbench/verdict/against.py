@@ -66,10 +66,11 @@ def _error_over_images(block: ComparedRuns, a: str, b: str, column: Column) -> f
 
 
 def _cell(compared: Compared, error: float | None) -> str:
-    """The mean, its interval where there are several seeds, else the standard error over images in parentheses."""
+    """The mean, bold where it is decided, and its interval; of one seed the standard error over images."""
     found = compared.found
     if found.interval is not None:
-        return f"{found.mean:+.3f} [{found.interval.low:+.3f}, {found.interval.high:+.3f}]" + "\\*" * compared.decided
+        mean = f"**{found.mean:+.3f}**" if compared.decided else f"{found.mean:+.3f}"
+        return f"{mean} [{found.interval.low:+.3f}, {found.interval.high:+.3f}]"
     return f"{found.mean:+.3f}" + (f" ({error:.3f})" if found.seeds == 1 and error is not None else "")
 
 
@@ -80,8 +81,8 @@ def _notes(compared: Sequence[Compared], method: str) -> tuple[str, ...]:
     if tested := sum(c.p_holm is not None for c in compared):
         tests = f"{tested} difference{'s' * (tested > 1)}"
         notes.append(
-            f"\\* differs from zero at 5 %, with Holm's correction over {tests} of this table, where {method} was "
-            "chosen before the scores were seen; one interval is not corrected."
+            f"**Bold**: differs from zero at 5 %, with Holm's correction over {tests} of this table, where {method} "
+            "was chosen before the scores were seen; one interval is not corrected."
         )
     if any(c.found.seeds == 1 for c in compared):
         notes.append(

@@ -38,13 +38,13 @@ def test_of_one_seed_each_set_has_its_mean_and_its_error_over_images(tmp_path: P
     assert "nothing is decided" in text
 
 
-def test_several_seeds_have_intervals_and_a_star_where_the_difference_is_decided(tmp_path: Path) -> None:
+def test_several_seeds_have_intervals_and_are_bold_where_the_difference_is_decided(tmp_path: Path) -> None:
     for seed in range(5):
         store(tmp_path, "window", IMAGES, seed)
         store(tmp_path, "kit", IMAGES + 0.5 + RNG.normal(0, 0.01, 12), seed)
         store(tmp_path, "local", IMAGES + RNG.normal(0, 0.05, 12) + RNG.normal(0, 0.05), seed)
     text = printed(tmp_path, "--against", "window")
-    found = re.fullmatch(r"([+-][\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\]\\\*", cells(text, "kit")[0])
+    found = re.fullmatch(r"\*\*([+-][\d.]+)\*\* \[([+-][\d.]+), ([+-][\d.]+)\]", cells(text, "kit")[0])
     assert found is not None
     mean, low, high = map(float, found.groups())
     assert low < 0.5 < high
