@@ -212,7 +212,7 @@ def markdown(stored: dict[str, Any]) -> str:
     worst = {key: max(rates[key] for rates in aimed) for key in ("false_marks", "false_claims")}
     least = min(rates["cover"] for rates in aimed)
     note = (
-        f"{repeats} tables and pages of claims a world, {repeats // 2} for power. Largest rates of false decisions: "
+        f"{repeats} tables and pages of claims per world, {repeats // 2} for power. Largest rates of false decisions: "
         f"{worst['false_marks']:.1%} of tables, {worst['false_claims']:.1%} of pages (aimed at: at most 5 %, here "
         f"{limit(repeats):.1%} with two standard errors). Least cover: {least:.1%} (aimed at: at least 94 %). "
         "† A known limit, not counted: few images, and image effects that are very skewed and of very unequal size."

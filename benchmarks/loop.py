@@ -155,7 +155,7 @@ def markdown(stored: dict[str, Any]) -> str:
          f"{1e3 * found['seconds']:.1f}", *([f"{found['waiting']:.1%}"] if told else []), len(found["stretches"]))
         for name, found in stored["methods"].items()
     ]  # fmt: skip
-    head = ("method", "of the bare loop", "quartiles", "in", "ms a step", *(["waiting for data"] if told else []),
+    head = ("method", "of the bare loop", "quartiles", "in", "ms per step", *(["waiting for data"] if told else []),
             f"stretches of {stored['stretch']} steps")  # fmt: skip
     settings = "".join(f", {setting}" for setting in stored.get("set", []))
     place = (
@@ -163,13 +163,14 @@ def markdown(stored: dict[str, Any]) -> str:
     )
     lines = [tabulate(rows, head, "github", disable_numparse=True), "", f"On {place}."]
     if stored["device"] != "cpu":
-        lines += ["", f"Aimed at: at least {AIMED_SHARE:.0%} of the bare loop, and {AIMED_STEPS:g} steps a second.", ""]
+        lines += ["", f"Aim: at least {AIMED_SHARE:.0%} of the bare loop, and {AIMED_STEPS:g} steps per second.", ""]
         for name, found in stored["methods"].items():
             share = "reached" if found["share"] >= AIMED_SHARE else "not reached"
             if found["of"] != "time":
                 share = f"but in {found['of']}, which says nothing of a GPU's"
             steps = "reached" if 1 / found["seconds"] >= AIMED_STEPS else "not reached"
-            lines.append(f"- {name}: {found['share']:.1%}, {share}; {1 / found['seconds']:.1f} steps a second, {steps}")
+            rate = f"{1 / found['seconds']:.1f} steps per second, {steps}"
+            lines.append(f"- {name}: {found['share']:.1%}, {share}; {rate}")
     return "\n".join(lines)
 
 

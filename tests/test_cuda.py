@@ -299,7 +299,7 @@ def test_each_worker_has_a_gpu_of_its_own(fake: Device) -> None:
     ("device", "processes", "devices", "sentence"),
     [
         ("cuda:3", 1, 2, "--device cuda:3 was asked for, but there is 2 CUDA devices"),
-        ("cuda", 2, 1, "start one a device, or let all share one with --device cuda:0"),
+        ("cuda", 2, 1, "start one per device, or let all share one with --device cuda:0"),
         ("cuda:0", 2, 2, "names one GPU for all processes"),
     ],
 )

@@ -24,12 +24,12 @@ from kitbench.verdict.entries import mean_lpips, under
 def results_table(
     paths: str | Path | Sequence[str | Path] = "results", *, protocol: str | None = None, per_image: bool = False
 ) -> pd.DataFrame:
-    """Stored runs as a table: one row a run, test set, condition and protocol; with `per_image`, one row an image.
+    """Stored runs as a table: one row per run, test set, condition and protocol; with `per_image`, one row per image.
 
     paths: folders of runs, or folders that contain such folders. protocol: only scores under this one (id or id.vN).
     Columns: what the run was (`run`, `folder`, `run_by`: who made it, where it was imported, `suite`, `preset`, `mode`,
     `method`, `settings`, `seed`, `device`, `recipe`, `steps`), what was scored (`data_set`, `sigma` in grey levels,
-    `protocol`), the scores (`psnr_db`, `ssim`, `lpips`) and, one row a run, `images`, `parameters`, `gmacs` at
+    `protocol`), the scores (`psnr_db`, `ssim`, `lpips`) and, one row per run, `images`, `parameters`, `gmacs` at
     `resolution` px, `train_peak_bytes` and `step_seconds`. With `per_image`: `image`, and `seconds` of its restoration.
     What was not measured is missing (NaN).
     Nothing is averaged over seeds: see `python -m kitbench table` for that. Raises InputError.
@@ -118,7 +118,7 @@ def run_from_python(
     the runs; what it holds is not run again. options: those of the command. `jobs`, runs at a time, is 1 by default:
     more start processes, which a script must guard by `if __name__ == "__main__":`.
     Progress is printed. torch's threads, determinism and random state are put back afterwards.
-    Returns one row a run, test set and condition: the columns of `results_table`.
+    Returns one row per run, test set and condition: the columns of `results_table`.
     Raises InputError before anything is written, and RunError where runs failed or were interrupted (state saved).
     """
     changed = [f"{key}={_toml(key, value)}" for key, value in (settings or {}).items()]

@@ -34,7 +34,7 @@ class FeatureMap:
 
     name: str
     stride: int
-    """Pixels of the image a position of the map, along each side."""
+    """Pixels of the image per position of the map, along each side."""
     descriptor: str
     """Of a patch: 'flat' or 'mean'."""
     tokens: Tensor

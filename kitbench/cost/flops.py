@@ -38,7 +38,7 @@ class Count:
     by_operator: Mapping[str, int] = field(default_factory=dict)
     """Multiply-adds of each counted operator; they sum to `macs`."""
     comparisons: int = 0
-    """Of sorts (n log2 n a row), top-k (n log2 2k a row) and arg-max (n a row)."""
+    """Of sorts (n log2 n per row), top-k (n log2 2k per row) and arg-max (n per row)."""
     exponentials: int = 0
     """Of softmaxes, fused ones included."""
     gathered_bytes: int = 0

@@ -19,7 +19,7 @@ class ClusterOptions:
     gpus: str | None
     """How many GPUs a cell gets."""
     cpus: int | None
-    """CPU cores a cell."""
+    """CPU cores per cell."""
     partition: str | None
     minutes: int | None
 

@@ -89,7 +89,7 @@ class Progressing:
 
 
 class Pool:
-    """Works through cells with one worker process a device."""
+    """Works through cells with one worker process per device."""
 
     def __init__(
         self, prepared: PreparedSuite, work: Mapping[Cell, Expected], probes: Mapping[str, Probe], display: Display,

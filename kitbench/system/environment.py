@@ -44,8 +44,8 @@ def choose_device(wanted: str) -> torch.device:
         build = "" if torch.version.cuda else " (this torch is a CPU build)"
         if count and device.index == int(os.environ.get("LOCAL_RANK", "-1")):
             raise InputError(
-                f"torchrun started a process for {wanted}, but there is {found}; start one a device, or let all share "
-                f"one with --device cuda:0."
+                f"torchrun started a process for {wanted}, but there is {found}; start one per device, or let all "
+                f"share one with --device cuda:0."
             )
         raise InputError(f"--device {wanted} was asked for, but there is {found}{build}; use --device cpu or auto.")
     if device.type not in ("cpu", "cuda"):

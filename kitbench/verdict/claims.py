@@ -247,13 +247,13 @@ def _best_of_all(kind: Kind, contrasts: Sequence[Contrast], runs: Runs) -> Part:
 
 
 def _recall(runs: Runs) -> Part:
-    """What KiT's runs noted of their retrieval after training, a value a seed: the mean over levels."""
+    """What KiT's runs noted of their retrieval after training, one value per seed: the mean over levels."""
     question = "Does hashing find more of the k nearest patches than chance would?"
     return _noted(runs, question, lambda found: found.by_seed("recall") - found.by_seed("chance"), "of the gain", 0.0)
 
 
 def _reach(runs: Runs) -> Part:
-    """Whether KiT reaches beyond what touches: the share of its neighbours that do not, a value a seed."""
+    """Whether KiT reaches beyond what touches: the share of its neighbours that do not, one value per seed."""
     question = "Do more than half of the neighbours of a patch lie beyond the 8 patches that touch it?"
     return _noted(runs, question, lambda found: 1 - found.by_seed("adjacent"), "of that share", 0.5)
 

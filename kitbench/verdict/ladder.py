@@ -111,8 +111,8 @@ def _ladder(group: Sequence[ComparedRuns]) -> Ladder:
     assert run.recipe is not None
     assert run.backbone is not None
     title = (
-        f"{run.suite}, {run.mode}, {run.recipe.batch} x {run.recipe.crop} px a step, learning rate {run.recipe.lr:g}, "
-        f"width {run.backbone.width}, on {run.device}"
+        f"{run.suite}, {run.mode}, {run.recipe.batch} x {run.recipe.crop} px per step, "
+        f"learning rate {run.recipe.lr:g}, width {run.backbone.width}, on {run.device}"
     )
     name = f"{run.suite}-{run.mode}-{run.recipe.batch}x{run.recipe.crop}-lr{run.recipe.lr:g}"
     return Ladder(name, title, lines, tuple(dict.fromkeys(note for block in group for note in block.unlike())))

@@ -21,7 +21,7 @@ from kitbench.verdict.compare import SCENES, Column, heading
 
 NOT_MEASURED = "n/a"
 SLOWED = 0.05
-"""Share of the time that a training waited for a processor, from which on its seconds a step are not shown."""
+"""Share of the time that a training waited for a processor, from which on its seconds per step are not shown."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,11 @@ def _cost_columns(block: pd.DataFrame, firsts: list[pd.Series]) -> Iterator[Tabl
     peaks = (
         _amount(None if pd.isna(row["train_peak_bytes"]) else row["train_peak_bytes"] / 2**20, 1) for row in firsts
     )
-    yield TableColumn("Peak memory of a step (MiB)", tuple(peaks))
+    yield TableColumn("Peak memory per step (MiB)", tuple(peaks))
     steps = (
         _amount(None, 3, "‡") if slowed(row) else _amount(row["seconds_per_step"], 3) for row in firsts
     )  # fmt: skip
-    yield TableColumn("s a step", tuple(steps))
+    yield TableColumn("s per step", tuple(steps))
     for title, key in (("Seeds", "seeds"), ("Protocol", "protocol")):
         yield TableColumn(title, tuple(TableValue(str(row[key]), str(row[key])) for row in firsts))
 
@@ -203,7 +203,7 @@ def row_name(row: pd.Series) -> str:
 
 
 def slowed(row: pd.Series) -> bool:
-    """Whether a row's seconds a step were measured while other work held the processors."""
+    """Whether a row's seconds per step were measured while other work held the processors."""
     return bool(pd.notna(row["contended"]) and row["contended"] > SLOWED)
 
 

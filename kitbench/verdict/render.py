@@ -28,7 +28,7 @@ from kitbench.verdict.rows import rows
 Format = Literal["markdown", "latex", "csv", "json", "terminal"]
 NARROW = 100
 """Characters of a table on the terminal."""
-NARROW_COLUMNS = ("Method", "PSNR dB", "Parameters", "s a step")
+NARROW_COLUMNS = ("Method", "PSNR dB", "Parameters", "s per step")
 """What such a table shows, besides GMACs."""
 
 

@@ -25,7 +25,7 @@ class Retrieval:
     """What was measured on: `20 crops of 5 images of ..., at most 256 px`."""
 
     def by_seed(self, name: str) -> np.ndarray:
-        """One value of MEASURED a run: the mean over the levels."""
+        """One value of MEASURED per run: the mean over the levels."""
         return np.array([np.mean([level[name] for level in levels.values()]) for levels in self.runs.values()])
 
     def levels(self) -> dict[int, dict[str, float]]:

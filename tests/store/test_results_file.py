@@ -1,4 +1,4 @@
-"""The results file: one row a run, test set and condition, the same in CSV and Parquet, refused where it is another."""
+"""The results file: one row per run, test set and condition, the same in CSV and Parquet, refused where it is another."""
 
 from __future__ import annotations
 

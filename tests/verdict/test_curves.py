@@ -150,7 +150,7 @@ def test_the_command_prints_all_three_tables(kitbench: Kitbench, tmp_path: Path)
     tuned(out, {"kit": 0.0})
     text = kitbench("curves", "runs").stdout
     assert "| kit - conv " in text
-    assert "**Budget ladder: denoise, colour, 4 x 48 px a step, learning rate 0.001" in text
+    assert "**Budget ladder: denoise, colour, 4 x 48 px per step, learning rate 0.001" in text
     assert "* the method's best" in text
     kitbench("curves", "runs", "--out", "curves.md")
     assert (tmp_path / "curves.md").read_text() == text

@@ -195,7 +195,7 @@ def test_the_page_shows_curves_ladder_and_search(tmp_path: Path) -> None:
     assert (
         text.count("<figcaption>Difference against budget") == 1
     )  # kit - conv; of the claims' contrasts there are no runs
-    assert "Budget ladder: denoise, colour, 4 x 64 px a step" in text
+    assert "Budget ladder: denoise, colour, 4 x 64 px per step" in text
     assert "Validation PSNR against the learning rate" in text
     assert re.search(r'class="best">21\.00\*</td>', text)
 
