@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ MODULES = (
 
 
 def command(
-    folder: Path, arguments: tuple[str, ...], environment: Mapping[str, str], timeout: float
+    folder: Path, arguments: Sequence[str | Path], environment: Mapping[str, str], timeout: float
 ) -> subprocess.CompletedProcess[str]:
     """What `subprocess.run` would return of the command. Raises subprocess.TimeoutExpired, as it does."""
     server = _server()
@@ -39,7 +39,7 @@ def command(
     with tempfile.TemporaryDirectory() as written:
         paths = [Path(written) / "stdout", Path(written) / "stderr"]
         request = {
-            "folder": str(folder), "arguments": arguments, "environment": dict(environment), "timeout": timeout,
+            "folder": str(folder), "arguments": [str(argument) for argument in arguments], "environment": dict(environment), "timeout": timeout,
             "output": [str(path) for path in paths],
         }  # fmt: skip
         server.stdin.write(json.dumps(request) + "\n")
