@@ -29,7 +29,7 @@ def test_the_smallest_loop_is_measured_and_its_waiting_told(tmp_path: Path) -> N
     assert found["gpu_state"] is None
     assert f"{found['waiting']:.1%}" in printed
     assert "preset smoke, recipe.channels_last=false." in printed
-    assert "Aimed at" not in printed, "the aims are of a GPU"
+    assert "Aim" not in printed, "the aims are of a GPU"
 
 
 def test_the_aims_of_a_gpu_are_judged_by_the_stored_figures(tmp_path: Path) -> None:
@@ -42,10 +42,12 @@ def test_the_aims_of_a_gpu_are_judged_by_the_stored_figures(tmp_path: Path) -> N
     stored = {"device": "A GPU", "threads": 1, "torch": "2.11", "preset": "full", "stretch": 10, "methods": methods}
     (tmp_path / "gpu.json").write_text(json.dumps(stored))
     lines = loop(tmp_path, "--markdown", "--json", "gpu.json").splitlines()
-    assert "Aimed at: at least 95% of the bare loop, and 10 steps a second." in lines
-    assert "- kit: 96.0%, reached; 20.0 steps a second, reached" in lines
-    assert "- window: 94.0%, not reached; 9.1 steps a second, not reached" in lines
-    assert "- conv: 99.0%, but in processor time, which says nothing of a GPU's; 20.0 steps a second, reached" in lines
+    assert "Aim: at least 95% of the bare loop, and 10 steps per second." in lines
+    assert "- kit: 96.0%, reached; 20.0 steps per second, reached" in lines
+    assert "- window: 94.0%, not reached; 9.1 steps per second, not reached" in lines
+    assert (
+        "- conv: 99.0%, but in processor time, which says nothing of a GPU's; 20.0 steps per second, reached" in lines
+    )
 
 
 def test_a_setting_that_there_is_not_is_refused_in_a_sentence(tmp_path: Path) -> None:
