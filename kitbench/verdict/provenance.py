@@ -42,8 +42,8 @@ def deviations(entries: Sequence[Entry], names: Mapping[tuple[str, str], str]) -
     order.
 
     names: of the runs' rows, by the key and the method of the run. An attention's own source is compared with that of
-    the same method alone. Another commit of a run of one's own is no deviation where the digests of all source that
-    decides numbers are recorded and are those that most runs have.
+    the same method alone. Another commit is no deviation where the digests of all source that decides numbers are
+    recorded and are those that most runs have.
     """
     facts = [(entry, _facts(entry, names[entry.run.key, entry.run.method])) for entry in entries]
     counted: dict[str, Counter[str]] = {}
@@ -60,7 +60,7 @@ def deviations(entries: Sequence[Entry], names: Mapping[tuple[str, str], str]) -
             name = names[run.key, run.method]
             found[run.key, ""] = Deviation(name, run.key, run.seed is not None, IMPORTED, entry.by, "")
         for what, value in own.items():
-            if value != usual[what] and not (what == "commit" and same_source and entry.by is None):
+            if value != usual[what] and not (what == "commit" and same_source):
                 name, said = names[run.key, run.method], what.partition("|")[0]
                 found[run.key, what] = Deviation(name, run.key, run.seed is not None, said, value, usual[what])
     return [found[key] for key in sorted(found)]

@@ -116,8 +116,9 @@ def test_a_clone_that_differs_in_nothing_that_decides_a_number_is_imported_and_m
         rewrite(folder.path / "run.json", lambda raw: raw["environment"].update(commit="a" * 40 + "+dirty"))
     invoke("import", exported(stranger), "--out", tmp_path / "ours")
     text = render(find([tmp_path / "ours"]), "markdown")
-    assert f"imported, run by {BY}" in text
-    assert "aaaaaaaaaa+dirty" in text
+    assert f"¶ Runs of kit were imported, run by {BY}.\n" in text  # its commit alone marks no run, ours neither
+    commits = {folder.run.environment.commit for folder in find([tmp_path / "ours"]) if folder.run.method == "kit"}
+    assert commits == {"a" * 40 + "+dirty"}
 
 
 def replace(contents: Contents, name: str, data: bytes, listed: bool) -> None:
