@@ -39,8 +39,8 @@ def command(
     with tempfile.TemporaryDirectory() as written:
         paths = [Path(written) / "stdout", Path(written) / "stderr"]
         request = {
-            "folder": str(folder), "arguments": [str(argument) for argument in arguments], "environment": dict(environment), "timeout": timeout,
-            "output": [str(path) for path in paths],
+            "folder": str(folder), "arguments": [str(argument) for argument in arguments], "timeout": timeout,
+            "environment": dict(environment), "output": [str(path) for path in paths],
         }  # fmt: skip
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
@@ -63,6 +63,7 @@ def _server() -> subprocess.Popen[str]:
 
 
 def serve() -> None:
+    """Run the commands that standard input asks for, a line of JSON each; print the exit code of each."""
     for module in MODULES:
         importlib.import_module(module)
     while line := sys.stdin.readline():

@@ -18,6 +18,7 @@ from kitbench.spec.fields import digest
 from kitbench.store.folder import RunFolder
 from kitbench.store.log import LogLine, log_text
 from kitbench.store.records import Cost, Environment, Evaluation, Run, Score, Training
+from kitbench.verdict.growth import Part
 
 SUITE = loading.load_suite("denoise", "smoke")
 ENVIRONMENT = Environment(
@@ -129,3 +130,8 @@ def store_whole(
         stated = {"steps": recipe.steps, "log_sha256": hashlib.sha256(log).hexdigest()}
         rewrite(folder.path / "training.json", lambda raw: raw.update(stated))
     return folder
+
+
+def evidence_of(part: Part) -> str:
+    """All that a part of a claim says was measured."""
+    return "; ".join(part.facts)

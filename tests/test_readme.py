@@ -34,7 +34,12 @@ def test_every_figure_is_what_its_command_prints_from_stored_runs(path: Path, co
 def test_every_picture_is_what_its_command_draws_from_stored_runs(path: Path) -> None:
     drawn = readme.drawn(PAGES[path])
     assert drawn.keys() == set(readme.SHOWN.findall(PAGES[path]))
-    assert not readme.stale_figures(PAGES[path])
+    assert not readme.stale(drawn)
+
+
+def test_every_stored_picture_is_on_a_page() -> None:
+    shown = {name for text in PAGES.values() for name in readme.SHOWN.findall(text)}
+    assert {path.name for path in readme.DRAWN.iterdir()} == shown
 
 
 def test_a_picture_of_other_numbers_is_found_and_one_of_other_rounding_is_not() -> None:

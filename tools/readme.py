@@ -17,6 +17,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -65,13 +66,10 @@ def alike(svg: str, other: str) -> bool:
     )
 
 
-def stale_figures(text: str) -> dict[str, str]:
-    """The figures of a page that are missing or look otherwise than drawn anew."""
-    return {
-        name: svg
-        for name, svg in drawn(text).items()
-        if not (path := DRAWN / name).is_file() or not alike(path.read_text("utf-8"), svg)
-    }
+def stale(figures: Mapping[str, str]) -> dict[Path, str]:
+    """Those of these figures, drawn anew, whose files are missing or look otherwise."""
+    files = {DRAWN / name: svg for name, svg in figures.items()}
+    return {path: svg for path, svg in files.items() if not (path.is_file() and alike(path.read_text("utf-8"), svg))}
 
 
 def main() -> int:
@@ -79,20 +77,20 @@ def main() -> int:
     parser.add_argument("pages", nargs="*", type=Path, metavar="PAGE", help="by default all pages with such blocks")
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a block is out of date")
     options = parser.parse_args()
-    stale = []
+    out_of_date = []
     for path in options.pages or PAGES:
         old = path.read_text("utf-8")
-        new = {path: renewed(old)} | {DRAWN / name: svg for name, svg in stale_figures(old).items()}
+        new = {path: renewed(old)} | stale(drawn(old))
         for file, text in new.items():
             if text == (file.read_text("utf-8") if file.is_file() else None):
                 continue
-            stale.append(file)
+            out_of_date.append(file)
             if not options.check:
                 file.parent.mkdir(exist_ok=True)
                 file.write_text(text, "utf-8")
-    for path in stale:
+    for path in out_of_date:
         print(f"{'out of date' if options.check else 'wrote'}: {path}")
-    return int(options.check and bool(stale))
+    return int(options.check and bool(out_of_date))
 
 
 if __name__ == "__main__":

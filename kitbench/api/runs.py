@@ -167,7 +167,7 @@ def _torch_as_it_was() -> Iterator[None]:
     import torch
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
-    threads, deterministic = torch.get_num_threads(), torch.get_deterministic_debug_mode()
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     benchmark, tf32 = cudnn.benchmark, (cudnn.allow_tf32, matmul.allow_tf32)
@@ -176,7 +176,7 @@ def _torch_as_it_was() -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(threads)
-        torch.set_deterministic_debug_mode(deterministic)
+        torch.use_deterministic_algorithms(deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
         cudnn.benchmark, (cudnn.allow_tf32, matmul.allow_tf32) = benchmark, tf32
 

@@ -68,10 +68,7 @@ def make_repeatable(recipe: Recipe) -> None:
     if recipe.threads is not None:
         # Also where the number stands already: torch would else leave MKL to choose fewer threads by itself.
         torch.set_num_threads(recipe.threads)
-    if recipe.compile:
-        torch.use_deterministic_algorithms(recipe.deterministic)  # tells the compiler too, whose import takes a second
-    else:
-        torch.set_deterministic_debug_mode("error" if recipe.deterministic else "default")
+    torch.use_deterministic_algorithms(recipe.deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # a debugging aid that costs a pass over memory
     torch.backends.cudnn.benchmark = not recipe.deterministic
     torch.backends.cuda.matmul.allow_tf32 = recipe.tf32

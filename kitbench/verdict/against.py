@@ -81,8 +81,8 @@ def _notes(compared: Sequence[Compared], method: str) -> tuple[str, ...]:
     if tested := sum(c.p_holm is not None for c in compared):
         tests = f"{tested} difference{'s' * (tested > 1)}"
         notes.append(
-            f"**Bold**: differs from zero at 5 %, with Holm's correction over {tests} of this table, where {method} "
-            "was chosen before the scores were seen; one interval is not corrected."
+            f"**Bold**: differs from zero at 5 %, with Holm's correction over {tests} of this table; intervals are not "
+            f"corrected. It holds if {method} was chosen before the scores were seen."
         )
     if any(c.found.seeds == 1 for c in compared):
         notes.append(

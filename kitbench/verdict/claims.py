@@ -34,7 +34,7 @@ from kitbench.verdict.contrasts import (
 from kitbench.verdict.entries import entries, labels, under
 from kitbench.verdict.growth import Part, costly, linear_measured, linear_operations, quadratic
 from kitbench.verdict.proposals import contrast_command, run_command
-from kitbench.verdict.provenance import Deviation, deviation_text, deviations
+from kitbench.verdict.provenance import deviations, unlike_sentences
 from kitbench.verdict.retrieval import Retrieval, noted
 from kitbench.verdict.statistics import MOST_SEEDS, mean_interval, seeds_to_find
 
@@ -185,13 +185,7 @@ def _unlike(runs: Runs, together: Sequence[Collection[str]]) -> tuple[str, ...]:
         touched = [block.entries for block in runs.blocks if any(entry.run.key[:10] in keys for entry in block.entries)]
         own = [entry for of_block in touched for entry in of_block]
         found += [one for one in deviations(own, labels(own)) if one.run[:10] in keys]
-    by_method: dict[str, list[Deviation]] = {}
-    for one in found:
-        by_method.setdefault(one.method, []).append(one)
-    alike: dict[str | None, list[str]] = {}
-    for method, unlike in by_method.items():
-        alike.setdefault(deviation_text(unlike), []).append(method)
-    return tuple(f"runs of {', '.join(methods)} were {text}" for text, methods in alike.items())
+    return unlike_sentences(found)
 
 
 def _left_out(runs: Runs) -> tuple[str, ...]:

@@ -32,10 +32,6 @@ class Part:
     """Whether counted operations decide it, which follow from the definition of the method and not from a trial."""
 
     @property
-    def evidence(self) -> str:
-        return "; ".join(self.facts)
-
-    @property
     def words(self) -> str:
         """The verdict with its reason."""
         if self.verdict == UNDECIDED:

@@ -7,9 +7,10 @@ with who made them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from kitbench.text import capitalised
 from kitbench.verdict.entries import Entry
 
 FLAGS = ("deterministic", "cudnn_benchmark", "tf32", "float32_matmul_precision")
@@ -68,13 +69,18 @@ def deviations(entries: Sequence[Entry], names: Mapping[tuple[str, str], str]) -
 
 def unlike_notes(found: Sequence[Entry], names: Mapping[tuple[str, str], str]) -> tuple[str, ...]:
     """A note for each method of a table whose runs were made unlike most of these, or by somebody else."""
+    return tuple(f"¶ {capitalised(sentence)}." for sentence in unlike_sentences(deviations(found, names)))
+
+
+def unlike_sentences(found: Iterable[Deviation]) -> tuple[str, ...]:
+    """`runs of kit, conv were made unlike most: torch 2.1.0 instead of 2.13.0`, one for all methods alike."""
     by_method: dict[str, list[Deviation]] = {}
-    for one in deviations(found, names):
+    for one in found:
         by_method.setdefault(one.method, []).append(one)
     alike: dict[str | None, list[str]] = {}
     for method, own in by_method.items():
         alike.setdefault(deviation_text(own), []).append(method)
-    return tuple(f"¶ Runs of {', '.join(methods)} were {text}." for text, methods in alike.items())
+    return tuple(f"runs of {', '.join(methods)} were {text}" for text, methods in alike.items())
 
 
 def deviation_text(found: Sequence[Deviation]) -> str | None:

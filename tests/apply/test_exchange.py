@@ -24,7 +24,7 @@ from kitbench.verdict.page.report import report
 from kitbench.verdict.render import Format, render
 from tests.apply.conftest import invoke
 from tests.conftest import ROOT
-from tests.stored import rewrite, store, store_whole
+from tests.stored import evidence_of, rewrite, store, store_whole
 
 FORMATS: tuple[Format, ...] = ("terminal", "markdown", "latex", "csv", "json")
 BY = "Jane Doe, Elsewhere"
@@ -82,7 +82,7 @@ def test_claims_say_who_made_imported_runs(tmp_path: Path) -> None:
             folder = store(tmp_path, method, [30 + gain, 31 + gain] * 4, seed, of=quick)
             if (method, seed) == ("kit", 1):
                 folder.write("origin.json", Origin(key=folder.run.key, by=BY, archive_sha256="0", imported="2026"))
-    found = [part.evidence for claim in claims(find([tmp_path]), []) for part in claim.parts]
+    found = [evidence_of(part) for claim in claims(find([tmp_path]), []) for part in claim.parts]
     of_kit = [text for text in found if "kit - window" in text]
     assert of_kit
     assert all(f"runs of kit were imported, run by {BY}" in text for text in of_kit)

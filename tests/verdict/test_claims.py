@@ -19,7 +19,7 @@ from kitbench.store.sweeps import Point, Sweep
 from kitbench.verdict.claims import FULL_STEPS, Claim, claims, load
 from kitbench.verdict.contrasts import UNDECIDED
 from tests.conftest import Kitbench
-from tests.stored import ENVIRONMENT, store
+from tests.stored import ENVIRONMENT, evidence_of, store
 
 QUICK = loading.load_suite("denoise", "quick")
 
@@ -101,15 +101,15 @@ def test_claims_that_the_numbers_support_are_supported_with_figure_interval_and_
     }  # fmt: skip
     [reach] = found[2].parts
     for setup in ("one recipe, 700 steps", "one recipe, 3,000 steps", "each at its own best rate, 3,000 steps"):
-        assert f"{setup}: kit - local +0.3" in reach.evidence
-    assert re.search(r"95 % interval \[\+0\.\d+, \+0\.\d+\]", reach.evidence)
-    assert "5 seeds, 12 images, which detect 0.02 dB or more with 80 % power" in reach.evidence
+        assert f"{setup}: kit - local +0.3" in evidence_of(reach)
+    assert re.search(r"95 % interval \[\+0\.\d+, \+0\.\d+\]", evidence_of(reach))
+    assert "5 seeds, 12 images, which detect 0.02 dB or more with 80 % power" in evidence_of(reach)
     assert len(reach.runs) == 20
     assert reach.command == ""
     recall, retrieval = found[3].parts
     assert retrieval.verdict == "supported"
     assert recall.words == "not decided: no interval over seeds"  # every seed the same
-    assert recall.evidence == (
+    assert evidence_of(recall) == (
         "3,000 steps, 5 seeds: of the 3 neighbours besides itself, at level 1 recall 0.700 (random patches 0.100), 20% touch the "
         "query patch, median distance 5 patches; at level 2 recall 0.900 (random patches 0.300), 40% touch the query "
         "patch, median distance 2 patches; on 20 degraded crops of 5 images (Set_A, Validation_A with σ25), at most "
@@ -120,8 +120,8 @@ def test_claims_that_the_numbers_support_are_supported_with_figure_interval_and_
     assert found[1].parts[1].by_construction
     assert found[6].parts[0].by_construction
     assert measured.words == "supported"
-    assert "time 1.00" in measured.evidence
-    assert "memory 1.00 ± 0.00 (4 sizes from 64 to 512 px)" in measured.evidence
+    assert "time 1.00" in evidence_of(measured)
+    assert "memory 1.00 ± 0.00 (4 sizes from 64 to 512 px)" in evidence_of(measured)
     assert measured.runs == ("sweep abcdef0123",)
 
 
@@ -136,7 +136,7 @@ def test_recall_and_reach_are_decided_by_what_several_seeds_measured(tmp_path: P
         assert found[4].parts[0].words == words
         assert bool(found[4].parts[0].command) == words.startswith("not decided")
     half = 2.776 * 0.01 * np.sqrt(2.5) / np.sqrt(5)  # Student, 4 degrees of freedom; the spread of 0, .01, ... .04
-    assert f"of that share [{0.38 - half:+.3f}, {0.38 + half:+.3f}]" in found[4].parts[0].evidence
+    assert f"of that share [{0.38 - half:+.3f}, {0.38 + half:+.3f}]" in evidence_of(found[4].parts[0])
 
 
 def test_what_was_measured_on_one_clean_image_decides_nothing(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_what_was_measured_on_one_clean_image_decides_nothing(tmp_path: Path) ->
         runs(tmp_path, {"kit": 0.0}, seeds=(seed,), notes={"bottom": {"recall": 0.9 + 0.01 * seed, "chance": 0.1}})
     recall = page(tmp_path)[3].parts[0]
     assert "on one clean image only; train them again" in recall.words
-    assert recall.evidence == ""
+    assert evidence_of(recall) == ""
 
 
 def test_claims_that_the_numbers_contradict_are_not_supported(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_one_recipe_of_one_length_decides_nothing_about_quality(tmp_path: Path) 
     assert reach.words == (
         "not decided: only one recipe was compared (run `kitbench tune`) and only one length of training was run"
     )
-    assert re.search(r"adjusted p 1\.\d+e-07", reach.evidence)  # however small
+    assert re.search(r"adjusted p 1\.\d+e-07", evidence_of(reach))  # however small
     assert reach.command.startswith("python -m kitbench tune --suite denoise --preset quick")
 
 
@@ -240,7 +240,7 @@ def test_variants_are_named_and_do_not_hide_the_default(tmp_path: Path) -> None:
     runs(tmp_path / "runs", {"kit": -1.0}, steps=700, settings={"k": 8}, changed=["k"])
     [reach] = page(tmp_path / "runs")[2].parts
     assert reach.verdict == "supported"
-    assert reach.evidence.endswith("; left out, not the default settings: kit (k 8)")
+    assert evidence_of(reach).endswith("; left out, not the default settings: kit (k 8)")
 
 
 def test_a_difference_that_would_print_as_zero_is_printed(tmp_path: Path) -> None:
@@ -249,8 +249,8 @@ def test_a_difference_that_would_print_as_zero_is_printed(tmp_path: Path) -> Non
             noise = 1e-4 * np.random.default_rng((seed, number)).standard_normal(12)
             store(tmp_path, method, 30 + np.linspace(-3, 3, 12) + 2e-4 * number + noise, seed, of=QUICK)
     [reach] = page(tmp_path)[2].parts
-    assert re.search(r"kit - local -\de-04 dB", reach.evidence)
-    assert not re.search(r" [-+]?0\.00+ dB", reach.evidence)
+    assert re.search(r"kit - local -\de-04 dB", evidence_of(reach))
+    assert not re.search(r" [-+]?0\.00+ dB", evidence_of(reach))
 
 
 def test_runs_on_ones_own_folders_need_no_data(tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_runs_at_own_rates_are_marked_where_another_torch_made_them(tmp_path: Pa
             folder.write("run.json", folder.run.model_copy(update={"environment": other}))
     [reach] = page(out, tmp_path / "tuned-700", tmp_path / "tuned-3000")[2].parts
     assert reach.verdict == "supported"
-    assert "runs of kit were made unlike most: torch 9.9 instead of 2" in reach.evidence
+    assert "runs of kit were made unlike most: torch 9.9 instead of 2" in evidence_of(reach)
 
 
 def test_a_longer_sweep_of_a_variant_or_of_the_network_does_not_speak_for_kit(tmp_path: Path) -> None:
@@ -317,8 +317,8 @@ def test_an_exponent_is_stated_for_the_sizes_that_it_was_fitted_to(tmp_path: Pat
     points = (*record.points, beyond)
     (folder / "scale.json").write_text(record.model_copy(update={"points": points}).model_dump_json())
     operations, measured = page(folder)[4].parts[3:]
-    assert "(5 sizes from 64 to 4096 px)" in operations.evidence
-    assert measured.evidence.count("(4 sizes from 64 to 512 px)") == 2
+    assert "(5 sizes from 64 to 4096 px)" in evidence_of(operations)
+    assert evidence_of(measured).count("(4 sizes from 64 to 512 px)") == 2
 
 
 def test_curves_without_a_common_size_decide_nothing_about_cost(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from kitbench.spec import loading
 from kitbench.spec.suite import Suite
 from kitbench.verdict.claims import claims, load
 from tests.conftest import TINY
+from tests.stored import evidence_of
 from tests.verdict.test_claims import GOOD, LR, QUICK, everything, page, runs
 
 EQUAL = dict.fromkeys(GOOD, 0.0)
@@ -127,7 +128,7 @@ def test_no_more_seeds_are_proposed_where_images_are_too_few(tmp_path: Path) -> 
         record["scores"] = record["scores"][:3]
         file.write_text(json.dumps(record))
     part = page(tmp_path)[2].parts[0]
-    assert "3 images are too few to decide a difference" in part.evidence
+    assert "3 images are too few to decide a difference" in evidence_of(part)
     assert part.command == ""
 
 

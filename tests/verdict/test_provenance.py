@@ -21,7 +21,7 @@ from kitbench.verdict.entries import entries, labels
 from kitbench.verdict.ladder import ladder_sheet, ladders
 from kitbench.verdict.page.report import report
 from kitbench.verdict.render import Format, render
-from tests.stored import store
+from tests.stored import evidence_of, store
 
 QUICK = loading.load_suite("denoise", "quick")
 FORMATS: tuple[Format, ...] = ("terminal", "markdown", "latex", "csv", "json")
@@ -83,9 +83,11 @@ def test_an_altered_run_is_marked_in_every_format_in_the_report_and_in_claims(
             assert "window¶" not in text
     assert expected in report(runs, [])
     assert "kit¶" in report(runs, [])
-    of_kit = [part.evidence for claim in claims(runs, []) for part in claim.parts if "kit - window" in part.evidence]
+    of_kit = [
+        evidence_of(part) for claim in claims(runs, []) for part in claim.parts if "kit - window" in evidence_of(part)
+    ]
     assert len(of_kit) == 2
-    assert all(expected in evidence for evidence in of_kit)
+    assert all(expected in text for text in of_kit)
 
 
 def test_a_scoring_by_other_code_is_marked(stored: dict[str, RunFolder]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
+from kitbench.errors import InputError
 from kitbench.store.folder import RunFolder
 from kitbench.store.records import Run, Tuning
 from kitbench.store.sweeps import Sweep
@@ -71,7 +72,10 @@ def figures(
     protocol: str | None = None,
     form: pictures.Form = "svg",
 ) -> dict[str, bytes]:
-    """The figures of the page, by the names of their files without suffix. Raises InputError as `report` does."""
+    """The figures of the page, by the names of their files without suffix.
+
+    Raises InputError as `report` does, and where there is none.
+    """
     shown: list[Figure] = []
     if runs:
         page = _page(runs, tunings, protocol, form)
@@ -85,6 +89,8 @@ def figures(
         name = re.sub(r"[^\w.-]", "_", figure.name)  # of a user's suite, whose name may hold anything
         alike = sum(other.partition("+")[0] == name for other in named)  # e.g. at several learning rates
         named[f"{name}+{alike + 1}" if alike else name] = figure.image
+    if not named:
+        raise InputError("These runs give no figure: that takes a trained run, a sweep or a search of learning rates.")
     return named
 
 

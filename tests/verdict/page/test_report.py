@@ -235,6 +235,12 @@ def test_figures_of_several_comparisons_do_not_replace_each_other(tmp_path: Path
     assert set(figures(find([tmp_path]), [])) == expected
 
 
+def test_runs_without_a_figure_are_refused(tmp_path: Path) -> None:
+    store(tmp_path, "input", 20.0, seed=None)
+    with pytest.raises(InputError, match="These runs give no figure"):
+        figures(find([tmp_path]), [])
+
+
 def test_a_method_with_one_seed_is_hollow_in_the_figure_of_costs_and_others_have_intervals() -> None:
     points = {"kit": pictures.Quality(1.2, 30.9, 0.05), "global": pictures.Quality(37.0, 30.8, None)}
     look = pictures.Look(pictures.styles(sorted(points)))
