@@ -1,22 +1,25 @@
 """`kitbench restore`: apply a trained run to the user's pictures, of any size, depth and number of channels.
 
-Reads PNG, JPEG, TIFF, WebP and BMP of 8 or 16 bits, gray or colour, with or without alpha (kept as it is). A run that
-was trained on colour restores a gray picture as three equal channels and averages them; one that was trained on gray
-restores each channel of a colour picture separately. The result is written in the input's format and depth.
+Reads PNG, JPEG, TIFF, WebP and BMP of 8 or 16 bits, gray or colour, with or without alpha (kept as it is, like a colour
+profile). A run that was trained on colour restores a gray picture as three equal channels and averages them; one that
+was trained on gray restores each channel of a colour picture separately. The result is written in the input's format
+and depth.
 """
 
 from __future__ import annotations
 
+import io
 import math
 import struct
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
+import tifffile
 import torch
 from PIL import Image
 from PIL.ExifTags import Base
@@ -31,19 +34,24 @@ WHOLE = 1024 * 1024
 """Pixels up to which a picture is restored whole, unless a tile size is given."""
 TILE, OVERLAP = 512, 64
 """Side and overlap in pixels of the tiles of larger pictures, which are blended by linear ramps."""
-DEEP = (".png", ".tif", ".tiff")
+TIFF = (".tif", ".tiff")
+DEEP = (".png", *TIFF)
 """Of the files that can hold 16 bits."""
 JPEG_QUALITY = 95
+UNREADABLE = (OSError, struct.error, ValueError, SyntaxError, Image.DecompressionBombError)
+"""What Pillow and tifffile raise at a damaged file."""
 GAP = 8
 """Pixels between two pictures side by side."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded file: uint8 or uint16 [H, W, 1 or 3] in RGB, and its alpha channel, if it has one."""
+    """A decoded file: uint8 or uint16 [H, W, 1 or 3] in RGB, and what else it has of an alpha channel and a profile."""
 
     pixels: np.ndarray
     alpha: np.ndarray | None
+    profile: bytes | None = None
+    """ICC: what the values of the pixels mean. The network sees the values alone."""
 
 
 def read_picture(path: Path) -> Picture:
@@ -67,7 +75,34 @@ def read_picture(path: Path) -> Picture:
         raise InputError(f"{path} has {image.shape[2]} channels of {image.dtype}; give 8 or 16 bits, gray or colour.")
     alpha = image[..., -1:] if image.shape[2] in (2, 4) else None
     pixels = image[..., :1] if image.shape[2] < 3 else image[..., 2::-1]
-    return Picture(np.ascontiguousarray(pixels), alpha)
+    return Picture(np.ascontiguousarray(pixels), alpha, _profile(path))
+
+
+def _profile(path: Path) -> bytes | None:
+    """The ICC profile of a picture. Raises InputError where the file holds several pictures."""
+    frames, profile, suffix = 1, None, path.suffix.lower()
+    with suppress(*UNREADABLE):  # OpenCV has read it
+        if suffix in TIFF:
+            with tifffile.TiffFile(path) as file:
+                pages = [page.aspage() for page in file.pages]
+                frames, profile = sum(not page.is_reduced for page in pages), pages[0].iccprofile
+        else:
+            with _header(path) as header:
+                # JPEG files of telephones have previews and depth maps behind the picture.
+                frames = getattr(header, "n_frames", 1) if suffix in (".png", ".webp") else 1
+                profile = header.info.get("icc_profile")
+    if frames > 1:
+        raise InputError(f"{path} holds {frames} pictures (pages or frames); give each as a file of its own.")
+    return profile or None
+
+
+@contextmanager
+def _header(path: Path) -> Iterator[Image.Image]:
+    """A picture whose pixels are not decoded."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of large pictures
+        with Image.open(path) as header:
+            yield header
 
 
 TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
@@ -85,12 +120,9 @@ TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 
 def _orientation(path: Path) -> int:
     """EXIF orientation of a picture that OpenCV has not turned; 1: upright, or a TIFF, which it has."""
-    unreadable = (OSError, struct.error, ValueError, SyntaxError, Image.DecompressionBombError)
-    with warnings.catch_warnings(), suppress(*unreadable):
-        warnings.simplefilter("ignore")  # of large pictures
-        with Image.open(path) as header:
-            found = header.getexif().get(Base.Orientation, 1) if "exif" in header.info else 1
-            return found if header.format != "TIFF" and found in TURNS else 1
+    with suppress(*UNREADABLE), _header(path) as header:
+        found = header.getexif().get(Base.Orientation, 1) if "exif" in header.info else 1
+        return found if header.format != "TIFF" and found in TURNS else 1
     return 1
 
 
@@ -101,14 +133,32 @@ def write_picture(path: Path, picture: Picture) -> None:
     image = picture.pixels[..., ::-1]
     if picture.alpha is not None:
         image = np.concatenate([np.repeat(image, 3, 2) if image.shape[2] == 1 else image, picture.alpha], 2)
-    options = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY] if path.suffix.lower() in (".jpg", ".jpeg") else []
-    try:
-        done, data = cv2.imencode(path.suffix, np.ascontiguousarray(image), options)
-    except cv2.error:  # too wide or too high for the format
-        done, data = False, np.empty(0, np.uint8)
-    if not done:
+    data = _encoded(path.suffix.lower(), np.ascontiguousarray(image), picture.profile)
+    if data is None:
         raise InputError(f"{path} cannot be written in this format; convert the picture to PNG or TIFF first.")
-    replace_with(path, lambda aside: aside.write_bytes(data.tobytes()))
+    replace_with(path, lambda aside: aside.write_bytes(data))
+
+
+def _encoded(suffix: str, image: np.ndarray, profile: bytes | None) -> bytes | None:
+    """A file of pixels [H, W, 1, 3 or 4] in OpenCV's order; None where they are too wide or too high for its format."""
+    if profile is not None and suffix in TIFF:  # OpenCV writes no profile into these
+        colours = image.shape[2] > 1
+        file, pixels = io.BytesIO(), image[..., [2, 1, 0, 3][: image.shape[2]]] if colours else image[..., 0]
+        tifffile.imwrite(
+            file, pixels, photometric="rgb" if colours else "minisblack", compression="zlib", iccprofile=profile,
+            extrasamples=["unspecified"] if image.shape[2] == 4 else None,
+        )  # fmt: skip
+        return file.getvalue()
+    options = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY] if suffix in (".jpg", ".jpeg") else []
+    try:
+        if profile is None:
+            done, data = cv2.imencode(suffix, image, options)
+        else:
+            kinds, kept = [cv2.IMAGE_METADATA_ICCP], [np.frombuffer(profile, np.uint8)]
+            done, data = cv2.imencodeWithMetadata(suffix, image, kinds, kept, options)
+    except cv2.error:
+        return None
+    return data.tobytes() if done else None
 
 
 def restore_picture(
@@ -139,7 +189,7 @@ def restore_picture(
     require_finite(y)
     y = y.mean(1) if x.shape[0] == 1 else y.flatten(0, 1)  # [1 or 3, H, W]
     pixels = np.rint(y.permute(1, 2, 0).clamp(0, 1).numpy() * full).astype(picture.pixels.dtype)
-    return Picture(pixels, picture.alpha)
+    return replace(picture, pixels=pixels)
 
 
 def require_finite(y: Tensor) -> None:
@@ -176,4 +226,5 @@ def side_by_side(left: Picture, right: Picture) -> Picture:
     return Picture(
         joined(left.pixels, right.pixels),
         joined(left.alpha, right.alpha) if both else None,  # type: ignore[arg-type]
+        right.profile,
     )

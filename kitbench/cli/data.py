@@ -12,7 +12,7 @@ import click
 from kitbench.cli.group import Group
 from kitbench.cli.options import DATA
 from kitbench.cli.output import make_console
-from kitbench.errors import ExitCode, Interrupted
+from kitbench.errors import ExitCode, InputError, Interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,9 +78,15 @@ def where(names: tuple[str, ...], data: Path | None) -> None:
 def data_check(names: tuple[str, ...], data: Path | None) -> None:
     """List every missing, extra or altered file of the named sets, or of all that are present. Exit code 1 if any."""
     from kitbench.data.audit import audit
-    from kitbench.data.locate import check_root, locate, present
+    from kitbench.data.locate import check_root, locate, named_root, present
 
     check_root(data)
+    if data is not None and not names:
+        found = [locate(card, data) for card in _cards(names)]
+        if not any(folder is not None and folder.is_relative_to(data) for folder in found):
+            raise InputError(
+                f"No data set is in {named_root(data)}; `kitbench data where` names the folders that are looked for."
+            )
     failed = False
     for card in _cards(names):
         folder = locate(card, data) if names else present(card, data)

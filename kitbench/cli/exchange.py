@@ -39,8 +39,9 @@ def export(paths: tuple[Path, ...], out: Path, by: str | None) -> None:
     try:
         named = TypeAdapter(By).validate_python(by)
     except ValidationError as error:
+        fault = "is missing" if by is None else f"{by!r} names nobody"
         raise InputError(
-            f"--by {by!r} names nobody: say in one line of at most 80 characters, without | < > `, who made the runs."
+            f"--by {fault}: say in one line of at most 80 characters, without | < > `, who made the runs."
         ) from error
     done = export_runs(runs, out, named)
     for name, why in done.left_out.items():

@@ -48,7 +48,10 @@ def _run_of_key(root: Path, digits: str) -> Path:
 
 def listed(context: click.Context, parameter: click.Parameter, words: tuple[str, ...]) -> tuple[str, ...]:
     """The names of an option that may be repeated, and may hold several with commas between them."""
-    return tuple(name.strip() for word in words for name in word.split(",") if name.strip())
+    names = tuple(name.strip() for word in words for name in word.split(",") if name.strip())
+    if words and not names:
+        raise click.BadParameter("no name is given.", context, parameter)
+    return names
 
 
 def one_spelling(names: tuple[str, ...]) -> tuple[str, ...]:

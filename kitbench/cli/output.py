@@ -64,7 +64,12 @@ def give(text: str, out: Path | None) -> None:
 
 
 def make_console() -> Console:
+    """A console of the terminal's width, or 140 columns where the output is no terminal. A closed pipe is an error."""
     from rich.console import Console
 
-    console = Console()
-    return console if console.is_terminal else Console(width=140)
+    class Strict(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # where rich has caught the error, and would exit with 1
+
+    console = Strict()
+    return console if console.is_terminal else Strict(width=140)

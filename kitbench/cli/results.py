@@ -83,10 +83,7 @@ def check(
         writable_file(against)
         changed = [f"new: {len(new.rows)} rows"]
         if against.exists():
-            try:
-                changed = reference.changes(reference.read_reference(against), new)
-            except InputError as error:
-                changed = [f"replaces a reference that could not be compared: {error}"]
+            changed = reference.changes(reference.read_reference(against), new)
         click.echo("\n".join(changed or ["nothing changes"]))
         write_atomic(against, (new.model_dump_json(indent=1) + "\n").encode())
         click.echo(f"wrote {against}")
@@ -146,6 +143,8 @@ def report(paths: tuple[Path, ...], protocol: str | None, out: Path) -> None:
     from kitbench.verdict.claims import load
     from kitbench.verdict.page.report import report as report_page
 
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"--out {out}: the report is an HTML page; give a file that ends in .html.")
     writable_file(out)
     text = report_page(*load(paths), protocol)
     write_atomic(out, text.encode())

@@ -40,6 +40,16 @@ def locate(card: Card, root: Path | None) -> Path | None:
     return next(holding, next(empty, None))
 
 
+def named_root(root: Path) -> str:
+    """A data folder as messages name it, with a hint where it is the folder of one set."""
+    above = root.resolve()
+    for card in cards().values():
+        folder = None if card.package or card.generated else locate(card, above.parent)
+        if folder is not None and folder.is_relative_to(above):
+            return f"{root}, which looks like the folder of one set (--data takes the folder above it)"
+    return str(root)
+
+
 def present(card: Card, root: Path | None) -> Path | None:
     """The folder of a set; None where it is missing or contains another version of the set."""
     folder = locate(card, root)

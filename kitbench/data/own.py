@@ -14,7 +14,6 @@ from typing import get_args
 from PIL import Image
 
 from kitbench.data.cards import Card, Pairs, card
-from kitbench.data.images import decode
 from kitbench.errors import InputError
 from kitbench.spec.tasks import Kind
 
@@ -43,8 +42,11 @@ def card_of_set(name: str) -> Card:
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """The pictures that lie in a folder itself, not in its subfolders, sorted by name."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    """The pictures that lie in a folder itself, not in its subfolders, sorted by name. Raises InputError."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    except OSError as error:
+        raise InputError(f"Folder {folder} cannot be read ({error.strerror}); make it readable.") from error
 
 
 def no_pictures(folder: Path) -> str:
@@ -93,9 +95,18 @@ def _card_of_folder(name: str) -> Card:
         pairs = (Pairs(inputs=inputs, targets=targets),)
     return Card(
         name=name, title="your own pictures", tasks=PAIRED if there else get_args(Kind), home="", licence="",
-        citation="", own=os.fspath(folder), count=len(files[0]), colour=decode(files[-1][0]).shape[2] == 3,
+        citation="", own=os.fspath(folder), count=len(files[0]), colour=_is_colour(files[-1][0]),
         layouts=() if there else tuple(patterns), pairs=pairs,
     )  # fmt: skip
+
+
+def _is_colour(path: Path) -> bool:
+    """By a picture's header. One that cannot be opened counts as colour: what is wrong is said where it is read."""
+    try:
+        with Image.open(path) as image:
+            return image.mode not in ("1", "L", "LA", "I", "I;16", "F")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return True
 
 
 def one_picture_a_name(files: list[Path]) -> None:

@@ -293,10 +293,10 @@ def _extras(module: Any, x: torch.Tensor) -> str | None:
     for name in ("macs", "needed_macs"):
         if hasattr(module, name):
             macs = getattr(module, name)(x.shape[1], x.shape[2])
-            if type(macs) is not int:
+            if type(macs) is not int or macs < 0:
                 return (
                     f"{name}(height, width) returned {macs!r}, expected a whole number (int) of multiply-adds of one "
-                    "image"
+                    "image, 0 or more"
                 )
     if hasattr(module, "needed_macs") and not hasattr(module, "macs"):
         return "it has needed_macs but no macs(height, width), the multiply-adds executed; add it"

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from kitbench.data.batches import Batches
-from kitbench.data.locate import check_root, locate
+from kitbench.data.locate import check_root, locate, named_root
 from kitbench.data.overlap import assert_disjoint
 from kitbench.data.own import card_of_set
 from kitbench.data.photograph import Photograph
@@ -255,6 +255,7 @@ def choose_sets(suite: Suite, root: Path | None) -> tuple[dict[Mode, SetNames], 
     """
     check_root(root)
     source = suite.data.folder if root is not None else suite.data.embedded
+    place = "any data folder: give one with --data" if root is None else named_root(root)
     named: dict[Mode, SetNames] = {mode: getattr(source, mode) for mode in source.modes}
     absent: dict[str, str] = {}
     chosen: dict[Mode, SetNames] = {}
@@ -278,14 +279,15 @@ def choose_sets(suite: Suite, root: Path | None) -> tuple[dict[Mode, SetNames], 
             names = getattr(sets, part)
             there[part] = tuple(name for name in names if locate(card_of_set(name), root) is not None)
             gone = (name for name in names if name not in there[part])
-            absent |= {name: f"not in {root}; get it from {card_of_set(name).home}" for name in gone}
+            absent |= {name: f"not in {place}; get it from {card_of_set(name).home}" for name in gone}
         if there["test"]:
             chosen[mode] = sets.model_copy(update=there)
     if not chosen:
         wanted = dict.fromkeys(name for sets in named.values() for name in sets.test)
         raise InputError(
-            f"None of the test sets {', '.join(wanted)} is in {root}; get one, or choose others: --test-set SET, which "
-            f"is --set data.test=SET, or {' or '.join(f'data.folder.{mode}.test' for mode in named)} for one mode."
+            f"None of the test sets {', '.join(wanted)} is in {place}; get one, or choose others: --test-set SET, "
+            "which is --set data.test=SET, or "
+            f"{' or '.join(f'data.folder.{mode}.test' for mode in named)} for one mode."
         )
     return chosen, absent
 

@@ -183,7 +183,13 @@ def _choose(raw: dict[str, Any], methods: Sequence[str], shipped: Mapping[str, s
     """Leave only these methods, in place; training-free ones stand among the references."""
     free = [method for method in methods if method not in raw["methods"] and shipped.get(method) == "training-free"]
     known = {name: {"attention": name} for name in shipped} | raw["methods"]
-    raw["methods"] = dict(_chosen(method, known, label) for method in methods if method not in free)
+    chosen: dict[str, dict[str, Any]] = {}
+    for name, table in (_chosen(method, known, label) for method in methods if method not in free):
+        if chosen.setdefault(name, table) != table:
+            raise InputError(
+                f"{chosen[name]['attention']} and {table['attention']} would both be the method {name!r}; rename one."
+            )
+    raw["methods"] = chosen
     if free:
         raw["references"] = free
 

@@ -12,6 +12,12 @@ from kitbench.errors import InputError, nearest
 from kitbench.spec.tasks import Kind
 
 M = TypeVar("M", bound=BaseModel)
+EXPECTED = {
+    "tuple_type": "expected a list, like [1, 2]",
+    "too_short": "expected at least one value",
+    "finite_number": "expected a finite number",
+}
+"""Of errors by pydantic whose own messages speak of Python."""
 
 
 def parse(model: type[M], raw: object, where: str) -> M:
@@ -28,6 +34,9 @@ def _sentence(model: type[BaseModel], error: ValidationError, where: str) -> str
     faults = sorted(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
     fault = faults[0]
     owner, parts = _walk(model, [str(part) for part in fault["loc"]])
+    if parts[:1] == ["methods"] and "settings" in parts:  # of any type: a report has an error for each
+        parts = [part for part in parts if part not in ("settings", "bool", "int", "float", "str")]
+        fault = next((other for other in faults if other["type"] == "finite_number"), fault)
     place = ".".join(parts)
     if fault["type"] == "extra_forbidden":
         return f"In {where}: unknown key {place!r}; {nearest(parts[-1], owner.model_fields if owner else ())}"
@@ -36,7 +45,7 @@ def _sentence(model: type[BaseModel], error: ValidationError, where: str) -> str
     if fault["type"].startswith("union_tag"):
         kinds = ", ".join(get_args(Kind))
         return f"In {where}: {place}.kind is {fault['input'].get('kind')!r}; give one of {kinds}."
-    message = fault["msg"].removeprefix("Value error, ")
+    message = EXPECTED.get(fault["type"], fault["msg"].removeprefix("Value error, "))
     at = (
         f"{place} is {fault['input']!r}: "
         if place and not isinstance(fault["input"], dict)

@@ -245,4 +245,6 @@ class Suite(Frozen):
             raise ValueError("neither methods nor references name anything to run")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must differ from one another, found {list(self.seeds)}")
+        if len(set(self.task.conditions)) != len(self.task.conditions):
+            raise ValueError(f"noise levels of sigma_test must differ, found {list(self.task.conditions)}")
         return self

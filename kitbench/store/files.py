@@ -12,21 +12,28 @@ from kitbench.errors import InputError
 
 def writable(folder: Path) -> None:
     """Raises InputError where files cannot be created in `folder`, which need not exist yet; creates nothing."""
-    existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
+    if error := _refusal(folder):
         raise InputError(
             f"Results folder {folder} cannot be written ({error.strerror}); choose another with --out."
         ) from error
+
+
+def _refusal(folder: Path) -> OSError | None:
+    """What the operating system says to a file in a folder, which need not exist yet; None where it takes one."""
+    existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return None
+    except OSError as error:
+        return error
 
 
 def writable_file(path: Path) -> None:
     """Raises InputError where a file of this path cannot be written; creates nothing."""
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the path of a file.")
-    writable(path.parent)
+    if error := _refusal(path.parent):
+        raise InputError(f"{path} cannot be written ({error.strerror}); give a file in another folder.") from error
 
 
 def write_atomic(path: Path, data: bytes, previous: Path | None = None) -> None:

@@ -20,11 +20,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 from xml.etree import ElementTree
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from scipy import stats
 from tabulate import tabulate
 
@@ -62,8 +62,8 @@ class Row(Frozen):
     data_set: str
     data_sha256: str
     sigma: float | None
-    psnr: dict[str, float]
-    ssim: dict[str, float]
+    psnr: Annotated[dict[str, float], Field(min_length=1)]
+    ssim: Annotated[dict[str, float], Field(min_length=1)]
     runs: tuple[str, ...]
 
     @property
@@ -89,11 +89,17 @@ class Reference(Frozen):
     schema_version: Literal[1] = 1
     kitbench: str
     protocol: str
-    rows: tuple[Row, ...]
+    rows: Annotated[tuple[Row, ...], Field(min_length=1)]
     costs: tuple[CostRow, ...]
     shared: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """By comparison: what its runs share (task, backbone, recipe, training images, device, NUMERICS). Empty in
     references that were written before it was kept."""
+
+    @model_validator(mode="after")
+    def _one_row_a_place(self) -> Self:
+        if len({row.place for row in self.rows}) < len(self.rows):
+            raise ValueError("two rows are of one method, data set and condition")
+        return self
 
 
 @dataclass(frozen=True)
@@ -186,9 +192,16 @@ def read_reference(path: Path) -> Reference:
         raise InputError(
             f"Reference {path} cannot be read ({error.strerror}); write one with `kitbench check ... --update`."
         ) from error
-    except (ValueError, ValidationError, RecursionError) as error:
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        place = ".".join(map(str, fault["loc"])) or "the file"
         raise InputError(
-            f"{path} is not a reference of this version of kitbench; write one with `kitbench check ... --update`."
+            f"{path} is no reference of this version of kitbench ({place}: {fault['msg'].lower()}). If it was one, "
+            "take it from version control again; `kitbench check ... --update` writes a new one into another file."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path} is damaged, or no reference ({error}). Take it from version control again, or give another file."
         ) from error
 
 

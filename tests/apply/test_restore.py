@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from rich.console import Console
 
 from kitbench.apply import restore, trained
@@ -93,6 +93,38 @@ def test_sixteen_bits_are_not_cut_to_eight(tiny_runs, tmp_path) -> None:
     model, _ = trained.load_trained(run_of(tiny_runs, "conv"), None, CPU)
     deep = restore.restore_picture(model, Picture(photograph(40, 40, 3, np.uint16), None), CPU, None)
     assert len(np.unique(deep.pixels % 257)) > 100
+
+
+@pytest.mark.parametrize(
+    ("suffix", "channels", "dtype"),
+    [
+        (".png", 3, np.uint8), (".png", 3, np.uint16), (".png", 4, np.uint8), (".jpg", 3, np.uint8), (".webp", 3, np.uint8),
+        (".tif", 1, np.uint8), (".tif", 3, np.uint8), (".tif", 3, np.uint16), (".tif", 4, np.uint16),
+    ],
+)  # fmt: skip
+def test_a_colour_profile_is_kept(suffix, channels, dtype, tmp_path) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    pixels = photograph(40, 60, min(channels, 3), dtype)
+    alpha = photograph(40, 60, 1, dtype) if channels == 4 else None
+    file, again = tmp_path / f"one{suffix}", tmp_path / f"two{suffix}"
+    restore.write_picture(file, Picture(pixels, alpha, profile))
+    read = restore.read_picture(file)
+    assert read.profile == profile
+    if suffix in (".png", ".tif"):
+        np.testing.assert_array_equal(read.pixels, pixels)
+        assert alpha is None or np.array_equal(read.alpha, alpha)
+    restore.write_picture(again, read)
+    assert restore.read_picture(again).profile == profile
+    restore.write_picture(again, Picture(pixels, alpha))
+    assert restore.read_picture(again).profile is None
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "tif"])
+def test_a_file_of_several_pictures_is_refused(suffix, tmp_path) -> None:
+    first, second = (Image.fromarray(photograph(20, 30, 3) // part) for part in (1, 2))
+    first.save(tmp_path / f"both.{suffix}", save_all=True, append_images=[second])
+    with pytest.raises(InputError, match="holds 2 pictures"):
+        restore.read_picture(tmp_path / f"both.{suffix}")
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])

@@ -306,8 +306,9 @@ def test_help_imports_nothing_heavy() -> None:
     )
 
 
-def test_a_closed_pipe_is_no_failed_check(tiny_runs: Path) -> None:
-    command = f"set -o pipefail; {sys.executable} -m kitbench table {tiny_runs} --format json | true"
+@pytest.mark.parametrize("words", ["table {} --format json", "list", "status {}"])
+def test_a_closed_pipe_is_no_failed_check(tiny_runs: Path, words: str) -> None:
+    command = f"set -o pipefail; {sys.executable} -m kitbench {words.format(tiny_runs)} | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode == 3
     assert done.stderr == ""

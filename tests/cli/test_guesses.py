@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from kitbench.cli.main import cli
 from kitbench.data.cards import Card
@@ -33,6 +34,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("KITBENCH_DATA", raising=False)
     return tmp_path
+
+
+def mkdir(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def call(*arguments: str, code: int = 0) -> Result:
@@ -56,6 +62,31 @@ def cells(*arguments: str) -> list[str]:
 )
 def test_methods_are_repeated_or_listed_with_commas(here: Path, words: list[str]) -> None:
     assert cells(*words) == ["colour/input", "colour/kit/0", "colour/conv/0"]
+
+
+def test_an_option_of_commas_alone_names_nothing(here: Path) -> None:
+    assert "no name is given" in call("run", "--suite", "tiny.toml", "--method", ",", code=2).stderr
+
+
+def test_two_files_of_one_name_are_refused(here: Path) -> None:
+    for folder in ("one", "two"):
+        (here / folder).mkdir()
+        (here / folder / "mine.py").write_text("")
+    refused = call("run", "--suite", "tiny.toml", "--method", "one/mine.py,two/mine.py", code=2).stderr
+    assert "one/mine.py and two/mine.py would both be the method 'mine'; rename one" in refused
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("methods.kit.tau=nan", "methods.kit.tau is nan: expected a finite number"),
+        ("task.sigma_test=25", "task.sigma_test is 25: expected a list, like [1, 2]"),
+        ("task.sigma_test=[]", "task.sigma_test is []: expected at least one value"),
+        ("task.sigma_test=[25, 25]", "noise levels of sigma_test must differ, found [25.0, 25.0]"),
+    ],
+)
+def test_a_value_of_another_kind_is_told_in_words(here: Path, setting: str, sentence: str) -> None:
+    assert sentence in call("run", "--suite", "tiny.toml", "--set", setting, code=2).stderr
 
 
 def test_scale_takes_its_methods_as_run_does_and_drops_none(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +175,24 @@ def test_a_data_folder_with_test_sets_only_says_which_keys_choose_others(here: P
     # Without --train-set a colour mode would be trained that has no test set here.
     done = call(*words, "--train-set", "skimage-train", code=2)
     assert "Set12" in done.stderr  # twelve pictures, but not those of Set12
+
+
+def test_a_set_without_a_data_folder_names_the_option(here: Path) -> None:
+    refused = call("run", "--suite", "denoise", "--preset", "smoke", "--test-set", "Kodak24", code=2).stderr
+    assert "None of the test sets Kodak24 is in any data folder: give one with --data" in refused
+
+
+def test_the_folder_of_one_set_is_not_taken_for_the_folder_of_all(here: Path) -> None:
+    """`data check` compared the built-in sets, and said that all was well."""
+    for number in range(24):
+        Image.new("RGB", (8, 8)).save(mkdir(here / "data" / "Kodak24") / f"kodim{number + 1:02}.png")
+    hint = "data/Kodak24, which looks like the folder of one set (--data takes the folder above it)"
+    assert hint in call("data", "check", "--data", "data/Kodak24", code=2).stderr
+    words = ("run", "--suite", "denoise", "--preset", "smoke", "--test-set", "Kodak24", "--data", "data/Kodak24")
+    assert hint in call(*words, code=2).stderr
+    assert (
+        "No data set is in empty; " in call("data", "check", "--data", str(mkdir(here / "empty").name), code=2).stderr
+    )
 
 
 def test_a_gray_set_in_colour_mode_says_how_to_run_gray_alone(here: Path) -> None:
@@ -325,4 +374,9 @@ def test_a_file_whose_suffix_asks_for_another_format_is_refused_before_anything_
 ) -> None:
     said = call(command, "results", "--out", "page.html", code=2).stderr
     assert "has no format html, which --out page.html asks for; it has" in said
+    assert not list(here.glob("page*"))
+
+
+def test_a_report_is_html_whatever_its_file_is_called(here: Path) -> None:
+    assert "the report is an HTML page" in call("report", "results", "--out", "page.pdf", code=2).stderr
     assert not list(here.glob("page*"))

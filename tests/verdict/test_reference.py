@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from kitbench.cli.main import cli
 from kitbench.errors import InputError
 from kitbench.spec import loading
 from kitbench.store.folder import find
@@ -16,6 +19,7 @@ from kitbench.verdict import reference
 from tests.conftest import ROOT, Kitbench
 from tests.stored import store
 
+SMOKE = ROOT / "results" / "reference" / "smoke.json"
 METHODS = {"kit": 30.2, "window": 30.1, "conv": 29.9}
 
 
@@ -96,11 +100,39 @@ def test_one_seed_has_no_spread_and_says_so(tmp_path: Path) -> None:
 
 def test_the_shipped_reference_is_one_of_every_method_of_the_smoke_suite() -> None:
     smoke = loading.load_suite("denoise", "smoke")
-    stored = reference.read_reference(ROOT / "results" / "reference" / "smoke.json")
+    stored = reference.read_reference(SMOKE)
     assert stored.protocol == smoke.protocol.stamp
     assert {row.method for row in stored.rows} == {*smoke.methods, *smoke.references}
     assert all(len(row.psnr) == 3 for row in stored.rows if row.comparison)
     assert all(cost.step is not None for cost in stored.costs)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda text: text[:300], "is damaged, or no reference"),
+        (lambda text: "", "is damaged, or no reference"),
+        (lambda text: "# Notes", "is damaged, or no reference"),
+        (lambda text: json.dumps(json.loads(text) | {"rows": []}), "(rows: tuple should have at least 1 item"),
+        (lambda text: json.dumps(json.loads(text) | {"schema_version": 2}), "(schema_version: input should be 1)"),
+        (
+            lambda text: json.dumps(json.loads(text) | {"rows": json.loads(text)["rows"] * 2}),
+            "two rows are of one method",
+        ),
+    ],
+)
+@pytest.mark.parametrize("update", [(), ("--update",)])
+def test_what_is_no_reference_is_neither_compared_nor_replaced(
+    tmp_path: Path, change: Callable[[str], str], sentence: str, update: tuple[str, ...]
+) -> None:
+    file = tmp_path / "ref.json"
+    file.write_text(change(SMOKE.read_text()))
+    before = file.read_bytes()
+    runs_of_ci = str(SMOKE.with_name("denoise-smoke-cpu"))
+    done = CliRunner().invoke(cli, ["check", runs_of_ci, "--against", str(file), *update])
+    assert done.exit_code == 2
+    assert sentence in done.stderr
+    assert file.read_bytes() == before
 
 
 def test_a_method_that_is_gone_fails(tmp_path: Path) -> None:
@@ -191,6 +223,7 @@ def test_the_command_exits_1_on_a_single_failure_and_writes_what_ci_reads(kitben
     assert "(-0.3000)" in done.stdout
     assert json.loads((tmp_path / "ref.json").read_text())["protocol"] == "awgn8.v1"
     (tmp_path / "ref.json").write_text("{}")
-    assert "is not a reference" in kitbench("check", "bad", "--against", "ref.json", code=2).stderr
-    assert "could not be compared" in kitbench("check", "bad", "--against", "ref.json", "--update").stdout
-    kitbench("check", "bad", "--against", "ref.json")
+    for update in ((), ("--update",)):
+        refused = kitbench("check", "bad", "--against", "ref.json", *update, code=2).stderr
+        assert "is no reference of this version of kitbench (kitbench: field required)" in refused
+    assert (tmp_path / "ref.json").read_text() == "{}"
