@@ -10,7 +10,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 
-from kitbench.apply.restore import Picture, read_picture
+from kitbench.apply.picture import Picture, read_picture
 from kitbench.apply.trained import load_trained
 from kitbench.attention import layout
 from kitbench.errors import InputError

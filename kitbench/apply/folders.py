@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from kitbench.apply.restore import calls, read_picture, restore_picture, side_by_side, write_picture
+from kitbench.apply.picture import read_picture, write_picture
+from kitbench.apply.restore import calls, restore_picture, side_by_side
 from kitbench.data.own import SUFFIXES, no_pictures, pictures_in
 from kitbench.errors import InputError, Interrupted, RunError, describe_error
 from kitbench.model.backbone import UNet

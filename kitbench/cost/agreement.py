@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from kitbench.cost.flops import Count, count_module
 from kitbench.cost.second_counter import count_fvcore
-from kitbench.model.backbone import UNet
 
 TOLERANCE = 0.01
 COMPARED_SIDES = (256, 192, 128, 96, 64)
@@ -61,13 +60,13 @@ def state_macs(model: nn.Module, channels: int, side: int, closed: int | None) -
 
 @contextmanager
 def _stated_by_attentions(model: nn.Module, stated: list[int]) -> Iterator[None]:
-    """Let every call of an attention inside `model` add its closed form to `stated`."""
+    """Let every call of an attention inside `model`, which its method `attentions` names, add its closed form."""
 
     def state(attention: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         stated.append(attention.macs(*arguments[0].shape[1:3]))  # type: ignore[operator]
 
-    attentions = [module for _, module in model.attentions()] if isinstance(model, UNet) else []
-    handles = [module.register_forward_pre_hook(state) for module in attentions if hasattr(module, "macs")]
+    named = model.attentions() if hasattr(model, "attentions") else ()  # type: ignore[operator]
+    handles = [module.register_forward_pre_hook(state) for _, module in named if hasattr(module, "macs")]
     try:
         yield
     finally:

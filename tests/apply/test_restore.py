@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image
 from rich.console import Console
 
 from kitbench.apply import restore, trained
 from kitbench.apply.explain import Pixel, choices
 from kitbench.apply.folders import Restoration, pictures_named, restore_all, targets_of
-from kitbench.apply.restore import Picture
+from kitbench.apply.picture import Picture
 from kitbench.cli.main import cli
 from kitbench.errors import InputError, Interrupted, RunError
 from kitbench.scoring.tiles import starts
@@ -93,51 +93,6 @@ def test_sixteen_bits_are_not_cut_to_eight(tiny_runs, tmp_path) -> None:
     model, _ = trained.load_trained(run_of(tiny_runs, "conv"), None, CPU)
     deep = restore.restore_picture(model, Picture(photograph(40, 40, 3, np.uint16), None), CPU, None)
     assert len(np.unique(deep.pixels % 257)) > 100
-
-
-@pytest.mark.parametrize(
-    ("suffix", "channels", "dtype"),
-    [
-        (".png", 3, np.uint8), (".png", 3, np.uint16), (".png", 4, np.uint8), (".jpg", 3, np.uint8), (".webp", 3, np.uint8),
-        (".tif", 1, np.uint8), (".tif", 3, np.uint8), (".tif", 3, np.uint16), (".tif", 4, np.uint16),
-    ],
-)  # fmt: skip
-def test_a_colour_profile_is_kept(suffix, channels, dtype, tmp_path) -> None:
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    pixels = photograph(40, 60, min(channels, 3), dtype)
-    alpha = photograph(40, 60, 1, dtype) if channels == 4 else None
-    file, again = tmp_path / f"one{suffix}", tmp_path / f"two{suffix}"
-    restore.write_picture(file, Picture(pixels, alpha, profile))
-    read = restore.read_picture(file)
-    assert read.profile == profile
-    if suffix in (".png", ".tif"):
-        np.testing.assert_array_equal(read.pixels, pixels)
-        assert alpha is None or np.array_equal(read.alpha, alpha)
-    restore.write_picture(again, read)
-    assert restore.read_picture(again).profile == profile
-    restore.write_picture(again, Picture(pixels, alpha))
-    assert restore.read_picture(again).profile is None
-
-
-@pytest.mark.parametrize("suffix", ["png", "webp", "tif"])
-def test_a_file_of_several_pictures_is_refused(suffix, tmp_path) -> None:
-    first, second = (Image.fromarray(photograph(20, 30, 3) // part) for part in (1, 2))
-    first.save(tmp_path / f"both.{suffix}", save_all=True, append_images=[second])
-    with pytest.raises(InputError, match="holds 2 pictures"):
-        restore.read_picture(tmp_path / f"both.{suffix}")
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_is_turned_upright_as_its_exif_says(suffix, orientation, tmp_path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    stored = Image.fromarray(photograph(40, 60, 3))
-    stored.save(tmp_path / f"turned.{suffix}", exif=exif, **({} if suffix == "tif" else {"quality": 95}))
-    shown = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / f"turned.{suffix}"))).astype(int)
-    read = restore.read_picture(tmp_path / f"turned.{suffix}").pixels
-    assert read.shape == shown.shape
-    assert np.abs(read - shown).max() <= 6  # two decoders of JPEG
 
 
 def test_tiles_of_a_local_network_equal_the_whole_picture(tiny_runs) -> None:

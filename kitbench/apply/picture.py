@@ -1,0 +1,147 @@
+"""Files of pictures of the user: PNG, JPEG, TIFF, WebP and BMP of 8 or 16 bits, gray or colour.
+
+An alpha channel and a colour profile are kept; other metadata are not, and a picture is turned upright.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import tifffile
+from PIL import Image
+from PIL.ExifTags import Base
+
+from kitbench.errors import InputError
+from kitbench.store.files import replace_with
+
+TIFF = (".tif", ".tiff")
+DEEP = (".png", *TIFF)
+"""Of the files that can hold 16 bits."""
+JPEG_QUALITY = 95
+UNREADABLE = (OSError, struct.error, ValueError, SyntaxError, Image.DecompressionBombError)
+"""What Pillow and tifffile raise at a damaged file."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded file: uint8 or uint16 [H, W, 1 or 3] in RGB, and what else it has of an alpha channel and a profile."""
+
+    pixels: np.ndarray
+    alpha: np.ndarray | None
+    profile: bytes | None = None
+    """ICC: what the values of the pixels mean. The network sees the values alone."""
+
+
+def read_picture(path: Path) -> Picture:
+    """Decode a picture, rotated as its EXIF says. Raises InputError."""
+    try:
+        data = np.frombuffer(path.read_bytes(), np.uint8)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); give the path of a picture.") from error
+    # OpenCV turns JPEG only in modes that drop an alpha channel, which JPEG does not have; TIFF always, others never.
+    upright = path.suffix.lower() in (".jpg", ".jpeg")
+    flags = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH if upright else cv2.IMREAD_UNCHANGED
+    try:
+        image = cv2.imdecode(data, flags) if data.size else None
+    except cv2.error:
+        image = None
+    if image is None:
+        raise InputError(f"{path} is not a readable picture; give PNG, JPEG, TIFF, WebP or BMP.")
+    image = image[..., None] if image.ndim == 2 else image
+    image = image if upright else TURNS[_orientation(path)](image)
+    if image.dtype not in (np.uint8, np.uint16) or image.shape[2] not in (1, 2, 3, 4):
+        raise InputError(f"{path} has {image.shape[2]} channels of {image.dtype}; give 8 or 16 bits, gray or colour.")
+    alpha = image[..., -1:] if image.shape[2] in (2, 4) else None
+    pixels = image[..., :1] if image.shape[2] < 3 else image[..., 2::-1]
+    return Picture(np.ascontiguousarray(pixels), alpha, _profile(path))
+
+
+def _profile(path: Path) -> bytes | None:
+    """The ICC profile of a picture. Raises InputError where the file holds several pictures."""
+    frames, profile, suffix = 1, None, path.suffix.lower()
+    with suppress(*UNREADABLE):  # OpenCV has read it
+        if suffix in TIFF:
+            with tifffile.TiffFile(path) as file:
+                pages = [page.aspage() for page in file.pages]
+                frames, profile = sum(not page.is_reduced for page in pages), pages[0].iccprofile
+        else:
+            with _header(path) as header:
+                # JPEG files of telephones have previews and depth maps behind the picture.
+                frames = getattr(header, "n_frames", 1) if suffix in (".png", ".webp") else 1
+                profile = header.info.get("icc_profile")
+    if frames > 1:
+        raise InputError(f"{path} holds {frames} pictures (pages or frames); give each as a file of its own.")
+    return profile or None
+
+
+@contextmanager
+def _header(path: Path) -> Iterator[Image.Image]:
+    """A picture whose pixels are not decoded."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of large pictures
+        with Image.open(path) as header:
+            yield header
+
+
+TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda image: image,
+    2: lambda image: image[:, ::-1],
+    3: lambda image: image[::-1, ::-1],
+    4: lambda image: image[::-1],
+    5: lambda image: image.swapaxes(0, 1),
+    6: lambda image: np.rot90(image, -1),
+    7: lambda image: image[::-1, ::-1].swapaxes(0, 1),
+    8: lambda image: np.rot90(image),
+}
+"""What shows [H, W, C] upright, by its EXIF orientation."""
+
+
+def _orientation(path: Path) -> int:
+    """EXIF orientation of a picture that OpenCV has not turned; 1: upright, or a TIFF, which it has."""
+    with suppress(*UNREADABLE), _header(path) as header:
+        found = header.getexif().get(Base.Orientation, 1) if "exif" in header.info else 1
+        return found if header.format != "TIFF" and found in TURNS else 1
+    return 1
+
+
+def write_picture(path: Path, picture: Picture) -> None:
+    """Encode in the format of the suffix, at the depth of the pixels. Raises InputError where the format cannot."""
+    if picture.pixels.dtype == np.uint16 and path.suffix.lower() not in DEEP:  # OpenCV would write white
+        raise InputError(f"{path} cannot hold the 16 bits of the picture; give the picture the suffix of its format.")
+    image = picture.pixels[..., ::-1]
+    if picture.alpha is not None:
+        image = np.concatenate([np.repeat(image, 3, 2) if image.shape[2] == 1 else image, picture.alpha], 2)
+    data = _encoded(path.suffix.lower(), np.ascontiguousarray(image), picture.profile)
+    if data is None:
+        raise InputError(f"{path} cannot be written in this format; convert the picture to PNG or TIFF first.")
+    replace_with(path, lambda aside: aside.write_bytes(data))
+
+
+def _encoded(suffix: str, image: np.ndarray, profile: bytes | None) -> bytes | None:
+    """A file of pixels [H, W, 1, 3 or 4] in OpenCV's order; None where they are too wide or too high for its format."""
+    if profile is not None and suffix in TIFF:  # OpenCV writes no profile into these
+        colours = image.shape[2] > 1
+        file, pixels = io.BytesIO(), image[..., [2, 1, 0, 3][: image.shape[2]]] if colours else image[..., 0]
+        tifffile.imwrite(
+            file, pixels, photometric="rgb" if colours else "minisblack", compression="zlib", iccprofile=profile,
+            extrasamples=["unspecified"] if image.shape[2] == 4 else None,
+        )  # fmt: skip
+        return file.getvalue()
+    options = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY] if suffix in (".jpg", ".jpeg") else []
+    try:
+        if profile is None:
+            done, data = cv2.imencode(suffix, image, options)
+        else:
+            kinds, kept = [cv2.IMAGE_METADATA_ICCP], [np.frombuffer(profile, np.uint8)]
+            done, data = cv2.imencodeWithMetadata(suffix, image, kinds, kept, options)
+    except cv2.error:
+        return None
+    return data.tobytes() if done else None

@@ -1,0 +1,56 @@
+"""Files of pictures: what else than pixels they hold, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, ImageOps
+
+from kitbench.apply.picture import Picture, read_picture, write_picture
+from kitbench.errors import InputError
+from tests.apply.test_restore import photograph
+
+
+@pytest.mark.parametrize(
+    ("suffix", "channels", "dtype"),
+    [
+        (".png", 3, np.uint8), (".png", 3, np.uint16), (".png", 4, np.uint8), (".jpg", 3, np.uint8), (".webp", 3, np.uint8),
+        (".tif", 1, np.uint8), (".tif", 3, np.uint8), (".tif", 3, np.uint16), (".tif", 4, np.uint16),
+    ],
+)  # fmt: skip
+def test_a_colour_profile_is_kept(suffix, channels, dtype, tmp_path) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    pixels = photograph(40, 60, min(channels, 3), dtype)
+    alpha = photograph(40, 60, 1, dtype) if channels == 4 else None
+    file, again = tmp_path / f"one{suffix}", tmp_path / f"two{suffix}"
+    write_picture(file, Picture(pixels, alpha, profile))
+    read = read_picture(file)
+    assert read.profile == profile
+    if suffix in (".png", ".tif"):
+        np.testing.assert_array_equal(read.pixels, pixels)
+        assert alpha is None or np.array_equal(read.alpha, alpha)
+    write_picture(again, read)
+    assert read_picture(again).profile == profile
+    write_picture(again, Picture(pixels, alpha))
+    assert read_picture(again).profile is None
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "tif"])
+def test_a_file_of_several_pictures_is_refused(suffix, tmp_path) -> None:
+    first, second = (Image.fromarray(photograph(20, 30, 3) // part) for part in (1, 2))
+    first.save(tmp_path / f"both.{suffix}", save_all=True, append_images=[second])
+    with pytest.raises(InputError, match="holds 2 pictures"):
+        read_picture(tmp_path / f"both.{suffix}")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_turned_upright_as_its_exif_says(suffix, orientation, tmp_path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(photograph(40, 60, 3))
+    stored.save(tmp_path / f"turned.{suffix}", exif=exif, **({} if suffix == "tif" else {"quality": 95}))
+    shown = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / f"turned.{suffix}"))).astype(int)
+    read = read_picture(tmp_path / f"turned.{suffix}").pixels
+    assert read.shape == shown.shape
+    assert np.abs(read - shown).max() <= 6  # two decoders of JPEG
