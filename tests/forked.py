@@ -73,6 +73,7 @@ def serve() -> None:
         child = os.fork()
         if not child:
             _become(request)
+            del sys.modules["kitbench.__main__"]  # of which this module has taken what is set before any import
             try:
                 runpy.run_module("kitbench", run_name="__main__", alter_sys=True)
             except SystemExit as end:
