@@ -86,8 +86,8 @@ def _beside(target: Path) -> Path:
 def restore_all(how: Restoration, images: Sequence[Path], targets: Sequence[Path], console: Console) -> None:
     """Restore every picture and write it to its target, showing progress with the time left.
 
-    Raises RunError at the end, naming the pictures that could not be restored and why, and Interrupted on Ctrl-C; in
-    both cases whatever is restored is written.
+    Raises RunError at the end, naming the pictures that could not be restored and why, Interrupted on Ctrl-C, and
+    BrokenPipeError where nobody reads the output; in all cases whatever is restored is written.
     """
     parts = [_parts(how, path) for path in images]
     failed: list[str] = []
@@ -102,6 +102,8 @@ def restore_all(how: Restoration, images: Sequence[Path], targets: Sequence[Path
                     written += 1
                 except (InputError, RunError) as error:
                     failed.append(str(error).rstrip("."))
+                except BrokenPipeError:  # of the output, which says nothing of the picture
+                    raise
                 except Exception as error:  # noqa: BLE001 - memory, the disk, or a stranger's network
                     failed.append(f"{path}: {describe_error(error)}")
                 done += share

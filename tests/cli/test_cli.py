@@ -306,9 +306,12 @@ def test_help_imports_nothing_heavy() -> None:
     )
 
 
-@pytest.mark.parametrize("words", ["table {} --format json", "list", "status {}"])
-def test_a_closed_pipe_is_no_failed_check(tiny_runs: Path, words: str) -> None:
-    command = f"set -o pipefail; {sys.executable} -m kitbench {words.format(tiny_runs)} | true"
+@pytest.mark.parametrize(
+    "words",
+    ["table {0} --format json", "list", "status {0}", "restore {0}/*-kit-s0-*/crops --run {0}/*-kit-s0-* --out {1}"],
+)
+def test_a_closed_pipe_is_no_failed_check(tiny_runs: Path, tmp_path: Path, words: str) -> None:
+    command = f"set -o pipefail; {sys.executable} -m kitbench {words.format(tiny_runs, tmp_path / 'o')} | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode == 3
     assert done.stderr == ""
