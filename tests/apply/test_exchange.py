@@ -284,7 +284,7 @@ def test_a_run_that_failed_or_is_still_scored_is_left_out(stranger: Path, tmp_pa
 
 
 def test_exports_say_what_they_need(stranger: Path, tmp_path: Path) -> None:
-    assert "names nobody" in invoke("export", stranger, "--out", tmp_path / "x.zip", code=2).stderr
+    assert "--by is missing: say in one line" in invoke("export", stranger, "--out", tmp_path / "x.zip", code=2).stderr
     assert "must end in .zip" in invoke("export", stranger, "--out", tmp_path / "x.tar", code=2).stderr
     for folder in find([stranger]):
         (folder.path / "training.json").unlink()
