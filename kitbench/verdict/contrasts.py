@@ -29,6 +29,8 @@ UNDECIDED: Verdict = "not decided"
 RateChoice = Literal["one recipe", "each at its own best rate"]
 ONE: RateChoice = "one recipe"
 OWN: RateChoice = "each at its own best rate"
+FEWEST_SEEDS = 3
+"""Of two, the p value rests on normally distributed seed effects alone."""
 SMOKE = "smoke"
 """The preset that only proves that everything works: its runs settle no claim."""
 K = TypeVar("K")
@@ -309,6 +311,9 @@ def decide_contrasts(contrasts: Mapping[K, tuple[str, str, Mapping[Setup, Compar
             joint = all(compared.p_holm is not None for compared in found.values())
             p = {setup: compared.p_holm if joint else compared.found.p for setup, compared in found.items()}
             verdict, reason = decide({setup: _sign(p[setup], compared) for setup, compared in found.items()})
+            few = [str(setup) for setup in sorted(found) if found[setup].found.seeds < FEWEST_SEEDS]
+            if few and verdict != UNDECIDED:
+                verdict, reason = UNDECIDED, f"fewer than {FEWEST_SEEDS} seeds were run of {' and '.join(few)}"
         else:
             verdict, reason = UNDECIDED, f"no stored runs of both {a} and {b} under one recipe"
         decided[key] = Contrast(a, b, found, verdict, reason)

@@ -11,7 +11,7 @@ from kitbench.spec.loading import load_suite
 from kitbench.spec.shipped import suite_names
 from kitbench.spec.suite import SetNames
 from kitbench.store.records import Run
-from kitbench.verdict.contrasts import ONE, OWN, SMOKE, ComparedRuns, Contrast, Runs
+from kitbench.verdict.contrasts import FEWEST_SEEDS, ONE, OWN, SMOKE, ComparedRuns, Contrast, Runs
 from kitbench.verdict.statistics import FEWEST_IMAGES
 
 SEEDS = 5
@@ -42,7 +42,11 @@ def contrast_command(contrast: Contrast, runs: Runs) -> str:
         if tuning is not None and set(methods) <= tuning.best.keys():
             return run_command(block, methods, seeds, tuned=True)
         return f"python -m kitbench tune{_settings(block.first.run)} {_place(block)}"
-    undecided = {setup: c.found.seeds for setup, c in contrast.setups.items() if not c.decided}
+    undecided = {
+        setup: compared.found.seeds
+        for setup, compared in contrast.setups.items()
+        if not compared.decided or compared.found.seeds < FEWEST_SEEDS
+    }
     if len(lengths[ONE]) < 2 or not undecided:
         return run_command(blocks[max(lengths[ONE])], methods, seeds, longer=LONGER)
     setup = min(undecided, key=lambda setup: (undecided[setup], setup))

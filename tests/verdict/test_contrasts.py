@@ -13,6 +13,7 @@ from kitbench.store.folder import RunFolder, find
 from kitbench.store.records import Tuning, shared_with_search
 from kitbench.verdict.contrasts import ONE, OWN, UNDECIDED, Setup, combined, decide, decide_contrasts, select
 from kitbench.verdict.entries import Entry, entries, labels
+from kitbench.verdict.proposals import contrast_command
 from tests.conftest import Kitbench
 from tests.stored import store
 
@@ -135,6 +136,17 @@ def test_the_reason_names_the_setup_that_lacks_seeds_and_no_other(tmp_path: Path
     for steps, seeds in ((700, (0,)), (3000, range(5))):
         tuned(runs(tmp_path, BETTER, seeds, steps), BETTER, steps=steps)
     assert verdict(tmp_path) == (UNDECIDED, "no difference is shown by one recipe, 700 steps")
+
+
+def test_two_seeds_decide_nothing_however_much_they_agree(tmp_path: Path) -> None:
+    """Two of the five seeds of a stored contrast, the first, had the largest differences: with them it was decided."""
+    for steps, seeds in ((700, (0, 1)), (3000, range(5))):
+        tuned(runs(tmp_path, BETTER, seeds, steps), BETTER, steps=steps)
+    chosen = select(entries(find([tmp_path]), None), tunings(tmp_path))
+    contrast = decide_contrasts({"it": ("kit", "local", chosen.compare("kit", "local"))})["it"]
+    assert all(compared.decided for compared in contrast.setups.values())
+    assert (contrast.verdict, contrast.reason) == (UNDECIDED, "fewer than 3 seeds were run of one recipe, 700 steps")
+    assert "--seeds 0,1,2,3,4 " in contrast_command(contrast, chosen)
 
 
 def test_another_sign_at_the_best_rates_depends_on_the_learning_rate(tmp_path: Path) -> None:
