@@ -26,6 +26,8 @@ TIFF = (".tif", ".tiff")
 DEEP = (".png", *TIFF)
 """Of the files that can hold 16 bits."""
 JPEG_QUALITY = 95
+SPACE = slice(16, 20)
+"""Where an ICC profile names its colour space (ICC.1:2022, 7.2.8)."""
 UNREADABLE = (OSError, struct.error, ValueError, SyntaxError, Image.DecompressionBombError)
 """What Pillow and tifffile raise at a damaged file."""
 
@@ -127,6 +129,8 @@ def write_picture(path: Path, picture: Picture) -> None:
 
 def _encoded(suffix: str, image: np.ndarray, profile: bytes | None) -> bytes | None:
     """A file of pixels [H, W, 1, 3 or 4] in OpenCV's order; None where they are too wide or too high for its format."""
+    if profile is not None and profile[SPACE] != (b"GRAY" if image.shape[2] == 1 else b"RGB "):
+        profile = None  # of CMYK, which OpenCV has turned into RGB, or of gray with alpha, which is written as RGB
     if profile is not None and suffix in TIFF:  # OpenCV writes no profile into these
         colours = image.shape[2] > 1
         file, pixels = io.BytesIO(), image[..., [2, 1, 0, 3][: image.shape[2]]] if colours else image[..., 0]

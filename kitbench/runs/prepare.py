@@ -255,7 +255,7 @@ def choose_sets(suite: Suite, root: Path | None) -> tuple[dict[Mode, SetNames], 
     """
     check_root(root)
     source = suite.data.folder if root is not None else suite.data.embedded
-    place = "any data folder: give one with --data" if root is None else named_root(root)
+    place = "any data folder: give one with --data" if root is None else root
     named: dict[Mode, SetNames] = {mode: getattr(source, mode) for mode in source.modes}
     absent: dict[str, str] = {}
     chosen: dict[Mode, SetNames] = {}
@@ -284,8 +284,9 @@ def choose_sets(suite: Suite, root: Path | None) -> tuple[dict[Mode, SetNames], 
             chosen[mode] = sets.model_copy(update=there)
     if not chosen:
         wanted = dict.fromkeys(name for sets in named.values() for name in sets.test)
+        where = place if root is None else named_root(root)
         raise InputError(
-            f"None of the test sets {', '.join(wanted)} is in {place}; get one, or choose others: --test-set SET, "
+            f"None of the test sets {', '.join(wanted)} is in {where}; get one, or choose others: --test-set SET, "
             "which is --set data.test=SET, or "
             f"{' or '.join(f'data.folder.{mode}.test' for mode in named)} for one mode."
         )

@@ -24,13 +24,14 @@ from typing import Annotated, Any, Literal, Self
 from xml.etree import ElementTree
 
 import numpy as np
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from scipy import stats
 from tabulate import tabulate
 
 import kitbench
 from kitbench.errors import InputError
 from kitbench.spec.fields import Frozen
+from kitbench.spec.messages import parse
 from kitbench.spec.tasks import condition
 from kitbench.store.folder import RunFolder
 from kitbench.store.records import Run
@@ -187,21 +188,21 @@ def _cost(comparison: str, method: str, group: list[Entry]) -> CostRow:
 def read_reference(path: Path) -> Reference:
     """A stored reference. Raises InputError."""
     try:
-        return Reference.model_validate(json.loads(path.read_bytes()))
+        raw = json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(
             f"Reference {path} cannot be read ({error.strerror}); write one with `kitbench check ... --update`."
         ) from error
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        place = ".".join(map(str, fault["loc"])) or "the file"
-        raise InputError(
-            f"{path} is no reference of this version of kitbench ({place}: {fault['msg'].lower()}). If it was one, "
-            "take it from version control again; `kitbench check ... --update` writes a new one into another file."
-        ) from error
     except (ValueError, RecursionError) as error:
         raise InputError(
             f"{path} is damaged, or no reference ({error}). Take it from version control again, or give another file."
+        ) from error
+    try:
+        return parse(Reference, raw, f"{path}, which is no reference of this version of kitbench")
+    except InputError as error:
+        raise InputError(
+            f"{error} If it was one, take it from version control again; `kitbench check ... --update` writes a new "
+            "one into another file."
         ) from error
 
 

@@ -20,6 +20,8 @@ from tests.apply.test_restore import photograph
 )  # fmt: skip
 def test_a_colour_profile_is_kept(suffix, channels, dtype, tmp_path) -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    if channels == 1:
+        profile = profile[:16] + b"GRAY" + profile[20:]
     pixels = photograph(40, 60, min(channels, 3), dtype)
     alpha = photograph(40, 60, 1, dtype) if channels == 4 else None
     file, again = tmp_path / f"one{suffix}", tmp_path / f"two{suffix}"
@@ -32,6 +34,19 @@ def test_a_colour_profile_is_kept(suffix, channels, dtype, tmp_path) -> None:
     write_picture(again, read)
     assert read_picture(again).profile == profile
     write_picture(again, Picture(pixels, alpha))
+    assert read_picture(again).profile is None
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "tif"])
+def test_a_profile_of_other_colours_than_those_written_is_left_out(suffix, tmp_path) -> None:
+    """OpenCV reads CMYK as RGB: with the old profile the result would be shown in wrong colours."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    file, again = tmp_path / f"print.{suffix}", tmp_path / f"again.{suffix}"
+    cmyk = profile[:16] + b"CMYK" + profile[20:]
+    write_picture(file, Picture(photograph(20, 30, 3), None, cmyk))
+    assert read_picture(file).profile is None
+    Image.fromarray(photograph(20, 30, 3)).convert("CMYK").save(file, icc_profile=cmyk)
+    write_picture(again, read_picture(file))
     assert read_picture(again).profile is None
 
 
