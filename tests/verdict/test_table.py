@@ -155,11 +155,21 @@ def test_two_versions_of_a_data_set_are_refused(tmp_path: Path) -> None:
 
 
 def test_runs_of_different_recipes_never_stand_in_one_block(tmp_path: Path) -> None:
-    store(tmp_path, "kit", 30.0)
-    store(tmp_path, "window", 35.0, lr=1e-4)
+    for kit, window, lr in ((30.0, 29.0, 1e-3), (35.0, 34.0, 1e-4)):
+        store(tmp_path, "kit", kit, lr=lr)
+        store(tmp_path, "window", window, lr=lr)
     text = render(find([tmp_path]), "markdown")
     assert text.count("| Method") == 2
     assert text.count("**30.00**") == text.count("**35.00**") == 1
+
+
+def test_a_row_that_is_ranked_beside_no_other_is_not_the_best_of_its_column(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        store(tmp_path, "kit", 30.0, seed)
+    store(tmp_path, "window", 31.0)
+    assert "**" not in render(find([tmp_path]), "markdown").split("| Method")[1]
+    store(tmp_path, "window", 31.0, 1)
+    assert "**31.00**" in render(find([tmp_path]), "markdown")
 
 
 def test_runs_of_one_method_with_different_settings_are_told_apart(tmp_path: Path) -> None:
