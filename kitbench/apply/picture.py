@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import struct
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 from PIL.ExifTags import Base
+from PIL.TiffImagePlugin import TiffImageFile
 
 from kitbench.errors import InputError
 from kitbench.store.files import replace_with
@@ -28,7 +28,9 @@ DEEP = (".png", *TIFF)
 JPEG_QUALITY = 95
 SPACE = slice(16, 20)
 """Where an ICC profile names its colour space (ICC.1:2022, 7.2.8)."""
-UNREADABLE = (OSError, struct.error, ValueError, SyntaxError, Image.DecompressionBombError)
+EXTRA_SAMPLES, UNASSOCIATED = 338, 2
+"""The tag of a TIFF that says what its alpha is, and its value for one that no colour was multiplied by."""
+UNREADABLE = (OSError, struct.error, ValueError, SyntaxError)
 """What Pillow and tifffile raise at a damaged file."""
 
 
@@ -45,25 +47,44 @@ class Picture:
 def read_picture(path: Path) -> Picture:
     """Decode a picture, rotated as its EXIF says. Raises InputError."""
     try:
-        data = np.frombuffer(path.read_bytes(), np.uint8)
+        data = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); give the path of a picture.") from error
     # OpenCV turns JPEG only in modes that drop an alpha channel, which JPEG does not have; TIFF always, others never.
     upright = path.suffix.lower() in (".jpg", ".jpeg")
     flags = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH if upright else cv2.IMREAD_UNCHANGED
     try:
-        image = cv2.imdecode(data, flags) if data.size else None
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
     except cv2.error:
         image = None
     if image is None:
         raise InputError(f"{path} is not a readable picture; give PNG, JPEG, TIFF, WebP or BMP.")
     image = image[..., None] if image.ndim == 2 else image
     image = image if upright else TURNS[_orientation(path)](image)
+    image = _with_alpha(path, data, image)
     if image.dtype not in (np.uint8, np.uint16) or image.shape[2] not in (1, 2, 3, 4):
         raise InputError(f"{path} has {image.shape[2]} channels of {image.dtype}; give 8 or 16 bits, gray or colour.")
     alpha = image[..., -1:] if image.shape[2] in (2, 4) else None
     pixels = image[..., :1] if image.shape[2] < 3 else image[..., 2::-1]
     return Picture(np.ascontiguousarray(pixels), alpha, _profile(path))
+
+
+def _with_alpha(path: Path, data: bytes, image: np.ndarray) -> np.ndarray:
+    """A decoded picture with the alpha of a TIFF of 8 bits. Raises InputError for one of gray with another alpha.
+
+    OpenCV drops the alpha of gray, and multiplies colours by an alpha that the file keeps apart from them.
+    """
+    if path.suffix.lower() not in TIFF:
+        return image
+    with suppress(*UNREADABLE), _header(io.BytesIO(data)) as picture:  # OpenCV has read it
+        apart = isinstance(picture, TiffImageFile) and picture.tag_v2.get(EXTRA_SAMPLES) == (UNASSOCIATED,)
+        if picture.mode == "LA" or (picture.mode == "RGBA" and image.dtype == np.uint8 and apart):
+            picture.load()  # turns it upright; of a file that is not in memory Pillow 13 would mix the pixels up
+            return np.asarray(picture)[..., [2, 1, 0, 3] if picture.mode == "RGBA" else [0, 1]]
+    with suppress(*UNREADABLE), tifffile.TiffFile(io.BytesIO(data)) as file:
+        if file.pages[0].aspage().samplesperpixel == 2:
+            raise InputError(f"{path} is a TIFF of gray with alpha that is not read; give a PNG, or leave out alpha.")
+    return image
 
 
 def _profile(path: Path) -> bytes | None:
@@ -85,12 +106,14 @@ def _profile(path: Path) -> bytes | None:
 
 
 @contextmanager
-def _header(path: Path) -> Iterator[Image.Image]:
-    """A picture whose pixels are not decoded."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of large pictures
-        with Image.open(path) as header:
+def _header(file: Path | io.BytesIO) -> Iterator[Image.Image]:
+    """A picture whose pixels are not decoded. Its size is no reason to refuse it: OpenCV has decoded it."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with Image.open(file) as header:
             yield header
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {

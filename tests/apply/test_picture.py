@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image, ImageCms, ImageOps
 
-from kitbench.apply.picture import Picture, read_picture, write_picture
+from kitbench.apply.picture import TURNS, Picture, read_picture, write_picture
 from kitbench.errors import InputError
 from tests.apply.test_restore import photograph
 
@@ -35,6 +36,41 @@ def test_a_colour_profile_is_kept(suffix, channels, dtype, tmp_path) -> None:
     assert read_picture(again).profile == profile
     write_picture(again, Picture(pixels, alpha))
     assert read_picture(again).profile is None
+
+
+@pytest.mark.parametrize(("channels", "alpha"), [(2, "unassalpha"), (4, "unassalpha"), (4, "assocalpha")])
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("turn", sorted(TURNS))
+def test_colours_of_a_tiff_are_read_as_stored_and_its_alpha_is_kept(
+    channels, alpha, compression, turn, tmp_path
+) -> None:
+    """OpenCV multiplies colours by an alpha that is kept apart from them, and drops the alpha of gray."""
+    pixels = photograph(16, 24, channels)
+    tifffile.imwrite(
+        tmp_path / "one.tif", pixels, photometric="rgb" if channels == 4 else "minisblack", planarconfig="contig",
+        extrasamples=[alpha], compression=compression, extratags=[(274, "H", 1, turn, True)],
+    )  # fmt: skip
+    read = read_picture(tmp_path / "one.tif")
+    np.testing.assert_array_equal(np.concatenate([read.pixels, read.alpha], 2), TURNS[turn](pixels))
+
+
+@pytest.mark.parametrize(("dtype", "alpha"), [(np.uint16, "unassalpha"), (np.uint8, "assocalpha")])
+def test_a_tiff_of_gray_with_an_alpha_that_would_be_lost_is_refused(dtype, alpha, tmp_path) -> None:
+    pixels = photograph(16, 24, 2, dtype)
+    tifffile.imwrite(
+        tmp_path / "one.tif", pixels, photometric="minisblack", planarconfig="contig", extrasamples=[alpha]
+    )
+    with pytest.raises(InputError, match="gray with alpha that is not read; give a PNG"):
+        read_picture(tmp_path / "one.tif")
+
+
+def test_the_size_that_pillow_warns_of_does_not_hide_the_profile_and_alpha(tmp_path, monkeypatch) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(photograph(16, 24, 4), "RGBA").save(tmp_path / "one.tif", icc_profile=profile)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    read = read_picture(tmp_path / "one.tif")
+    np.testing.assert_array_equal(read.pixels, photograph(16, 24, 4)[..., :3])
+    assert read.profile == profile
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "tif"])
