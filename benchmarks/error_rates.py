@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 
 from kitbench.verdict.claims import OTHERS, QUESTIONS, TASKS
-from kitbench.verdict.statistics import ALPHA, Array, corrected, half_width, p_values, spread, to_best
+from kitbench.verdict.statistics import ALPHA, Array, half_width, holm, p_values, spread, to_best
 
 METHODS = ("kit", "window", "local", "global", "kit-random", "conv")
 Decisions = NDArray[np.bool_]
@@ -147,7 +147,7 @@ def claims(world: World, random: np.random.Generator, tables: int, truth: Array)
     decided = np.zeros((tables, sum(map(len, asked))), bool)
     for seeds in world.looks:
         p = [contrasts(own[:, :, :seeds], pairs) for own, pairs in zip(scores, asked, strict=True)]
-        decided |= corrected(np.concatenate(p, -1)[..., None])[..., 0] < ALPHA
+        decided |= holm(np.concatenate(p, -1)) < ALPHA
     return decided
 
 

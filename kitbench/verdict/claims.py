@@ -167,12 +167,23 @@ def _quality(main: Runs, by_task: Mapping[str, Runs]) -> dict[str, Part]:
 def _part(question: str, contrast: Contrast, runs: Runs) -> Part:
     together = [compared.runs for compared in contrast.setups.values()]
     keys = dict.fromkeys(key for own in together for key in own)
-    facts = tuple(f"{setup}: {in_words(compared)}" for setup, compared in contrast.setups.items())
+    facts = [f"{setup}: {in_words(compared)}" for setup, compared in contrast.setups.items()]
+    facts += [_together(contrast)] if contrast.p_holm is not None else []
     absent = ONLY_SMOKE if runs.smoke and not runs.blocks else contrast.reason
     return Part(
         question, contrast.verdict, (*facts, *_unlike(runs, together), *_left_out(runs)), tuple(keys),
         contrast_command(contrast, runs) if contrast.verdict == UNDECIDED else "", absent,
     )  # fmt: skip
+
+
+def _together(contrast: Contrast) -> str:
+    """The p value that decides a contrast, in words."""
+    largest = max(compared.found.p or 0.0 for compared in contrast.setups.values())
+    which = ", the largest" if len(contrast.setups) > 1 else ""
+    return (
+        f"adjusted p of {contrast.a} - {contrast.b}: {contrast.p_holm:.3g}, from {largest:.3g}{which} "
+        f"(Holm's correction over {contrast.family} contrast{'s' * (contrast.family > 1)})"
+    )
 
 
 def _unlike(runs: Runs, together: Sequence[Collection[str]]) -> tuple[str, ...]:
@@ -200,8 +211,8 @@ def in_words(compared: Compared) -> str:
         text += f", 95 % interval [{found.interval.low:+.3f}, {found.interval.high:+.3f}]"
     if found.interval_seeds is not None:
         text += f" (on these images alone [{found.interval_seeds.low:+.3f}, {found.interval_seeds.high:+.3f}])"
-    if compared.p_holm is not None:
-        text += f", adjusted p {compared.p_holm:.3g}"
+    if found.p is not None:
+        text += f", p {found.p:.3g}"
     seeds, images = (f"{n} {what}{'s' * (n > 1)}" for n, what in ((found.seeds, "seed"), (found.images, "image")))
     text += f", {seeds}, {images}"
     if compared.detectable is not None:
@@ -229,12 +240,13 @@ def _best_of_all(kind: Kind, contrasts: Sequence[Contrast], runs: Runs) -> Part:
         reason = ONLY_SMOKE
     facts = tuple(
         f"{setup}: {compared.a} - {compared.b} {shown(compared.found.mean, 3, '+')} dB"
-        + (f", adjusted p {compared.p_holm:.3g}" if compared.p_holm is not None else "")
+        + (f", p {compared.found.p:.3g}" if compared.found.p is not None else "")
         for contrast in contrasts
         for setup, compared in contrast.setups.items()
     )
     together = [compared.runs for contrast in contrasts for compared in contrast.setups.values()]
     keys = dict.fromkeys(key for own in together for key in own)
+    facts += tuple(_together(contrast) for contrast in contrasts if contrast.p_holm is not None)
     if facts:
         facts += (*_unlike(runs, together), *_left_out(runs))
     return Part(question, verdict, facts, tuple(keys), command, reason)

@@ -22,7 +22,7 @@ from kitbench.store.records import Run, Tuning, shared_with_search
 from kitbench.verdict.compare import Column, Compared, compare, paired_scores, with_correction
 from kitbench.verdict.entries import Entry, bare_label, labels
 from kitbench.verdict.provenance import unlike_notes
-from kitbench.verdict.statistics import ALPHA, corrected
+from kitbench.verdict.statistics import ALPHA, holm
 
 Verdict = Literal["supported", "not supported", "depends on the learning rate", "not decided"]
 UNDECIDED: Verdict = "not decided"
@@ -290,34 +290,51 @@ class Contrast:
     verdict: Verdict
     reason: str
     """Why it is not decided."""
+    p_holm: float | None = None
+    """The largest p of its setups, adjusted over all contrasts of the page; None where a setup has none."""
+    family: int = 0
+    """Over how many contrasts."""
 
 
 def decide_contrasts(contrasts: Mapping[K, tuple[str, str, Mapping[Setup, Compared]]]) -> dict[K, Contrast]:
-    """Contrasts (a, b, differences by setup) of one page, corrected together."""
-    known = {key: setups for key, (_, _, setups) in contrasts.items() if setups}
-    raw = np.zeros((len(known), max((len(setups) for setups in known.values()), default=1)))
-    for place, setups in enumerate(known.values()):
-        values = [compared.found.p for compared in setups.values()]
-        raw[place, : len(values)] = [math.nan if value is None else value for value in values]
-    adjusted = dict(zip(known, corrected(raw), strict=True))
+    """Contrasts (a, b, differences by setup) of one page, corrected together.
+
+    A setup's own p_holm says whether that setup shows a difference: by Bonferroni's correction over the contrasts, or
+    because Holm's decides the contrast, and so all of its setups. What seeds can show is planned for all contrasts that
+    were run, with or without a p value.
+    """
+    largest = np.array([_largest_p(setups) for _, _, setups in contrasts.values()])
+    joint = dict(zip(contrasts, (float(p) for p in holm(largest)), strict=True))
+    family, planned = int(np.isfinite(largest).sum()), sum(bool(setups) for _, _, setups in contrasts.values())
     decided = {}
     for key, (a, b, setups) in contrasts.items():
         found = {
-            setup: with_correction(compared, float(adjusted[key][place]), len(known))
-            for place, (setup, compared) in enumerate(setups.items())
+            setup: with_correction(compared, _of_setup(compared.found.p, joint[key], family), planned)
+            for setup, compared in setups.items()
         }
         if found:
             # Where one setup has no p, the contrast has none; the reason is to name that setup and not the others.
-            joint = all(compared.p_holm is not None for compared in found.values())
-            p = {setup: compared.p_holm if joint else compared.found.p for setup, compared in found.items()}
+            known = math.isfinite(joint[key])
+            p = {setup: compared.p_holm if known else compared.found.p for setup, compared in found.items()}
             verdict, reason = decide({setup: _sign(p[setup], compared) for setup, compared in found.items()})
             few = [str(setup) for setup in sorted(found) if found[setup].found.seeds < FEWEST_SEEDS]
             if few and verdict != UNDECIDED:
                 verdict, reason = UNDECIDED, f"fewer than {FEWEST_SEEDS} seeds were run of {' and '.join(few)}"
         else:
             verdict, reason = UNDECIDED, f"no stored runs of both {a} and {b} under one recipe"
-        decided[key] = Contrast(a, b, found, verdict, reason)
+        p_holm = joint[key] if math.isfinite(joint[key]) else None
+        decided[key] = Contrast(a, b, found, verdict, reason, p_holm, family)
     return decided
+
+
+def _largest_p(setups: Mapping[Setup, Compared]) -> float:
+    """NaN where a setup has no p, or there is none."""
+    values = [compared.found.p for compared in setups.values()]
+    return math.nan if not values or None in values else max(value for value in values if value is not None)
+
+
+def _of_setup(p: float | None, joint: float, family: int) -> float:
+    return math.nan if p is None or not math.isfinite(joint) else min(p * family, joint)
 
 
 def _sign(p: float | None, compared: Compared) -> int:

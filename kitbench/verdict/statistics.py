@@ -138,18 +138,6 @@ def holm(p: Array) -> Array:
     return adjusted
 
 
-def corrected(p: Array) -> Array:
-    """p values [..., contrasts, setups] of contrasts that every setup must decide, adjusted over the contrasts.
-
-    The p value of a contrast is the largest of its setups'. Each setup's is multiplied by what Holm's method multiplies
-    that one by, so that a contrast is decided where all of its setups are. A contrast with a NaN has no p value; 0
-    stands for a setup that a contrast does not have.
-    """
-    joint = np.maximum(p.max(-1), np.finfo(np.float64).tiny)
-    adjusted: Array = np.minimum(p * (holm(joint) / joint)[..., None], 1.0)
-    return adjusted
-
-
 def to_best(columns: Sequence[Array]) -> list[tuple[NDArray[np.intp], Array]]:
     """Every method of a table against the best of its column, the best being chosen from the same scores.
 

@@ -164,7 +164,7 @@ def test_one_recipe_of_one_length_decides_nothing_about_quality(tmp_path: Path) 
     assert reach.words == (
         "not decided: only one recipe was compared (run `kitbench tune`) and only one length of training was run"
     )
-    assert re.search(r"adjusted p 1\.\d+e-07", evidence_of(reach))  # however small
+    assert re.search(r"adjusted p of kit - local: 1\.\d+e-07", evidence_of(reach))  # however small
     assert reach.command.startswith("python -m kitbench tune --suite denoise --preset quick")
 
 

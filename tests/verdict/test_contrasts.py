@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from kitbench.spec import loading
 from kitbench.store.folder import RunFolder, find
 from kitbench.store.records import Tuning, shared_with_search
+from kitbench.verdict.compare import Compared
 from kitbench.verdict.contrasts import ONE, OWN, UNDECIDED, Setup, combined, decide, decide_contrasts, select
 from kitbench.verdict.entries import Entry, entries, labels
 from kitbench.verdict.proposals import contrast_command
@@ -257,6 +259,34 @@ def test_a_contrast_is_corrected_for_the_others_of_the_page(tmp_path: Path) -> N
     alone = decide_contrasts({"local": asked["local"]})["local"].setups
     assert next(iter(alone.values())).detectable < local.detectable
     assert found["nothing"].reason == "no stored runs of both kit and missing under one recipe"
+
+
+def test_a_setup_without_a_difference_does_not_weaken_the_correction_of_the_others(tmp_path: Path) -> None:
+    runs(tmp_path, {"kit": 0.2, "local": 0.0})
+    chosen = select(entries(find([tmp_path]), None), [])
+    [measured] = chosen.compare("kit", "local").values()
+
+    def contrast(*p: float | None) -> tuple[str, str, dict[Setup, Compared]]:
+        every = [Setup(choice, steps) for choice in (ONE, OWN) for steps in (700, 24_000)]
+        setups = dict(zip(every, p, strict=False))
+        of = {setup: replace(measured, found=replace(measured.found, p=own)) for setup, own in setups.items()}
+        return "kit", "local", of
+
+    found = decide_contrasts(
+        {"mixed": contrast(0.02, 0.9, 0.011, 0.02), "all": contrast(0.001, 0.011, 0.012, 0.005), "third": contrast(0.02),
+         "clear": contrast(0.001, 0.002), "none": contrast(0.001, None)}
+    )  # fmt: skip
+    p = {name: [setup.p_holm for setup in one.setups.values()] for name, one in found.items()}
+    assert p["mixed"] == pytest.approx([0.08, 0.9, 0.044, 0.08])  # each 4 times, at most what all of them have
+    assert (
+        "no difference is shown by each at its own best rate, 24,000 steps and one recipe, 700" in found["mixed"].reason
+    )
+    assert "each at its own best rate, 700 steps" not in found["mixed"].reason
+    assert found["all"].p_holm == pytest.approx(3 * 0.012)
+    assert found["all"].verdict == "supported"
+    assert found["third"].p_holm == pytest.approx(0.04)
+    assert found["clear"].p_holm == pytest.approx(4 * 0.002)
+    assert (found["none"].p_holm, found["none"].family, p["none"]) == (None, 4, [None, None])
 
 
 @pytest.mark.parametrize(

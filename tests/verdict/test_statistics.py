@@ -15,7 +15,6 @@ from scipy import stats
 from kitbench.verdict.statistics import (
     ALPHA,
     FEWEST_IMAGES,
-    corrected,
     detectable,
     difference,
     half_width,
@@ -126,15 +125,6 @@ def test_holm_against_a_worked_example() -> None:
     np.testing.assert_allclose(holm(np.stack([p, p[::-1]])), [holm(p), holm(p)[::-1]])
     np.testing.assert_allclose(holm(np.array([0.9, 0.8])), [1.0, 1.0])
     assert holm(np.array([])).size == 0
-
-
-def test_a_contrast_is_decided_where_all_of_its_setups_are() -> None:
-    p = np.array([[0.01, 0.001], [0.02, 0.02], [0.0001, 0.9], [0.3, np.nan], [0.004, 0.0]])
-    joint = holm(np.array([0.01, 0.02, 0.9, np.nan, 0.004]))
-    found = corrected(p)
-    np.testing.assert_allclose(found.max(-1), joint)
-    np.testing.assert_allclose(found[0], [0.03, 0.003])
-    assert np.isnan(found[3]).all()
 
 
 def test_the_best_of_each_column_is_compared_with_all_pairs_of_all_columns_corrected() -> None:
