@@ -59,12 +59,17 @@ def describe_error(error: BaseException) -> str:
     """
     if isinstance(error, InputError | RunError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "no space is left on the disk; free some, or choose another --out"
+    if is_full(error):
+        return "no space is left where the output goes; free some, or write it elsewhere"
     message = str(error.msg if isinstance(error, SyntaxError) else error)
     place = own_place(error)
     first = (message.splitlines() or ["no message"])[0]
     return f"{type(error).__name__}: {first}" + (f" at {place}" if place else "")
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a disk, or what stands for one, took no more."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def own_place(error: BaseException) -> str | None:

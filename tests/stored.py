@@ -135,3 +135,10 @@ def store_whole(
 def evidence_of(part: Part) -> str:
     """All that a part of a claim says was measured."""
     return "; ".join(part.facts)
+
+
+def retrained(folder: RunFolder) -> RunFolder:
+    """The same run with other weights than `store` states."""
+    assert folder.training is not None
+    folder.write("training.json", folder.training.model_copy(update={"weights_sha256": "1"}))
+    return folder

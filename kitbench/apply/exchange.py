@@ -56,6 +56,8 @@ def export_runs(runs: Sequence[RunFolder], path: Path, by: str) -> Exchanged:
         raise InputError(f"None of the {len(runs)} runs is complete; let `kitbench run` finish first.")
     if len({folder.path.name for folder in chosen}) < len(chosen):
         raise InputError("Two of these folders contain a run of the same name; export them one folder at a time.")
+    for folder in chosen:
+        folder.logged()  # refuses a damaged one, which nobody could import
     writable_file(path)
     write_archive(path, chosen)
     return Exchanged(tuple(folder.path.name for folder in chosen), left_out)

@@ -36,23 +36,29 @@ class Restoration:
     """Whether a picture of input and result side by side is written too."""
 
 
-def pictures_named(arguments: Sequence[Path]) -> tuple[list[Path], int]:
+def pictures_named(arguments: Sequence[Path]) -> tuple[list[Path], int, list[Path]]:
     """The pictures that the arguments name: files, folders (not their subfolders), and wildcards like `photos/*.jpg`.
 
-    From folders and by wildcards, files that an earlier call wrote are left out; also returned is how many these are.
-    Raises InputError for an argument that names no picture.
+    From folders and by wildcards, files that an earlier call wrote are left out, as are files that cannot be read as
+    pictures; also returned are how many the first are, and the second. Raises InputError for an argument that names no
+    picture.
     """
     found: list[Path] = []
+    others: list[Path] = []
     left_out = 0
     for argument in arguments:
-        if argument.exists() and not argument.is_dir():
+        if argument.is_file():
             found.append(argument)
             continue
+        if argument.exists() and not argument.is_dir():
+            raise InputError(f"{argument} is neither a file nor a folder; give pictures, folders or wildcards.")
         if argument.is_dir():
             there, nothing = pictures_in(argument), no_pictures(argument)
+            named = sorted(path for path in argument.iterdir() if not path.name.startswith("."))
         elif glob.has_magic(str(argument)):
             names = map(Path, sorted(glob.glob(str(argument), recursive=True)))  # noqa: PTH207 - absolute ones too
-            there = [path for path in names if path.suffix.lower() in SUFFIXES and path.is_file()]
+            named = list(names)
+            there = [path for path in named if path.suffix.lower() in SUFFIXES and path.is_file()]
             nothing = f"No picture matches {argument}; give files, folders or wildcards like photos/*.jpg."
         else:
             raise InputError(f"{argument} does not exist; give pictures, folders or wildcards like photos/*.jpg.")
@@ -61,7 +67,8 @@ def pictures_named(arguments: Sequence[Path]) -> tuple[list[Path], int]:
         inputs = [path for path in there if not path.stem.endswith((RESTORED, BESIDE))]
         left_out += len(there) - len(inputs)
         found += inputs
-    return found, left_out
+        others += [path for path in named if path not in there and not path.is_dir()]
+    return found, left_out, others
 
 
 def targets_of(images: Sequence[Path], out: Path | None, overwrite: bool, beside: bool = False) -> list[Path]:

@@ -2,7 +2,8 @@
 
 bit-identical            weights, losses and the scores of every image are equal to the last bit
 within the seed spread   mean PSNR and SSIM of every evaluation are within WIDTH standard deviations over the seeds of
-                         the same cell that are stored in the same folder; imported runs do not count
+                         the same cell that are stored in the same folder; imported runs do not count. Where weights
+                         and losses are bit-identical only rounding is allowed.
 different                anything else; the first difference in data, code, settings, device, versions, ... is named
 """
 
@@ -131,17 +132,19 @@ def compare_runs(
         what = "weights, losses and " if stored.trained else ""
         return Outcome("bit-identical", f"{what}the scores of {images} images", None, tuple(notes))
     beyond, moves = [], []
+    same = stored.trained and not any(d.what == "weights" or d.what.startswith("loss at") for d in parted)
     for old, new in pairs:
         means = (("PSNR", " dB", old.mean_psnr, new.mean_psnr), ("SSIM", "", old.mean_ssim, new.mean_ssim))
         for name, unit, before, after in means:
-            tolerance, basis = _spread(name, stored, siblings, old)
+            tolerance, basis = (FLOOR[name], f"allowed: {FLOOR[name]:g}, by the same weights")
+            if not same:
+                tolerance, basis = _spread(name, stored, siblings, old)
             where = f"{old.data_set} {old.condition}".strip()
             moved = 0.0 if after == before else after - before  # both may be infinite
             line = f"{name} on {where} changed by {moved:+.2g}{unit} ({basis})"
             moves.append((abs(moved) / tolerance, line))
             if abs(moved) > tolerance:
                 beyond.append(line)
-    same = stored.trained and not any(d.what == "weights" or d.what.startswith("loss at") for d in parted)
     why = f"{'weights and losses are bit-identical; ' if same else ''}{max(moves)[1]}; first difference: {parted[0]}"
     return Outcome("different" if beyond else "within the seed spread", why, first, tuple(notes))
 

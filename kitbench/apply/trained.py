@@ -44,7 +44,12 @@ def trained_method(folder: RunFolder, method_file: Path | None) -> methods.Loade
         raise InputError(
             f"{folder.path} was imported without weights (run by {origin.by}); train it into another --out."
         )
-    if not folder.trained or not folder.weights.is_file():
+    if folder.trained and not folder.weights.is_file():
+        raise InputError(
+            f"{folder.path} is stored without its weights; train it again with `kitbench reproduce {folder.path} "
+            "--out DIR`, and give the run in DIR."
+        )
+    if not folder.trained:
         raise InputError(f"{folder.path} contains no {folder.weights.name}; finish the run, or give another one.")
     shipped = run.attention in methods.shipped()
     if not shipped and method_file is None:

@@ -187,10 +187,11 @@ def list_(data: Path | None) -> None:
     from rich.table import Table
 
     from kitbench.data.cards import cards
-    from kitbench.data.locate import present
+    from kitbench.data.locate import check_root, present
     from kitbench.model import methods
     from kitbench.spec import loading, shipped
 
+    check_root(data)
     console = make_console()
 
     def show(title: str, columns: list[str], lines: list[list[str]]) -> None:

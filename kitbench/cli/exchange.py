@@ -28,8 +28,8 @@ def export(paths: tuple[Path, ...], out: Path, by: str | None) -> None:
     from kitbench.store.results_file import results, write_results
 
     runs = find(paths)
-    if out.suffix != ".zip":
-        if out.suffix not in (".csv", ".parquet"):
+    if out.suffix.lower() != ".zip":
+        if out.suffix.lower() not in (".csv", ".parquet"):
             raise InputError(f"--out {out} must end in .zip (runs), .csv or .parquet (a results file).")
         writable_file(out)
         found = results(runs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,16 @@ class RunPath(click.Path):
         if not path.exists() and re.fullmatch(r"[0-9a-f]{4,64}", path.name):
             return _run_of_key(path.parent, path.name)
         return super().convert(value, param, ctx)
+
+
+class FiniteRange(click.FloatRange):
+    """A float in a range; not infinity, nor NaN, which no range excludes."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number.", param, ctx)
+        return number
 
 
 def _run_of_key(root: Path, digits: str) -> Path:

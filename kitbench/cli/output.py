@@ -45,9 +45,10 @@ def show_tracebacks(out: Path, sentences: Sequence[str]) -> None:
         click.echo(text, err=True)
 
 
-def one_run(found: list[Any]) -> list[Any]:
+def one_run(found: list[Any], name: str = "--run") -> list[Any]:
+    """The runs that were found, which must be one. name: of what names it."""
     if len(found) > 1:
-        raise InputError(f"--run names a folder with {len(found)} runs; give one run, for example {found[0].path}.")
+        raise InputError(f"{name} names a folder with {len(found)} runs; give one run, for example {found[0].path}.")
     return found
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kitbench.cli.options import MARKDOWN_OUT, PATHS, PROTOCOL, RunPath, form_of
+from kitbench.cli.options import MARKDOWN_OUT, PATHS, PROTOCOL, FiniteRange, RunPath, form_of
 from kitbench.cli.output import give, one_run
 from kitbench.errors import ExitCode, InputError
 
@@ -38,7 +38,7 @@ def table(
 
     form = form_of(form, out, TABLES)
     if against is not None and form not in ("markdown", "terminal"):
-        raise InputError(f"--against prints Markdown, on the terminal too, but --format is {form}; leave it out.")
+        raise InputError(f"--against prints Markdown, not {form}; leave --format out, or end --out in .md.")
     runs = find(paths)
     if against is None:
         text = render(runs, form, protocol, wide)
@@ -57,7 +57,7 @@ def table(
 @click.option("--against", required=True, type=click.Path(path_type=Path), help="Reference file (JSON).")
 @click.option("--update", is_flag=True, help="Replace the reference by these runs, and print what changes.")
 @PROTOCOL
-@click.option("--time-tolerance", type=click.FloatRange(0), default=0.5, show_default=True,
+@click.option("--time-tolerance", type=FiniteRange(0), default=0.5, show_default=True,
               help="Allowed increase of the time of a step, as a share: 0.5 is 50 %.")  # fmt: skip
 @click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML here, whatever the outcome.")
 @click.option("--summary", type=click.Path(path_type=Path), help="Write a Markdown summary here.")
@@ -74,13 +74,13 @@ def check(
 
     Imported runs are left out. Exit code 1 where a run is worse.
     """
-    from kitbench.store.files import writable_file, write_atomic
+    from kitbench.store.files import write_atomic
     from kitbench.verdict import reference
 
+    _apart(against, update, junit, summary)
     if update:
         runs = _made_here(paths)
         new = reference.collect(runs, protocol)
-        writable_file(against)
         changed = [f"new: {len(new.rows)} rows"]
         if against.exists():
             changed = reference.changes(reference.read_reference(against), new)
@@ -90,6 +90,8 @@ def check(
         return
     try:
         runs, stored = _made_here(paths), reference.read_reference(against)
+        if protocol is not None and protocol not in (stored.protocol, stored.protocol.rpartition(".v")[0]):
+            raise InputError(f"--protocol is {protocol}, but {against} is of {stored.protocol}; leave it out.")
         lines = reference.compare_with_reference(runs, stored, time_tolerance)
     except InputError as error:
         # A CI system shows these files: without them the step fails for no visible reason.
@@ -99,21 +101,32 @@ def check(
         )
         for path, data in said:
             if path is not None:
-                writable_file(path)
                 write_atomic(path, data)
         raise
     for path, data in ((junit, reference.junit(lines)), (summary, reference.check_summary(lines).encode())):
         if path is not None:
-            writable_file(path)
             write_atomic(path, data)
     failed = [line for line in lines if line.failed]
     for line in failed:
         click.secho(f"FAILED {line}", fg="red")
     click.echo(f"{len(lines) - len(failed)} of {len(lines)} comparisons with {against} passed")
+    if absent := reference.seeds_left_out(runs, stored):
+        click.echo(f"not checked, because no run here has it: seed {', '.join(absent)} of {against}")
     if others := reference.without_reference(runs, stored):
         click.echo(f"not checked, because {against} has no such row: {', '.join(others)}")
     if failed:
         raise SystemExit(ExitCode.CHECK_FAILED)
+
+
+def _apart(against: Path, update: bool, *outputs: Path | None) -> None:
+    """Raises InputError where an output cannot be written, or is the reference or the other output."""
+    from kitbench.store.files import writable_file
+
+    written = [path for path in outputs if path is not None]
+    for path in (*written, *([against] if update else [])):
+        writable_file(path)
+    if len({path.resolve() for path in (against, *written)}) <= len(written):
+        raise InputError("Two of --against, --junit and --summary name one file; give each a file of its own.")
 
 
 def _made_here(paths: tuple[Path, ...]) -> list[RunFolder]:
@@ -216,7 +229,7 @@ def diff(a: Path, b: Path) -> None:
     from kitbench.store.folder import find
     from kitbench.verdict.differences import differences
 
-    [one], [two] = (one_run(find([path])) for path in (a, b))
+    [one], [two] = (one_run(find([path]), str(path)) for path in (a, b))
     found = differences(one, two)
     for difference in found:
         click.echo(str(difference))

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from kitbench.cli.options import listed
+from kitbench.cli.options import FiniteRange, listed
 from kitbench.cli.output import make_console
 from kitbench.errors import RunError
 
@@ -29,7 +29,7 @@ from kitbench.errors import RunError
 @click.option(
     "--budget", default="8GiB", show_default=True, help="Report the largest image that fits into this memory."
 )
-@click.option("--patience", type=click.FloatRange(0, min_open=True), default=1.5, show_default=True,
+@click.option("--patience", type=FiniteRange(0, min_open=True), default=1.5, show_default=True,
               help="Seconds: a point whose single call would take longer is predicted, not measured.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), default=Path("results/scale"), show_default=True,
               help="Folder for the measurements and plots.")  # fmt: skip

@@ -27,6 +27,8 @@ from kitbench.cli.output import give, make_console, one_run, show_tables
 from kitbench.errors import InputError, RunError
 
 SCORES = ("terminal", "markdown", "csv")
+SHOWN = 5
+"""Most file names that a message lists."""
 
 
 @click.command()
@@ -67,7 +69,7 @@ def restore(
 
     if tile and tile < 32:
         raise InputError(f"--tile {tile} is too small; give 0 for the whole picture, or at least 32.")
-    found, left_out = pictures_named(images)
+    found, left_out, others = pictures_named(images)
     for place in {out} if out is not None else {path.parent for path in found}:
         writable(place)
     [run_folder] = one_run(find([folder]))
@@ -77,6 +79,12 @@ def restore(
     console = make_console()
     if left_out:
         console.print(f"without {left_out} pictures that were written by an earlier call", highlight=False)
+    if others:
+        more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+        listed = ", ".join(path.name for path in others[:SHOWN])
+        console.print(
+            f"left out: {listed}{more}, not PNG, JPEG, TIFF, WebP or BMP", markup=False, highlight=False, soft_wrap=True
+        )
     restore_all(Restoration(model, chosen, tile, beside), found, targets, console)
 
 

@@ -53,6 +53,8 @@ def no_pictures(folder: Path) -> str:
     """The sentence for a folder without pictures, naming a subfolder that has some."""
     inside = next((path for path in sorted(folder.iterdir()) if path.is_dir() and pictures_in(path)), None)
     hint = f"; its subfolder {inside} has some: name that" if inside else f"; put some there ({', '.join(SUFFIXES)})"
+    others = [path.name for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    hint = f" of a format that is read (found {', '.join(others[:3])}){hint}" if others and not inside else hint
     return f"Folder {folder} has no pictures{hint}."
 
 

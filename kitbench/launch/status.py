@@ -21,8 +21,8 @@ from kitbench.store.folder import RunFolder, find
 from kitbench.store.records import Run, host_name, read_record
 from kitbench.text import duration
 
-State = Literal["running", "queued", "stopped", "failed", "done"]
-STATES: tuple[State, ...] = ("running", "queued", "stopped", "failed", "done")
+State = Literal["running", "queued", "stopped", "failed", "damaged", "done"]
+STATES: tuple[State, ...] = ("running", "queued", "stopped", "failed", "damaged", "done")
 FRESH_SECONDS = 300.0
 """A run whose progress is older than this is not running any more, where its lock cannot tell."""
 
@@ -53,7 +53,10 @@ def survey(paths: Sequence[Path], now: Callable[[], float] = time.time) -> list[
             raise
         folders = []
     for folder in folders:
-        lines.append(_line(folder, folder.run, now()))
+        try:
+            lines.append(_line(folder, folder.run, now()))
+        except InputError as error:
+            lines.append(Line(folder.path.name, "damaged", "", None, None, None, str(error)))
     begun = {line.work for line in lines}
     for path in plans:
         plan = read_record(Plan, path)
@@ -86,6 +89,9 @@ def _line(folder: RunFolder, run: Run, now: float) -> Line:
     if not any((folder.path / "eval").glob("*.json")):
         done = steps if folder.trained else _saved(folder)
         return Line(folder.path.name, "stopped", work, done, steps, None, "not scored")
+    folder.evaluations()  # these three refuse damaged records
+    if steps is not None and folder.training is not None:
+        folder.logged()
     return Line(folder.path.name, "done", work, steps, steps, None, "")
 
 

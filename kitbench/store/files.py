@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -30,6 +31,8 @@ def _refusal(folder: Path) -> OSError | None:
 
 def writable_file(path: Path) -> None:
     """Raises InputError where a file of this path cannot be written; creates nothing."""
+    if path.parent.is_dir() and len(os.fsencode(path.name)) > os.pathconf(path.parent, "PC_NAME_MAX"):
+        raise InputError(f"The file name {path.name[:40]}... is too long; give a shorter one.")
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the path of a file.")
     if error := _refusal(path.parent):
@@ -47,7 +50,8 @@ def write_atomic(path: Path, data: bytes, previous: Path | None = None) -> None:
 def replace_with(path: Path, write: Callable[[Path], object], previous: Path | None = None) -> None:
     """Let `write(temporary)` write a file in the folder of `path`, then rename it to `path`. Like `write_atomic`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]  # no longer than the file's own may be
+    temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         with temporary.open("rb+") as file:

@@ -217,10 +217,12 @@ def find(paths: Sequence[Path]) -> list[RunFolder]:
             raise InputError(f"{path} is not a folder; give the folder of a run, or a folder that contains runs.")
         here = [path] if (path / "run.json").is_file() else sorted(p.parent for p in path.glob("*/run.json"))
         if not here:
+            below = sorted({p.parent.parent for p in path.glob("*/*/run.json")})
             raise InputError(
-                f"No run in {path}: neither it nor its subfolders contain a run.json; give another folder, "
-                f"or run a suite first."
-            )
+                f"No run in {path}: neither it nor its subfolders contain a run.json; "
+                + (f"give one of its {len(below)} folders of runs, for example {below[0]}." if below else
+                   "give another folder, or run a suite first.")
+            )  # fmt: skip
         found |= {run.resolve(): RunFolder(run) for run in here}
     return list(found.values())
 

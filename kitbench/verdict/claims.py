@@ -90,7 +90,7 @@ def load(paths: Sequence[Path]) -> tuple[list[RunFolder], list[Sweep], list[Tuni
         tunings += [
             read_record(Tuning, p) for p in sorted([*path.glob("tuning*.json"), *path.glob("*/tuning*.json")])
         ]  # fmt: skip
-        if not found or (path / "run.json").is_file() or any(path.glob("*/run.json")):
+        if not found or any(any(path.glob(f"{below}run.json")) for below in ("", "*/", "*/*/")):
             runs += find([path])
     return runs, sweeps, tunings
 

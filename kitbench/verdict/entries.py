@@ -53,6 +53,8 @@ def entries(runs: Sequence[RunFolder], protocol: str | None) -> list[Entry]:
             f"Rows of different protocols cannot be in one table: found {' and '.join(stamps)}; "
             f"choose one with --protocol {stamps[0]}, say."
         )
+    if not found and not runs:
+        raise InputError("There are no runs in these folders; give a folder of runs.")
     if not found:
         raise InputError("These runs have no evaluation yet; let `kitbench run` finish first.")
     contents: dict[str, str] = {}

@@ -48,6 +48,7 @@ FIELDS_SHOWN = 6
 """Most differing fields that a message lists; it states how many more there are."""
 Place = tuple[str, str, str, str, str]
 """Comparison, mode, method, data set, condition."""
+SeedName = Annotated[str, Field(pattern=r"^(-|0|[1-9][0-9]*)$")]
 
 
 def _name(place: Place) -> str:
@@ -63,8 +64,8 @@ class Row(Frozen):
     data_set: str
     data_sha256: str
     sigma: float | None
-    psnr: Annotated[dict[str, float], Field(min_length=1)]
-    ssim: Annotated[dict[str, float], Field(min_length=1)]
+    psnr: Annotated[dict[SeedName, float], Field(min_length=1)]
+    ssim: Annotated[dict[SeedName, Annotated[float, Field(ge=-1, le=1)]], Field(min_length=1)]
     runs: tuple[str, ...]
 
     @property
@@ -216,9 +217,26 @@ def compare_with_reference(runs: Sequence[RunFolder], reference: Reference, time
             raise InputError(_unlike(row, reference, [folder.run for folder in runs]))
     here = {row.place: row for row in current.rows}
     lines = [line for row in reference.rows for line in _scores(row, here.get(row.place), reference)]
+    lines += [line for row in reference.rows for line in _seeds(row, current)]
     costs = {(row.comparison, row.method): row for row in current.costs}
     lines += [line for row in reference.costs for line in _costs(row, costs.get((row.comparison, row.method)), time)]
     return lines
+
+
+def _seeds(row: Row, current: Reference) -> Iterable[Comparison]:
+    """A failure where a row lacks a seed of the reference that others of these runs have: that run did not end."""
+    found = next((own for own in current.rows if own.place == row.place), None)
+    beside = [set(own.psnr) for own in current.rows if own.comparison == row.comparison]
+    if found is not None and (lost := sorted(row.psnr.keys() & set().union(*beside) - found.psnr.keys(), key=int)):
+        why = f"seed {', '.join(lost)} is not in these runs, but others of that seed are"
+        yield Comparison(_name(row.place), "number of seeds", len(found.psnr), len(row.psnr), why, True, found.runs)
+
+
+def seeds_left_out(runs: Sequence[RunFolder], reference: Reference) -> list[str]:
+    """Seeds of the reference that none of these runs has."""
+    theirs = {(row.comparison, seed) for row in collect(runs, reference.protocol).rows for seed in row.psnr}
+    absent = {seed for row in reference.rows for seed in row.psnr if (row.comparison, seed) not in theirs}
+    return sorted(absent - {"-"}, key=int)
 
 
 def without_reference(runs: Sequence[RunFolder], reference: Reference) -> list[str]:
@@ -327,19 +345,33 @@ def _costs(row: CostRow, found: CostRow | None, time: float) -> Iterable[Compari
 def changes(old: Reference, new: Reference) -> list[str]:
     """The differences between two references, one line each."""
     changed = [] if old.protocol == new.protocol else [f"protocol: {old.protocol} -> {new.protocol}"]
-    before, after = ({row.place: float(np.mean(list(row.psnr.values()))) for row in r.rows} for r in (old, new))
-    for place in sorted(before.keys() | after.keys()):
-        a, b = before.get(place), after.get(place)
-        if a != b:
-            moved = "" if a is None or b is None else f" ({b - a:+.4f})"
-            changed.append(f"{_name(place)}: PSNR {_shown(a)} -> {_shown(b)} dB{moved}")
+    rows = [{row.place: row for row in r.rows} for r in (old, new)]
+    for place in sorted(rows[0].keys() | rows[1].keys()):
+        changed += [f"{_name(place)}: {what}" for what in _row_changes(rows[0].get(place), rows[1].get(place))]
     costs = [{(row.comparison, row.method): row for row in r.costs} for r in (old, new)]
-    for key in sorted(costs[0].keys() & costs[1].keys()):
+    for key in sorted(costs[0].keys() | costs[1].keys()):
         for field in ("parameters", "macs", "peak_bytes", "step"):
-            a, b = (getattr(c[key], field) for c in costs)
+            a, b = (getattr(c.get(key), field, None) for c in costs)
             if a != b:
                 changed.append(f"{key[1]}: {field} {_shown(a)} -> {_shown(b)}")
     return changed
+
+
+def _row_changes(old: Row | None, new: Row | None) -> Iterable[str]:
+    """What differs between two rows of one place; None where a reference does not have it."""
+    if old is not None and new is not None:
+        if old.psnr.keys() != new.psnr.keys():
+            seeds = [", ".join(sorted(row.psnr, key=lambda seed: (len(seed), seed))) for row in (old, new)]
+            yield f"seeds {seeds[0]} -> {seeds[1]}, which the tolerances depend on"
+        if old.data_sha256 != new.data_sha256:
+            yield f"images {old.data_sha256[:8]} -> {new.data_sha256[:8]}"
+    for quantity, field, unit in (("PSNR", "psnr", " dB"), ("SSIM", "ssim", "")):
+        a, b = (None if row is None else float(np.mean(list(getattr(row, field).values()))) for row in (old, new))
+        if a != b:
+            moved = "" if a is None or b is None else f" ({b - a:+.4f})"
+            yield f"{quantity} {_shown(a)} -> {_shown(b)}{unit}{moved}"
+        elif old is not None and new is not None and getattr(old, field) != getattr(new, field):
+            yield f"{quantity} of single seeds, with the same mean"
 
 
 def junit(lines: Sequence[Comparison]) -> bytes:

@@ -257,9 +257,14 @@ def test_a_recipe_of_a_users_own_must_be_that_of_a_run_that_is_here(tmp_path: Pa
     assert "1 runs imported" in imported(tmp_path / "theirs", tmp_path / "ours").output
 
 
-def test_what_is_damaged_in_an_archive_is_not_for_the_importer_to_restore(stranger: Path, tmp_path: Path) -> None:
+def test_what_is_damaged_in_an_archive_is_not_for_the_importer_to_restore(
+    stranger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = find([stranger])[0]
     folder.log.write_text("step\n")
-    said = imported(stranger, tmp_path / "ours", code=2).stderr
+    with monkeypatch.context() as careless:
+        careless.setattr(RunFolder, "logged", lambda _: [])  # an exporter that does not look
+        invoke("export", stranger, "--out", tmp_path / "x.zip", "--by", "Jane Doe")
+    said = invoke("import", tmp_path / "x.zip", "--out", tmp_path / "ours", code=2).stderr
     assert "ask its author for another export" in said
     assert "restore it" not in said

@@ -283,6 +283,14 @@ def test_a_run_that_failed_or_is_still_scored_is_left_out(stranger: Path, tmp_pa
     assert "(1 runs)" in said
 
 
+def test_a_damaged_log_is_not_exported(stranger: Path, tmp_path: Path) -> None:
+    log = find([stranger])[0].log
+    log.write_text(log.read_text() + "garbage\n")
+    done = invoke("export", stranger, "--out", tmp_path / "x.ZIP", "--by", BY, code=2)
+    assert "log.csv is not a training log" in done.stderr
+    assert not (tmp_path / "x.ZIP").exists()
+
+
 def test_exports_say_what_they_need(stranger: Path, tmp_path: Path) -> None:
     assert "--by is missing: say in one line" in invoke("export", stranger, "--out", tmp_path / "x.zip", code=2).stderr
     assert "must end in .zip" in invoke("export", stranger, "--out", tmp_path / "x.tar", code=2).stderr

@@ -19,7 +19,7 @@ from kitbench.runs.prepare import PreparedScoring
 from kitbench.store.folder import RunFolder, find
 from kitbench.store.records import Origin
 from tests.conftest import TINY
-from tests.stored import rewrite, store, store_whole
+from tests.stored import retrained, rewrite, store, store_whole
 
 BY = "Mallory"
 NETWORK = '''
@@ -178,11 +178,11 @@ def test_imported_seeds_do_not_widen_the_spread_of_a_reproduction(tmp_path: Path
     """A seed at 60 dB would allow any change."""
     own = [store_whole(tmp_path / "own", "kit", seed, 30.0 + 0.1 * seed) for seed in (0, 1)]
     forged = store_whole(tmp_path / "own", "kit", 2, 60.0)
-    made = store_whole(tmp_path / "made", "kit", 0, 31.0)
+    made = retrained(store_whole(tmp_path / "made", "kit", 0, 31.0))
     assert compare_runs(own[0], made, [own[1], forged]).verdict == "within the seed spread"
     forged.write("origin.json", Origin(key=forged.run.key, by=BY, archive_sha256="0", imported="2026"))
     outcome = compare_runs(own[0], made, [own[1], forged])
     assert outcome.verdict == "different"
     assert "over 2 seeds" in outcome.why
-    outcome = compare_runs(forged, store_whole(tmp_path / "made", "kit", 2, 59.0), [])
+    outcome = compare_runs(forged, retrained(store_whole(tmp_path / "made", "kit", 2, 59.0)), [])
     assert "because no run that was made here shows a spread" in outcome.why

@@ -14,7 +14,7 @@ from kitbench.store.folder import RunFolder
 from kitbench.store.records import Environment, Run
 from kitbench.verdict.differences import differences
 from tests.conftest import ROOT
-from tests.stored import store
+from tests.stored import retrained, store
 
 OWN = '''
 """own: a mixing of channels."""
@@ -108,6 +108,7 @@ def test_the_other_seeds_of_a_run_say_how_much_its_numbers_may_change(tmp_path: 
     runs = [store(tmp_path / "stored", "kit", psnr, seed) for seed, psnr in enumerate((30.0, 30.2, 30.4))]
     for moved, verdict in ((0.0, "bit-identical"), (0.39, "within the seed spread"), (-0.41, "different")):
         made = store(tmp_path / f"made{moved}", "kit", 30.0 + moved, 0)
+        made = retrained(made) if moved else made
         outcome = compare_runs(runs[0], changed(made, versions={"torch": "3"}), runs[1:])
         assert outcome.verdict == verdict
         if moved:
@@ -115,11 +116,22 @@ def test_the_other_seeds_of_a_run_say_how_much_its_numbers_may_change(tmp_path: 
             assert "allowed: 0.4, from a standard deviation of 0.2 over 3 seeds" in outcome.why
 
 
+def test_weights_that_are_equal_allow_no_spread_of_scores(tmp_path: Path) -> None:
+    """A wrong stored score must not widen what it is allowed to be wrong by."""
+    runs = [store(tmp_path / "stored", "kit", psnr, seed) for seed, psnr in enumerate((28.0, 30.2, 30.4))]
+    made = store(tmp_path / "made", "kit", 30.0, 0)
+    outcome = compare_runs(runs[0], made, runs[1:])
+    assert outcome.verdict == "different"
+    assert "weights and losses are bit-identical; PSNR on Set_A σ25 changed by +2 dB" in outcome.why
+    assert "allowed: 0.01, by the same weights" in outcome.why
+
+
 def test_one_seed_allows_a_tenth_of_a_decibel_and_no_training_a_hundredth(tmp_path: Path) -> None:
     for method, seed, allowed in (("kit", 0, 0.1), ("nlm", None, 0.01)):
         stored = store(tmp_path / "stored", method, 30.0, seed)
         for moved, verdict in ((0.9 * allowed, "within the seed spread"), (1.1 * allowed, "different")):
             made = store(tmp_path / f"{method}{moved}", method, 30.0 + moved, seed)
+            made = made if seed is None else retrained(made)
             assert compare_runs(stored, made, []).verdict == verdict
 
 

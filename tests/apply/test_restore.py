@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import shutil
 from pathlib import Path
@@ -133,7 +134,10 @@ def test_gray_and_colour_pass_through_a_network_of_the_other_kind(tiny_runs, cha
 
 def test_the_command_restores_beside_the_input_and_refuses_to_overwrite(tiny_runs, tmp_path) -> None:
     cv2.imwrite(str(tmp_path / "a.png"), photograph(40, 40, 3))
-    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "phone"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "phone" / "b.heic").touch()
+    os.mkfifo(tmp_path / "pipe")
     run = str(run_of(tiny_runs, "kit").path)
     assert "wrote a-restored.png" in run_kitbench(tmp_path, "restore", "a.png", "--run", run).stdout
     for arguments, sentence in (
@@ -141,12 +145,17 @@ def test_the_command_restores_beside_the_input_and_refuses_to_overwrite(tiny_run
         (["missing.png", "--run", run], "missing.png does not exist; give pictures, folders or wildcards"),
         (["*.jpg", "--run", run], "No picture matches *.jpg"),
         (["empty", "--run", run], "Folder empty has no pictures; put some there"),
+        (
+            ["phone", "--run", run],
+            "Folder phone has no pictures of a format that is read (found b.heic); put some there",
+        ),
+        (["pipe", "--run", run], "pipe is neither a file nor a folder; give pictures"),
         (["a.png", "--run", str(tiny_runs)], "give one"),
         (["a.png", "--overwrite", "--run", str(next(tiny_runs.glob("*input*")))], "training-free"),
         (["a.png", "a.png", "--run", run], "Two pictures"),
     ):
         assert sentence in refused(tmp_path, "restore", *arguments)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a-restored.png", "a.png", "empty"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a-restored.png", "a.png", "empty", "phone", "pipe"]
 
 
 def names(folder: Path) -> set[str]:
@@ -164,6 +173,7 @@ def test_a_broken_picture_is_named_at_the_end_and_all_others_are_written(tiny_ru
     said = invoke(tmp_path, 3, "restore", ".", "--run", run, "--out", "out")
     assert names(tmp_path / "out") == {"a-restored.png", "c-restored.jpg", "d-restored.PNG"}
     last = said.splitlines()[-1]
+    assert "left out: notes.txt, not PNG, JPEG, TIFF, WebP or BMP" in said
     assert last.startswith("kitbench: 2 of 5 pictures could not be restored: b.png is not a readable picture")
     assert "; text.png is not a readable picture" in last
     assert not (tmp_path / "a-restored.png").exists()
@@ -245,7 +255,8 @@ def test_folders_and_wildcards_name_the_pictures_in_them_but_not_earlier_results
         ("**/*.png", ["b.png", "deeper/c.png"], 1),
         ("a-restored.JPG", ["a-restored.JPG"], 0),  # named itself, it is a picture like any other
     ):
-        assert pictures_named([tmp_path / argument]) == ([tmp_path / name for name in found], left_out)
+        others = [tmp_path / "notes.txt"] if argument in ("", "*") else []
+        assert pictures_named([tmp_path / argument]) == ([tmp_path / name for name in found], left_out, others)
 
 
 def test_side_by_side_shows_the_input_left_and_the_result_right(tiny_runs, tmp_path) -> None:
@@ -326,7 +337,7 @@ def test_weights_that_are_not_those_of_the_run_are_refused(tiny_runs, tmp_path) 
     with pytest.raises(InputError, match="cannot be read"):
         trained.load_trained(RunFolder(copy), None, CPU)
     (copy / "weights.safetensors").unlink()
-    with pytest.raises(InputError, match="contains no weights"):
+    with pytest.raises(InputError, match="is stored without its weights"):
         trained.load_trained(RunFolder(copy), None, CPU)
 
 
@@ -352,10 +363,13 @@ def test_explain_draws_and_prints_what_was_chosen(tiny_runs, tmp_path) -> None:
     assert re.search(r"^bottom\.0\.attention: 40 x 30 map, 4 x 4 patches: 24,16, ", text, re.MULTILINE)
     with Image.open(tmp_path / "explain.png") as drawn:
         assert drawn.size[0] > 300
+    shutil.copytree(kit, tmp_path / "no-weights", ignore=shutil.ignore_patterns("*.safetensors"))
     for arguments, sentence in (
         (["--run", conv, "--at", "1,1"], "does not select patches"),
         (["--run", kit, "--at", "80,1"], "outside the picture of 80 x 60"),
         (["--run", kit, "--at", "x"], "--at takes X,Y"),
         (["--run", kit, "--at", "1,1", "--out", "a.gif"], "is not a format to draw in"),
+        (["--run", kit, "--at", "1,1", "--out", "a.png"], "a.png is the picture that is explained; give another file"),
+        (["--run", "no-weights", "--at", "1,1"], "no-weights is stored without its weights; train it again with"),
     ):
         assert sentence in refused(tmp_path, "explain", "a.png", *arguments)

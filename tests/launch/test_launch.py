@@ -121,6 +121,10 @@ def test_status_tells_every_state_from_the_folders_alone(tmp_path: Path) -> None
     failed = unfinished(tmp_path, 4, at(9))
     failed.fail(failed.run.key, "out of memory")
     begun = unfinished(tmp_path, 5, None)
+    damaged = store(tmp_path, "kit", 30.0, seed=9)
+    (damaged.path / "training.json").write_text("")
+    unreadable = store(tmp_path, "kit", 30.0, seed=10)
+    (unreadable.path / "run.json").write_text("{")
     work = work_of(done.run.identity)
     cells = [
         Planned(name=f"cell {n}", mode="colour", method="kit", seed=n, work=w)
@@ -139,6 +143,7 @@ def test_status_tells_every_state_from_the_folders_alone(tmp_path: Path) -> None
         lines = survey([tmp_path], now=lambda: 1010.0)
     named = {folder.path.name: state for folder, state in (
         (done, "done"), (stopped, "stopped"), (running, "running"), (elsewhere, "running"), (failed, "failed"), (begun, "stopped"),
+        (damaged, "damaged"), (unreadable, "damaged"),
     )}  # fmt: skip
     assert {line.name: line.state for line in lines} == named | {
         "cell 6": "queued",
@@ -151,7 +156,7 @@ def test_status_tells_every_state_from_the_folders_alone(tmp_path: Path) -> None
     assert table[done.path.name][2] == "20/20"
     assert (
         summary(lines)
-        == "2 running, 2 queued, 3 stopped, 1 failed, 1 done; the longest that is running has about 1 min 0 s left"
+        == "2 running, 2 queued, 3 stopped, 1 failed, 2 damaged, 1 done; the longest that is running has about 1 min 0 s left"
     )
     # A run of another machine counts as running only while what it says of itself is fresh.
     later = {line.name: line.state for line in survey([tmp_path], now=lambda: 2000.0)}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kitbench.errors import InputError
-from kitbench.store.files import writable, write_atomic
+from kitbench.store.files import writable, writable_file, write_atomic
 from kitbench.store.folder import RunFolder, RunLocked, find
 from kitbench.store.records import Evaluation, Owner
 from kitbench.verdict.rows import rows
@@ -22,6 +22,19 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         find([tmp_path / "missing"])
     with pytest.raises(InputError, match="No run in"):
         find([tmp_path])
+    store(tmp_path / "runs", "kit", 30.0)
+    with pytest.raises(InputError, match=r"give one of its 1 folders of runs, for example .*/runs\."):
+        find([tmp_path])
+    assert len(find([tmp_path / "runs"])) == 1
+
+
+def test_a_file_name_as_long_as_file_systems_allow_is_written_and_a_longer_one_refused(tmp_path: Path) -> None:
+    longest = tmp_path / ("x" * 255)
+    writable_file(longest)
+    write_atomic(longest, b"whole")
+    assert longest.read_bytes() == b"whole"
+    with pytest.raises(InputError, match="is too long; give a shorter one"):
+        writable_file(tmp_path / ("x" * 256))
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,16 @@ def test_claims_that_the_numbers_contradict_are_not_supported(tmp_path: Path) ->
     assert found[5].verdict == UNDECIDED
 
 
+def test_a_sweep_beside_folders_of_runs_does_not_hide_them(tmp_path: Path) -> None:
+    sweep(tmp_path / "scale", {"kit": 1.0, "window": 1.0, "global": 2.0})
+    assert load([tmp_path])[0] == []
+    runs(tmp_path / "folders" / "runs", GOOD)
+    assert load([tmp_path])[0] == []
+    runs(tmp_path / "runs", GOOD)
+    with pytest.raises(InputError, match="give one of its 1 folders of runs, for example"):
+        load([tmp_path])
+
+
 def test_one_recipe_of_one_length_decides_nothing_about_quality(tmp_path: Path) -> None:
     for claim in page(runs(tmp_path / "runs", GOOD)).values():
         for part in claim.parts:

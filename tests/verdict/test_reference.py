@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
@@ -227,3 +228,55 @@ def test_the_command_exits_1_on_a_single_failure_and_writes_what_ci_reads(kitben
         refused = kitbench("check", "bad", "--against", "ref.json", *update, code=2).stderr
         assert "is no reference of this version of kitbench: the key 'kitbench' is missing" in refused
     assert (tmp_path / "ref.json").read_text() == "{}"
+
+
+def test_a_seed_that_one_method_lacks_fails_and_one_that_all_lack_is_named(kitbench: Kitbench, tmp_path: Path) -> None:
+    kitbench("check", runs(tmp_path / "old"), "--against", "ref.json", "--update")
+    runs(tmp_path / "part", seeds=(0, 1))
+    done = kitbench("check", "part", "--against", "ref.json")
+    assert "not checked, because no run here has it: seed 2 of ref.json" in done.stdout
+    lost = next(run.path for run in find([runs(tmp_path / "lost")]) if (run.run.method, run.run.seed) == ("kit", 1))
+    (lost / "training.json").unlink()
+    shutil.rmtree(lost / "eval")
+    done = kitbench("check", "lost", "--against", "ref.json", code=1)
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    assert "kit on Set_A (colour) σ25: number of seeds is 2, reference 3, seed 1 is not in these runs" in line
+    assert "seeds 0, 1, 2 -> 0, 2, which" in kitbench("check", "lost", "--against", "ref.json", "--update").stdout
+
+
+def test_an_update_prints_all_that_changes(kitbench: Kitbench, tmp_path: Path) -> None:
+    kitbench("check", runs(tmp_path / "old"), "--against", "ref.json", "--update")
+    kitbench("check", runs(tmp_path / "new", ssim=0.4), "--against", "new.json", "--update")
+    old, new = (reference.read_reference(tmp_path / name) for name in ("ref.json", "new.json"))
+    assert reference.changes(old, old) == []
+    assert reference.changes(old, new) == ["kit on Set_A (colour) σ25: SSIM 0.5000 -> 0.4000 (-0.1000)"]
+    [row] = [row for row in old.rows if row.method == "kit"]
+    first = row.model_copy(update={"psnr": {"0": 30.0, "1": 31.0, "2": 32.0}})
+    swapped = row.model_copy(update={"psnr": {"0": 32.0, "1": 31.0, "2": 30.0}})
+    other = first.model_copy(update={"data_sha256": "b" * 64})
+    one, two, three = (old.model_copy(update={"rows": (row,)}) for row in (first, swapped, other))
+    assert reference.changes(one, two) == ["kit on Set_A (colour) σ25: PSNR of single seeds, with the same mean"]
+    assert reference.changes(one, three) == [f"kit on Set_A (colour) σ25: images {row.data_sha256[:8]} -> bbbbbbbb"]
+    assert "kit: macs 2,500,000,000 -> missing" in reference.changes(old, old.model_copy(update={"costs": ()}))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--junit", "ref.json"), "name one file; give each a file of its own"),
+        (("--junit", "a.md", "--summary", "a.md"), "name one file; give each a file of its own"),
+        (("--junit", "a.xml", "--summary", "ref.json/s.md"), "cannot be written"),
+        (("--protocol", "awgn9"), "--protocol is awgn9, but ref.json is of awgn8.v1; leave it out"),
+        (("--time-tolerance", "nan"), "nan is no finite number"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused_before_anything_is_written(
+    kitbench: Kitbench, tmp_path: Path, options, sentence
+) -> None:
+    kitbench("check", runs(tmp_path / "old"), "--against", "ref.json", "--update")
+    before = (tmp_path / "ref.json").read_bytes()
+    done = kitbench("check", "old", "--against", "ref.json", *options, code=2)
+    assert sentence in " ".join(done.stderr.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "ref.json", "tiny.toml"]
+    assert (tmp_path / "ref.json").read_bytes() == before
+    kitbench("check", "old", "--against", "ref.json", "--protocol", "awgn8")

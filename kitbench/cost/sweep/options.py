@@ -85,10 +85,10 @@ def _doubling(first: int, last: int) -> Iterator[int]:
 
 
 def parse_bytes(text: str) -> int:
-    """`8GiB`, `512 MiB`, `24GB`, `1000000` -> bytes. Raises InputError."""
+    """`8GiB`, `512 MiB`, `24GB`, `24G`, `1000000B` -> bytes. Raises InputError, for a number without a unit too."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?)(iB|B)?\s*", text, re.IGNORECASE)
-    if not match or float(match[1]) <= 0:
-        raise InputError(f"{text!r} is not an amount of memory; write for example 8GiB or 512MiB.")
+    if not match or float(match[1]) <= 0 or not (match[2] or match[3]):
+        raise InputError(f"{text!r} is not an amount of memory with its unit; write for example 8GiB or 512MiB.")
     base = 1000 if (match[3] or "iB").lower() == "b" and match[2] else 1024
     unit: int = base ** " KMGTP".index(match[2].upper() or " ")
     return round(float(match[1]) * unit)

@@ -241,7 +241,7 @@ def test_sizes_memory_and_methods_are_parsed():
     assert parse_sizes("96,64") == [64, 96]
     assert parse_bytes("8GiB") == 8 << 30
     assert parse_bytes("1.5 GB") == 1_500_000_000
-    assert parse_bytes("1000000") == 1_000_000
+    assert parse_bytes("1000000B") == 1_000_000
     assert parse_method("kit:k=8:retrieval=exact:tau=0.5") == ("kit", {"k": 8, "retrieval": "exact", "tau": 0.5})
     assert gib(71.2 * 2**30) == "71.2 GiB"
     assert gib(350 << 20) == "350 MiB"
