@@ -32,7 +32,7 @@ from kitbench.store.folder import RunFolder, find, without_imported
 from kitbench.store.records import Evaluation, Run
 from kitbench.system.environment import commit, device_name
 from kitbench.verdict.differences import RunDifference, differences, shared
-from kitbench.verdict.reference import FLOOR, ONE_SEED
+from kitbench.verdict.regression import FLOOR, ONE_SEED
 
 WIDTH = 2.0
 Verdict = Literal["bit-identical", "within the seed spread", "different"]

@@ -75,7 +75,7 @@ def check(
     Imported runs are left out. Exit code 1 where a run is worse.
     """
     from kitbench.store.files import write_atomic
-    from kitbench.verdict import reference
+    from kitbench.verdict import reference, regression
 
     _apart(against, update, junit, summary)
     if update:
@@ -92,27 +92,27 @@ def check(
         runs, stored = _made_here(paths), reference.read_reference(against)
         if protocol is not None and protocol not in (stored.protocol, stored.protocol.rpartition(".v")[0]):
             raise InputError(f"--protocol is {protocol}, but {against} is of {stored.protocol}; leave it out.")
-        lines = reference.compare_with_reference(runs, stored, time_tolerance)
+        lines = regression.compare_with_reference(runs, stored, time_tolerance)
     except InputError as error:
         # A CI system shows these files: without them the step fails for no visible reason.
         said = (
-            (junit, reference.junit_error(str(error))),
+            (junit, regression.junit_error(str(error))),
             (summary, f"## kitbench check: not possible\n\n{error}\n".encode()),
         )
         for path, data in said:
             if path is not None:
                 write_atomic(path, data)
         raise
-    for path, data in ((junit, reference.junit(lines)), (summary, reference.check_summary(lines).encode())):
+    for path, data in ((junit, regression.junit(lines)), (summary, regression.check_summary(lines).encode())):
         if path is not None:
             write_atomic(path, data)
     failed = [line for line in lines if line.failed]
     for line in failed:
         click.secho(f"FAILED {line}", fg="red")
     click.echo(f"{len(lines) - len(failed)} of {len(lines)} comparisons with {against} passed")
-    if absent := reference.seeds_left_out(runs, stored):
+    if absent := regression.seeds_left_out(runs, stored):
         click.echo(f"not checked, because no run here has it: seed {', '.join(absent)} of {against}")
-    if others := reference.without_reference(runs, stored):
+    if others := regression.without_reference(runs, stored):
         click.echo(f"not checked, because {against} has no such row: {', '.join(others)}")
     if failed:
         raise SystemExit(ExitCode.CHECK_FAILED)

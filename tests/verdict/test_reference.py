@@ -16,7 +16,7 @@ from kitbench.cli.main import cli
 from kitbench.errors import InputError
 from kitbench.spec import loading
 from kitbench.store.folder import find
-from kitbench.verdict import reference
+from kitbench.verdict import reference, regression
 from tests.conftest import ROOT, Kitbench
 from tests.stored import store
 
@@ -37,8 +37,8 @@ def runs(out: Path, seeds=(0, 1, 2), drop: float = 0.0, method: str = "kit", dra
     return out
 
 
-def failures(found: Path, old: Path, **options) -> list[reference.Comparison]:
-    lines = reference.compare_with_reference(find([found]), reference.collect(find([old]), None), **options)
+def failures(found: Path, old: Path, **options) -> list[regression.Comparison]:
+    lines = regression.compare_with_reference(find([found]), reference.collect(find([old]), None), **options)
     return [line for line in lines if line.failed]
 
 
@@ -92,7 +92,7 @@ def test_noise_between_seeds_is_no_regression_and_a_drop_in_it_is_still_found(tm
 
 
 def test_one_seed_has_no_spread_and_says_so(tmp_path: Path) -> None:
-    lines = reference.compare_with_reference(
+    lines = regression.compare_with_reference(
         find([runs(tmp_path / "a", (0,))]), reference.collect(find([tmp_path / "a"]), None)
     )
     [kit] = [line for line in lines if line.name.startswith("kit on") and line.quantity == "PSNR"]
@@ -190,7 +190,7 @@ def test_a_reference_without_settings_says_so_instead_of_guessing(tmp_path: Path
     store(tmp_path / "new", "kit", 30.0, lr=1e-4)
     old = reference.collect(find([tmp_path / "old"]), None).model_copy(update={"shared": {}})
     with pytest.raises(InputError, match="does not contain its settings, because an earlier version wrote it"):
-        reference.compare_with_reference(find([tmp_path / "new"]), old)
+        regression.compare_with_reference(find([tmp_path / "new"]), old)
 
 
 def test_a_check_that_cannot_be_made_is_an_error_in_the_junit_file(kitbench: Kitbench, tmp_path: Path) -> None:
