@@ -102,7 +102,10 @@ def disk(sizes: tuple[int, ...] = (40, 80, 140, 200, 300, 420)) -> Counter[str]:
             if done.code == 0:
                 counts["disk large enough after all"] += 1
             else:
-                require("no space is left where the output goes" in done.text, f"a full disk is not told: {done.text[-800:]}")
+                require(
+                    "no space is left where the output goes" in done.text,
+                    f"a full disk is not told: {done.text[-800:]}",
+                )
                 passing = ("failed.json", "progress.json")
                 kept = {path: digest(path) for path in small.rglob("*.json") if path.name not in passing}
                 (small / "filler").unlink()
