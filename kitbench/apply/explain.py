@@ -128,9 +128,9 @@ def explain_pixel(
     """Draw and return the neighbours that a run's attentions find for a pixel of an image. Raises InputError."""
     if out.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise InputError(f"The suffix of {out} is not a format to draw in; use .png, .svg or .pdf.")
+    picture = read_picture(image)
     if out.exists() and out.samefile(image):
         raise InputError(f"--out {out} is the picture that is explained; give another file.")
-    picture = read_picture(image)
     model, _ = load_trained(folder, method_file, device)
     found = choices(model, picture, at, device)
     draw_choices(picture, found, at, out)

@@ -39,9 +39,9 @@ class Restoration:
 def pictures_named(arguments: Sequence[Path]) -> tuple[list[Path], int, list[Path]]:
     """The pictures that the arguments name: files, folders (not their subfolders), and wildcards like `photos/*.jpg`.
 
-    From folders and by wildcards, files that an earlier call wrote are left out, as are files that cannot be read as
-    pictures; also returned are how many the first are, and the second. Raises InputError for an argument that names no
-    picture.
+    Of folders and wildcards two kinds of files are left out: pictures that an earlier call wrote, whose number is
+    returned second, and files that are no pictures, which are returned third. Raises InputError for an argument that
+    names no picture.
     """
     found: list[Path] = []
     others: list[Path] = []
@@ -56,8 +56,7 @@ def pictures_named(arguments: Sequence[Path]) -> tuple[list[Path], int, list[Pat
             there, nothing = pictures_in(argument), no_pictures(argument)
             named = sorted(path for path in argument.iterdir() if not path.name.startswith("."))
         elif glob.has_magic(str(argument)):
-            names = map(Path, sorted(glob.glob(str(argument), recursive=True)))  # noqa: PTH207 - absolute ones too
-            named = list(names)
+            named = [Path(name) for name in sorted(glob.glob(str(argument), recursive=True))]  # noqa: PTH207 - absolute ones too
             there = [path for path in named if path.suffix.lower() in SUFFIXES and path.is_file()]
             nothing = f"No picture matches {argument}; give files, folders or wildcards like photos/*.jpg."
         else:
@@ -67,7 +66,9 @@ def pictures_named(arguments: Sequence[Path]) -> tuple[list[Path], int, list[Pat
         inputs = [path for path in there if not path.stem.endswith((RESTORED, BESIDE))]
         left_out += len(there) - len(inputs)
         found += inputs
-        others += [path for path in named if path not in there and not path.is_dir()]
+        others += [
+            path for path in named if not path.is_dir() and (path.suffix.lower() not in SUFFIXES or not path.is_file())
+        ]
     return found, left_out, others
 
 

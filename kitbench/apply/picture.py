@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ class Picture:
 
 def read_picture(path: Path) -> Picture:
     """Decode a picture, rotated as its EXIF says. Raises InputError."""
+    if path.exists() and not path.is_file():  # a pipe would be waited on forever
+        raise InputError(f"{path} is not a file; give the path of a picture.")
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -79,7 +82,7 @@ def _with_alpha(path: Path, data: bytes, image: np.ndarray) -> np.ndarray:
     with suppress(*UNREADABLE), _header(io.BytesIO(data)) as picture:  # OpenCV has read it
         apart = isinstance(picture, TiffImageFile) and picture.tag_v2.get(EXTRA_SAMPLES) == (UNASSOCIATED,)
         if picture.mode == "LA" or (picture.mode == "RGBA" and image.dtype == np.uint8 and apart):
-            picture.load()  # turns it upright; of a file that is not in memory Pillow 13 would mix the pixels up
+            picture.load()  # turns it upright; given a path, Pillow 13 would mix up the pixels of an uncompressed file
             return np.asarray(picture)[..., [2, 1, 0, 3] if picture.mode == "RGBA" else [0, 1]]
     with suppress(*UNREADABLE), tifffile.TiffFile(io.BytesIO(data)) as file:
         if file.pages[0].aspage().samplesperpixel == 2:
@@ -110,8 +113,10 @@ def _header(file: Path | io.BytesIO) -> Iterator[Image.Image]:
     """A picture whose pixels are not decoded. Its size is no reason to refuse it: OpenCV has decoded it."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        with Image.open(file) as header:
-            yield header
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata
+            with Image.open(file) as header:
+                yield header
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 

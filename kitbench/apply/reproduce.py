@@ -136,9 +136,8 @@ def compare_runs(
     for old, new in pairs:
         means = (("PSNR", " dB", old.mean_psnr, new.mean_psnr), ("SSIM", "", old.mean_ssim, new.mean_ssim))
         for name, unit, before, after in means:
-            tolerance, basis = (FLOOR[name], f"allowed: {FLOOR[name]:g}, by the same weights")
-            if not same:
-                tolerance, basis = _spread(name, stored, siblings, old)
+            rounding = FLOOR[name], f"allowed: {FLOOR[name]:g}, by the same weights"
+            tolerance, basis = rounding if same else _spread(name, stored, siblings, old)
             where = f"{old.data_set} {old.condition}".strip()
             moved = 0.0 if after == before else after - before  # both may be infinite
             line = f"{name} on {where} changed by {moved:+.2g}{unit} ({basis})"

@@ -110,9 +110,10 @@ def check(
     for line in failed:
         click.secho(f"FAILED {line}", fg="red")
     click.echo(f"{len(lines) - len(failed)} of {len(lines)} comparisons with {against} passed")
-    if absent := regression.seeds_left_out(runs, stored):
+    absent, others = regression.not_compared(runs, stored)
+    if absent:
         click.echo(f"not checked, because no run here has it: seed {', '.join(absent)} of {against}")
-    if others := regression.without_reference(runs, stored):
+    if others:
         click.echo(f"not checked, because {against} has no such row: {', '.join(others)}")
     if failed:
         raise SystemExit(ExitCode.CHECK_FAILED)

@@ -89,9 +89,7 @@ def _line(folder: RunFolder, run: Run, now: float) -> Line:
     if not any((folder.path / "eval").glob("*.json")):
         done = steps if folder.trained else _saved(folder)
         return Line(folder.path.name, "stopped", work, done, steps, None, "not scored")
-    folder.evaluations()  # these three refuse damaged records
-    if steps is not None and folder.training is not None:
-        folder.logged()
+    _ = folder.evaluations(), folder.training, folder.logged()  # each refuses a damaged record
     return Line(folder.path.name, "done", work, steps, steps, None, "")
 
 

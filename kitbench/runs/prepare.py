@@ -286,8 +286,8 @@ def choose_sets(suite: Suite, root: Path | None) -> tuple[dict[Mode, SetNames], 
         wanted = dict.fromkeys(name for sets in named.values() for name in sets.test)
         where = place if root is None else named_root(root)
         raise InputError(
-            f"None of the test sets {', '.join(wanted)} is in {where}; get one, or choose others, where the command "
-            "trains: --test-set SET, which is --set data.test=SET, or "
+            f"None of the test sets {', '.join(wanted)} is in {where}; get one, or choose others with `run "
+            "--test-set SET`, which is --set data.test=SET, or "
             f"{' or '.join(f'data.folder.{mode}.test' for mode in named)} for one mode."
         )
     return chosen, absent

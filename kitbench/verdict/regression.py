@@ -67,33 +67,30 @@ def compare_with_reference(runs: Sequence[RunFolder], reference: Reference, time
             raise InputError(_unlike(row, reference, [folder.run for folder in runs]))
     here = {row.place: row for row in current.rows}
     lines = [line for row in reference.rows for line in _scores(row, here.get(row.place), reference)]
-    lines += [line for row in reference.rows for line in _seeds(row, current)]
+    lines += [line for row in reference.rows for line in _seeds(row, here.get(row.place), current)]
     costs = {(row.comparison, row.method): row for row in current.costs}
     lines += [line for row in reference.costs for line in _costs(row, costs.get((row.comparison, row.method)), time)]
     return lines
 
 
-def _seeds(row: Row, current: Reference) -> Iterable[Comparison]:
+def _seeds(row: Row, found: Row | None, current: Reference) -> Iterable[Comparison]:
     """A failure where a row lacks a seed of the reference that others of these runs have: that run did not end."""
-    found = next((own for own in current.rows if own.place == row.place), None)
     beside = [set(own.psnr) for own in current.rows if own.comparison == row.comparison]
     if found is not None and (lost := sorted(row.psnr.keys() & set().union(*beside) - found.psnr.keys(), key=int)):
         why = f"seed {', '.join(lost)} is not in these runs, but others of that seed are"
         yield Comparison(name_of(row.place), "number of seeds", len(found.psnr), len(row.psnr), why, True, found.runs)
 
 
-def seeds_left_out(runs: Sequence[RunFolder], reference: Reference) -> list[str]:
-    """Seeds of the reference that none of these runs has."""
-    theirs = {(row.comparison, seed) for row in collect(runs, reference.protocol).rows for seed in row.psnr}
+def not_compared(runs: Sequence[RunFolder], reference: Reference) -> tuple[list[str], list[str]]:
+    """Seeds of the reference that none of these runs has, and names of their rows that the reference does not have.
+
+    Of the runs' rows, those under the reference's protocol.
+    """
+    rows, known = collect(runs, reference.protocol).rows, {row.place for row in reference.rows}
+    theirs = {(row.comparison, seed) for row in rows for seed in row.psnr}
     absent = {seed for row in reference.rows for seed in row.psnr if (row.comparison, seed) not in theirs}
-    return sorted(absent - {"-"}, key=int)
-
-
-def without_reference(runs: Sequence[RunFolder], reference: Reference) -> list[str]:
-    """Names of the rows of these runs, under the reference's protocol, that the reference does not have."""
-    known = {row.place for row in reference.rows}
-    rows = collect(runs, reference.protocol).rows
-    return [f"{name_of(row.place)} (run {row.runs[0]})" for row in rows if row.place not in known]
+    others = [f"{name_of(row.place)} (run {row.runs[0]})" for row in rows if row.place not in known]
+    return sorted(absent - {"-"}, key=int), others
 
 
 def _same_protocol(runs: Sequence[RunFolder], reference: Reference) -> None:

@@ -364,6 +364,9 @@ def test_explain_draws_and_prints_what_was_chosen(tiny_runs, tmp_path) -> None:
     with Image.open(tmp_path / "explain.png") as drawn:
         assert drawn.size[0] > 300
     shutil.copytree(kit, tmp_path / "no-weights", ignore=shutil.ignore_patterns("*.safetensors"))
+    os.mkfifo(tmp_path / "pipe")
+    for picture, sentence in (("gone.png", "gone.png cannot be read"), ("pipe", "pipe is not a file; give the path")):
+        assert sentence in refused(tmp_path, "explain", picture, "--run", kit, "--at", "1,1", "--out", "explain.png")
     for arguments, sentence in (
         (["--run", conv, "--at", "1,1"], "does not select patches"),
         (["--run", kit, "--at", "80,1"], "outside the picture of 80 x 60"),
