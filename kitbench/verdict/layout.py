@@ -231,11 +231,16 @@ def caption_of(run: Run) -> str:
 def ranked(block: pd.DataFrame, column: Column, metric: str, digits: int, higher: bool) -> tuple[str, str | None]:
     """The best and the second value among the ranked rows of a column, as printed: equal prints share a rank.
 
-    A row that is ranked beside no other is not the best of anything: empty, None.
+    Empty, None where none is the best: one row is ranked alone, or a trained row with other seeds has a better value.
     """
-    here = block["ranked"] & (block["data_set"] == column[0]) & (block["condition"] == column[1])
-    match = block[here][metric].dropna()
+    here = block[(block["data_set"] == column[0]) & (block["condition"] == column[1])]
+    match, left_out = (
+        here[here["ranked"]][metric].dropna(),
+        here[(here["seeds"] != "-") & ~here["ranked"]][metric].dropna(),
+    )
     values = sorted({round(float(value), digits) for value in match}, reverse=higher) if len(match) > 1 else []
+    if values and any(value > values[0] if higher else value < values[0] for value in left_out.round(digits)):
+        values = []
     return (number(values[0], digits) if values else "", number(values[1], digits) if len(values) > 1 else None)
 
 

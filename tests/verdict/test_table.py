@@ -170,6 +170,13 @@ def test_a_row_that_is_ranked_beside_no_other_is_not_the_best_of_its_column(tmp_
     assert "**" not in render(find([tmp_path]), "markdown").split("| Method")[1]
     store(tmp_path, "window", 31.0, 1)
     assert "**31.00**" in render(find([tmp_path]), "markdown")
+    store(tmp_path, "local", 30.5)
+    assert "**31.00**" in render(find([tmp_path]), "markdown")
+    store(tmp_path, "conv", 31.5)  # of one seed: not ranked, and above the best that is
+    text = render(find([tmp_path]), "markdown").split("| Method")[1]
+    assert "31.50§" in text
+    assert "31.00 " in text
+    assert "**3" not in text  # the equal SSIM of all keep their mark
 
 
 def test_runs_of_one_method_with_different_settings_are_told_apart(tmp_path: Path) -> None:

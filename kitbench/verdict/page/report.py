@@ -173,13 +173,16 @@ def _verdict(
     undecided = [c for c, _ in compared if c.p_holm is None]
     alike = " with the same seeds" * (len(compared) + 1 < len(trained.methods))
     sentences = [f"Over all test images, {best} has the highest mean PSNR of the trained methods{alike}."]
+    others = trained.methods.keys() - {best, *(c.a for c, _ in compared)}
+    if higher := _above(block, others, best):
+        sentences.append(f"With other seeds, and so not compared, these have a higher mean: {', '.join(higher)}.")
     if worse:
         sentences.append(f"It is significantly better than {', '.join(worse)}.")
     if level:
         sentences.append(f"It is not distinguishable from {', '.join(level)}: these runs do not rank them.")
     if undecided:
         sentences.append(f"Nothing is decided about {', '.join(c.a for c in undecided)}: {undecided[0].found.note}.")
-    for method in _above(block, trained, best):
+    for method in _above(block, set(block["method"]) - trained.methods.keys(), best):
         how = "with weights trained elsewhere, scores higher"
         if method not in given:
             how = "without any training, scores higher: these runs were not trained long enough"
@@ -191,10 +194,10 @@ def _verdict(
     return sentences + [f"{capitalised(note)}." for note in notes if note]
 
 
-def _above(block: pd.DataFrame, trained: ComparedRuns, best: str) -> list[str]:
-    """The references with a higher mean than the best trained method, over the columns that both have."""
+def _above(block: pd.DataFrame, others: Collection[str], best: str) -> list[str]:
+    """Which others have a higher mean than the best compared method, over the columns that both have."""
     table = block.pivot_table(index=["data_set", "condition"], columns="method", values="psnr_db")
-    both = {m: table[[best, m]].dropna().mean() for m in table.columns if m not in trained.methods}
+    both = {m: table[[best, m]].dropna().mean() for m in table.columns if m in others}
     return [m for m, means in both.items() if means[m] > means[best]]
 
 
