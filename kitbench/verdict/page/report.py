@@ -173,15 +173,15 @@ def _verdict(
     undecided = [c for c, _ in compared if c.p_holm is None]
     alike = " with the same seeds" * (len(compared) + 1 < len(trained.methods))
     sentences = [f"Over all test images, {best} has the highest mean PSNR of the trained methods{alike}."]
-    others = trained.methods.keys() - {best, *(c.a for c, _ in compared)}
-    if higher := _above(block, others, best):
-        sentences.append(f"With other seeds, and so not compared, these have a higher mean: {', '.join(higher)}.")
     if worse:
         sentences.append(f"It is significantly better than {', '.join(worse)}.")
     if level:
         sentences.append(f"It is not distinguishable from {', '.join(level)}: these runs do not rank them.")
     if undecided:
         sentences.append(f"Nothing is decided about {', '.join(c.a for c in undecided)}: {undecided[0].found.note}.")
+    others = trained.methods.keys() - {best, *(c.a for c, _ in compared)}
+    if higher := _above(block, others, best):
+        sentences.append(f"With other seeds, and so not compared, these have a higher mean: {', '.join(higher)}.")
     for method in _above(block, set(block["method"]) - trained.methods.keys(), best):
         how = "with weights trained elsewhere, scores higher"
         if method not in given:
