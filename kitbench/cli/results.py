@@ -103,13 +103,16 @@ def check(
             if path is not None:
                 write_atomic(path, data)
         raise
-    for path, data in ((junit, regression.junit(lines)), (summary, regression.check_summary(lines).encode())):
+    unlike = regression.made_unlike(runs, stored)
+    for path, data in ((junit, regression.junit(lines)), (summary, regression.check_summary(lines, unlike).encode())):
         if path is not None:
             write_atomic(path, data)
     failed = [line for line in lines if line.failed]
     for line in failed:
         click.secho(f"FAILED {line}", fg="red")
     click.echo(f"{len(lines) - len(failed)} of {len(lines)} comparisons with {against} passed")
+    if unlike:
+        click.echo(f"made unlike the reference: {unlike}")
     absent, others = regression.not_compared(runs, stored)
     if absent:
         click.echo(f"not checked, because no run here has it: seed {', '.join(absent)} of {against}")

@@ -25,6 +25,8 @@ from kitbench.verdict.entries import Entry, entries, labels
 
 Place = tuple[str, str, str, str, str]
 """Comparison, mode, method, data set, condition."""
+RELEASES = ("torch", "numpy")
+"""Libraries whose release may move scores, and which a reference therefore states."""
 SeedName = Annotated[str, Field(pattern=r"^(-|0|[1-9][0-9]*)$")]
 
 
@@ -73,6 +75,8 @@ class Reference(Frozen):
     shared: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """By comparison: what its runs share (task, backbone, recipe, training images, device, NUMERICS). Empty in
     references that were written before it was kept."""
+    made_with: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """`torch`, `numpy`, `machine`: all that its runs were made with. Empty likewise."""
 
     @model_validator(mode="after")
     def _one_row_a_place(self) -> Self:
@@ -113,13 +117,23 @@ def collect(runs: Sequence[RunFolder], protocol: str | None) -> Reference:
     shared = {entry.run.comparison: shared_settings(entry.run) for entry in found if entry.run.comparison}
     return Reference(
         kitbench=kitbench.__version__, protocol=found[0].evaluation.stamp, rows=tuple(rows), costs=tuple(costs),
-        shared=dict(sorted(shared.items())),
+        shared=dict(sorted(shared.items())), made_with=made_with([entry.run for entry in found]),
     )  # fmt: skip
 
 
 def shared_settings(run: Run) -> dict[str, Any]:
     """The part of a run's identity that all runs of its comparison have."""
     return {key: value for key, value in run.identity.items() if key not in ("attention", "settings", "seed")}
+
+
+def made_with(runs: Iterable[Run]) -> dict[str, tuple[str, ...]]:
+    """The releases and the machines of the runs, each once."""
+    found: dict[str, set[str]] = {}
+    for environment in (run.environment for run in runs):
+        versions = {what: environment.versions[what] for what in RELEASES if what in environment.versions}
+        for what, value in {**versions, "machine": environment.host}.items():
+            found.setdefault(what, set()).add(value)
+    return {what: tuple(sorted(values)) for what, values in found.items()}
 
 
 def _seed(entry: Entry) -> str:
@@ -168,6 +182,9 @@ def read_reference(path: Path) -> Reference:
 def changes(old: Reference, new: Reference) -> list[str]:
     """The differences between two references, one line each."""
     changed = [] if old.protocol == new.protocol else [f"protocol: {old.protocol} -> {new.protocol}"]
+    for what in sorted(old.made_with.keys() | new.made_with.keys()):
+        a, b = (" and ".join(r.made_with.get(what, ())) or "not recorded" for r in (old, new))
+        changed += [] if a == b else [f"{what}: {a} -> {b}"]
     rows = [{row.place: row for row in r.rows} for r in (old, new)]
     for place in sorted(rows[0].keys() | rows[1].keys()):
         changed += [f"{name_of(place)}: {what}" for what in _row_changes(rows[0].get(place), rows[1].get(place))]

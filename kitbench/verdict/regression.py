@@ -26,7 +26,7 @@ from kitbench.errors import InputError
 from kitbench.store.folder import RunFolder
 from kitbench.store.records import Run
 from kitbench.verdict.differences import unequal_fields
-from kitbench.verdict.reference import CostRow, Reference, Row, collect, name_of, shared_settings, shown
+from kitbench.verdict.reference import CostRow, Reference, Row, collect, made_with, name_of, shared_settings, shown
 
 MEMORY = 0.05
 TIME = 0.5
@@ -91,6 +91,17 @@ def not_compared(runs: Sequence[RunFolder], reference: Reference) -> tuple[list[
     absent = {seed for row in reference.rows for seed in row.psnr if (row.comparison, seed) not in theirs}
     others = [f"{name_of(row.place)} (run {row.runs[0]})" for row in rows if row.place not in known]
     return sorted(absent - {"-"}, key=int), others
+
+
+def made_unlike(runs: Sequence[RunFolder], reference: Reference) -> str:
+    """`torch 2.14.1, reference 2.13.0`, of what may move scores; empty where nothing differs, or is not known."""
+    here = made_with([folder.run for folder in runs])
+    found = [(what, here.get(what, ()), values) for what, values in reference.made_with.items()]
+    return "; ".join(
+        f"{what} {' and '.join(own) or 'not recorded'}, reference {' and '.join(values)}"
+        for what, own, values in found
+        if own != values
+    )
 
 
 def _same_protocol(runs: Sequence[RunFolder], reference: Reference) -> None:
@@ -211,8 +222,8 @@ def junit_error(message: str) -> bytes:
     return text + b"\n"
 
 
-def check_summary(lines: Sequence[Comparison]) -> str:
-    """Markdown for a pull request: the result, the failures, and all comparisons."""
+def check_summary(lines: Sequence[Comparison], unlike: str = "") -> str:
+    """Markdown for a pull request: the result, the failures, what made_unlike says, and all comparisons."""
     failed = [line for line in lines if line.failed]
     header = ["what", "quantity", "found", "reference", "tolerance", "runs"]
 
@@ -222,5 +233,6 @@ def check_summary(lines: Sequence[Comparison]) -> str:
 
     result = f"{len(failed)} of {len(lines)} comparisons failed" if failed else f"all {len(lines)} comparisons passed"
     parts = [f"## kitbench check: {result}", *([grid(failed)] if failed else [])]
+    parts += [f"Made unlike the reference: {unlike}."] if unlike else []
     parts.append(f"<details><summary>all comparisons</summary>\n\n{grid(lines)}\n\n</details>")
     return "\n\n".join(parts) + "\n"
