@@ -1,11 +1,11 @@
-"""ATD, adaptive token dictionary: positions attend a learned dictionary, then those of their own category.
+"""ATD, adaptive token dictionary: positions attend to a learned dictionary, then those of their own category.
 
 Paper: "Transcending the Limit of Local Window: Advanced Super-Resolution Transformer with Adaptive Token Dictionary"
     (Zhang et al., CVPR 2024).
 Question: does a dictionary learned by gradient give better company than similarity within the image (KiT, NLSN)?
-Operator: all positions attend the entries of a learned dictionary by scaled cosine, in one head.  The entry of highest
-    attention is a position's category; the positions are sorted by category and cut into chunks, and a position
-    attends those of its chunk, in heads.  The two results are added.
+Operator: all positions attend to the entries of a learned dictionary by scaled cosine, in one head.  The entry of
+    highest attention is a position's category; the positions are sorted by category and cut into chunks, and a position
+    attends to those of its chunk, in heads.  The two results are added.
 Cost: 4 H W C^2 for the projections, 2 chunk H W C for the attention in chunks, and E H W (C + r) + H W C r + E C (C +
     r) for the dictionary of E entries with queries of r = C / heads numbers.  Linear in H and W.
 Departures: our reading where the paper leaves it open: its third branch, window attention, is left out (baseline

@@ -4,9 +4,9 @@ Paper: "CATANet: Efficient Content-Aware Token Aggregation for Lightweight Image
     2025).
 Question: does a grouping that is learned over the training images replace the search that KiT makes in each image?
 Operator: each position belongs to the centre of highest cosine; the positions are sorted by centre and cut into groups;
-    a position attends its own group and the next one.  Besides, it attends all centres, with keys and values of their
-    own; the two results are added.  In training the centres are refined on the batch by a few steps of k-means on the
-    sphere, and a moving average of the refined ones is kept; evaluation takes it as it is.
+    a position attends to its own group and the next one.  Besides, it attends to all centres, with keys and values of
+    their own; the two results are added.  In training the centres are refined on the batch by a few steps of k-means
+    on the sphere, and a moving average of the refined ones is kept; evaluation takes it as it is.
 Cost: 4 H W C^2 + 2 m C^2 for the projections, 4 group H W C + 2 m H W C for the attention and m H W C for the grouping
     with m centres; in training another 2 iterations m H W C.  Linear in H and W.
 Departures: our reading where the paper leaves it open: the keys of the centres and the grouping come from the moving

@@ -1,4 +1,4 @@
-"""Transposed attention: channels attend channels, over all positions of the image.
+"""Transposed attention: channels attend to channels, over all positions of the image.
 
 Paper: "Restormer: Efficient Transformer for High-Resolution Image Restoration" (Zamir et al., CVPR 2022), section 3.1,
     multi-Dconv head transposed attention; also one of the two attentions of "A Comparative Study of Image Restoration

@@ -1,4 +1,4 @@
-"""Global (non-local) attention: every position attends every position.
+"""Global (non-local) attention: every position attends to every position.
 
 Papers: "Non-local Neural Networks" (Wang et al., CVPR 2018); "An Image Is Worth 16x16 Words" (Dosovitskiy et al., ICLR
     2021); "Pre-Trained Image Processing Transformer" (Chen et al., CVPR 2021).

@@ -3,7 +3,7 @@
 Paper: "Image Processing GNN: Breaking Rigidity in Super-Resolution" (Tian et al., CVPR 2024).
 Question: do single positions, chosen exactly and more of them where there is detail, beat the whole patches of KiT?
 Operator: the candidates of a position are a square around its tile (local sample) and a regular grid over the map
-    (global sample).  Of these it attends those of highest cosine, itself always: k on average, its own number, the
+    (global sample).  Of these it attends to those of highest cosine, itself always: k on average, its own number, the
     degree, growing with its detail, the difference from the mean of its 2 x 2 block summed over channels.
 Cost: 4 H W C^2 for the projections and 3 S H W C for similarities and attention over the S = (tile + 2 halo)^2 +
     grid^2 candidates: what is not attended is masked.  Linear in H and W.
@@ -68,7 +68,7 @@ class Attention(nn.Module):
 
     @torch.no_grad()
     def edges(self, x: Tensor, places: Tensor) -> Tensor:
-        """Which candidates the T positions of each of the M tiles of [B, H, W, C] attend: bool [B, M, T, S]."""
+        """Which candidates the T positions of each of the M tiles of [B, H, W, C] attend to: bool [B, M, T, S]."""
         with torch.autocast(x.device.type, enabled=False):
             height, width = x.shape[1:3]
             unit = F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
@@ -124,7 +124,7 @@ def grid_places(height: int, width: int, grid: int, device: torch.device) -> Ten
 
 
 def degrees(x: Tensor, k: int) -> Tensor:
-    """How many positions each one of [B, H, W, C] attends, 1 to 2 k - 1 by the rank of its detail: int64 [B, H, W].
+    """How many positions each one of [B, H, W, C] attends to, 1 to 2 k - 1 by the rank of its detail: int64 [B, H, W].
 
     The sum over an image is exactly k H W: the ranks r and H W - 1 - r have degrees that add up to 2 k.
     """

@@ -1,4 +1,4 @@
-"""Control: KiT that may not attend the patches that touch the query patch.
+"""Control: KiT that may not attend to the patches that touch the query patch.
 
 Paper: none; a control for kitbench/attention/kit.py.
 Question: what is left of KiT's gain when what a window could have seen too is taken from its pool?
@@ -8,7 +8,7 @@ Operator: KiT, but its neighbours are the patch itself and the k - 1 most simila
     patches touch across its border too.
 Cost: that of KiT, 4 H W C^2 + 2 k P^2 H W C and the retrieval, whose products are KiT's: it keeps the k + 8 best, of
     which at most 8 touch, and drops those.
-Departures: on a map where some patch has fewer than k - 1 patches that do not touch it, all patches attend as many
+Departures: on a map where some patch has fewer than k - 1 patches that do not touch it, all patches attend to as many
     neighbours as that one; on one of 3 x 3 patches or fewer this is window attention.
 """
 

@@ -1,8 +1,8 @@
 """Control: KiT with random patches instead of the nearest ones.
 
 Paper: none; a control for kitbench/attention/kit.py that shows whether retrieval matters.
-Operator: KiT, but each patch attends itself and k - 1 patches drawn uniformly: newly at each training step, fixed for
-    evaluation, the same for all images of a batch.
+Operator: KiT, but each patch attends to itself and k - 1 patches drawn uniformly: newly at each training step, fixed
+    for evaluation, the same for all images of a batch.
 Cost: that of KiT without its retrieval: 4 H W C^2 + 2 k P^2 H W C.
 Departures: none.
 """

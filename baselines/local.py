@@ -1,4 +1,4 @@
-"""Plain local attention: every position attends its own s x s neighbourhood.
+"""Plain local attention: every position attends to its own s x s neighbourhood.
 
 Papers: "Stand-Alone Self-Attention in Vision Models" (Ramachandran et al., NeurIPS 2019); "Local Relation Networks" (Hu
     et al., ICCV 2019).

@@ -1,4 +1,4 @@
-"""Neighbourhood attention: every position attends s x s positions, as many at the border as inside.
+"""Neighbourhood attention: every position attends to s x s positions, as many at the border as inside.
 
 Paper: "Neighborhood Attention Transformer" (Hassani et al., CVPR 2023).
 Operator: as plain local attention, but a footprint that would leave the image is moved inside it, so that every query

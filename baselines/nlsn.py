@@ -3,14 +3,15 @@
 Paper: "Image Super-Resolution with Non-Local Sparse Attention" (Mei, Fan, Zhou, CVPR 2021).
 Question: KiT without patches: do single positions, retrieved anywhere in the image, do better than whole patches?
 Operator: spherical locality sensitive hashing gives each position a code; the positions are sorted by it and cut into
-    chunks; a position attends its own chunk and both adjacent ones.  Query and key are one embedding, the key of unit
-    length, and the logits are not scaled.  Several rounds with other hashes are weighted by their log-sum-exp.
+    chunks; a position attends to its own chunk and both adjacent ones.  Query and key are one embedding, the key of
+    unit length, and the logits are not scaled.  Several rounds with other hashes are weighted by their log-sum-exp.
 Cost: 3 H W C^2 for the projections; for each round 3 chunk H W (2 C + 2 heads) for the attention and (nb / 2) H W C for
     the hashing into nb <= 128 buckets.  Linear in H and W.
 Departures: our reading where the paper leaves it open: linear maps instead of its 3 x 3 and 1 x 1 convolutions, and an
     output projection; an embedding of C instead of C / 4 numbers, in heads, with one hashing for all of them; an even
     number of buckets, rounded down; the chunks lie on a circle instead of being padded with repeated positions; on a
-    map of at most 3 chunk positions each attends all, once.  Evaluation takes stored hashes, training draws new ones.
+    map of at most 3 chunk positions each attends to all, once.  Evaluation takes stored hashes, training draws new
+    ones.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Attention(nn.Module):
 
     @torch.no_grad()
     def orders(self, match: Tensor) -> list[Tensor | None]:
-        """For each round the rows [B * N] that sort embeddings [B, N, C] by their code; [None] where all attend all."""
+        """For each round the rows [B * N] that sort embeddings [B, N, C] by code; [None] where all attend to all."""
         count = match.shape[1]
         if chunks.plan(count, self.chunk, AROUND)[0] == 1:
             return [None]

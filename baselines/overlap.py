@@ -1,10 +1,10 @@
-"""Overlapping windows: the queries of a window attend a larger window around it.
+"""Overlapping windows: the queries of a window attend to a larger window around it.
 
 Papers: "Activating More Pixels in Image Super-Resolution Transformer" (HAT; Chen et al., CVPR 2023), its
     overlapping cross-attention; "A Comparative Study of Image Restoration Networks for General Backbone Network Design"
     (X-Restormer; Chen et al., ECCV 2024), in every second block.
 Question: is what windows lack the sight beyond their border, rather than patches far away?
-Operator: the map is cut into disjoint M x M windows of queries; each attends the keys of the window of side
+Operator: the map is cut into disjoint M x M windows of queries; each attends to the keys of the window of side
     (1 + overlap) M with the same centre, with a learned relative position bias.
 Cost: 4 H W C^2 for the projections and 2 (1 + overlap)^2 M^2 H W C for the attention: linear in H W.
 Parameters: q, k, v and proj as the others; a bias of ((2 + overlap) M - 1)^2 entries a head, where a window has

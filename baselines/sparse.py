@@ -3,8 +3,8 @@
 Paper: "Accurate Image Restoration with Attention Retractable Transformer" (ART; Zhang et al., ICLR 2023).
 Question: does it suffice to reach far on a fixed grid, without looking where the similar patches are?
 Operator: in every first block, window attention without shift (baselines/window.py).  In every second block a position
-    attends those whose row and column differ from its own by multiples of I: the map falls into I x I groups of about
-    H W / I^2 positions, each spread over the whole image.
+    attends to those whose row and column differ from its own by multiples of I: the map falls into I x I groups of
+    about H W / I^2 positions, each spread over the whole image.
 Cost: 4 H W C^2 for the projections; 2 M^2 H W C for the attention of a dense block, and 2 (H W)^2 C / I^2 for that of a
     sparse one, which is quadratic in H W at a fixed I, as in the paper.  Memory is linear.  `kitbench scale` measures a
     first block, in its scopes attention and block: compare first=dense and first=sparse.

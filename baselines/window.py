@@ -2,13 +2,13 @@
 
 Papers: "Swin Transformer" (Liu et al., ICCV 2021); "SwinIR" (Liang et al., ICCVW 2021); "Uformer" (Wang et al., CVPR
     2022).
-Operator: the map is cut into disjoint M x M windows; the positions of a window attend one another, with a learned
+Operator: the map is cut into disjoint M x M windows; the positions of a window attend to one another, with a learned
     relative position bias.  In shifted blocks the map is first rolled by M/2, and positions that the roll brought
-    together from opposite borders do not attend one another (Swin's mask).
+    together from opposite borders do not attend to one another (Swin's mask).
 Cost: 4 H W C^2 for the projections and 2 M^2 H W C for the attention.  Form 'registered' is the operator of KiT with
     each window its own only neighbour, linear in memory; 'sdpa' is torch's own, which holds all logits while it trains
     the bias.
-Departures: maps are padded to the next multiple of M, and padded positions are never attended (Swin attends them).
+Departures: maps are padded to the next multiple of M, and padded positions are never attended (Swin attends to them).
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Attention(nn.Module):
 
 
 def regions(height: int, width: int, window: int, roll: tuple[int, int], device: torch.device) -> Tensor:
-    """Label of each position of the rolled windows, int64 [N, T]: positions attend only those of their own label.
+    """Label of each position of the rolled windows, int64 [N, T]: positions attend only to those of their own label.
 
     Labels tell apart what the roll brought together from opposite borders, and real positions from padding.
     """

@@ -1,5 +1,5 @@
-"""Time and peak memory of the attention operators, against window attention with as many keys a query, and against the
-floor.
+"""Time and peak memory of the attention operators, against window attention with as many keys per query, and against
+the floor.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/attention.py   # measures: attention.json, attention.png
     python benchmarks/attention.py --device cuda --dtypes bfloat16 --dims 32 --json a.json    # a part of it, on a GPU
@@ -11,14 +11,14 @@ operators of a case are timed in shuffled, interleaved rounds; ratios are median
 
     kit             k-NN patch attention with LSH retrieval (kitbench/attention/kit.py)
     reference       the same through the readable definition (kitbench/attention/reference.py)
-    window          window attention with 64 k keys a query and a learned bias, through the same registered operator
+    window          window attention with 64 k keys per query and a learned bias, through the same registered operator
     window sdpa     the same through scaled_dot_product_attention, which on the CPU holds all logits while it trains the
                     bias
     window no bias  the same without a bias: torch's fused kernel forward and backward, the fastest there is
     window cudnn    the same by cuDNN's kernel, on CUDA where it takes the tables
     global sdpa     every position attends every position, through the fused kernel; it and the reference in float32
     channel, overlap, sparse (a sparse block), nlsn, centres, categories, graph: the attentions of the suite `family` up
-                    to 512 px, forward and training, with about 64 k keys a query (attention_family.py)
+                    to 512 px, forward and training, with about 64 k keys per query (attention_family.py)
     retrieval       the search of kit alone
     cut and join    a map cut into the patches of kit and joined again
 

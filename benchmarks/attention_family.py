@@ -1,4 +1,4 @@
-"""The attentions of the suite `family` as benchmarks/attention.py measures them: near a number of keys a query."""
+"""The attentions of the suite `family` as benchmarks/attention.py measures them: near a number of keys per query."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def choose(name: str, wanted: int, pixels: int) -> tuple[dict[str, Any], int | N
 
 
 def build(name: str, dim: int, heads: int, wanted: int, pixels: int) -> tuple[nn.Module, int | None]:
-    """The attention with about `wanted` keys a query, and how many it has.  Raises InputError where there is none."""
+    """The attention with about `wanted` keys per query, and how many it has.  Raises InputError where there is none."""
     method = methods.load_method(name)
     settings, keys = choose(name, wanted, pixels)
     return method.build(dim, heads, False, **method.resolve(settings)), keys

@@ -153,7 +153,7 @@ class Operator:
     optional: bool = False
     """Whether it is no failure where the backends do not take it."""
     keys: int | None = None
-    """Keys a query, where they are not those of the case."""
+    """Keys per query, where they are not those of the case."""
     backend: SDPBackend | None = None
     """The one that it uses, once `prepared`."""
 

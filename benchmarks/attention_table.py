@@ -80,7 +80,7 @@ def markdown(stored: dict[str, Any]) -> str:
     where = stored["machine"]
     threads = f"{where['threads']} threads, " if where["device"] == "cpu" else f"driver {where['driver']}, "
     lines = [
-        f"KiT against window attention with as many keys a query. {where['processor']}, {threads}"
+        f"KiT against window attention with as many keys per query. {where['processor']}, {threads}"
         f"torch {where['torch']}, {where['date']}. Time is the median [quartiles]; a map is H W C float32. "
         f"~: the quartiles lie more than 20 % of the median apart, or fewer than three rounds were left. "
         f"L: launch-bound, the time includes waiting for the host."
@@ -185,8 +185,8 @@ def family_table(rows: list[Row], dtype: str) -> list[str]:
         return []
     return [
         "",
-        "The attentions of the suite `family`, against window attention with 64 k keys a query. Keys: what a query of "
-        "theirs is compared with, as near to that as their settings come.",
+        "The attentions of the suite `family`, against window attention with 64 k keys per query. Keys: what a query "
+        "of theirs is compared with, as near to that as their settings come.",
         "",
         "| attention | keys | C | k | px | pass | ms | x window | x window, no bias | peak, maps | memory x window |",
         "|---" * 11 + "|",
@@ -286,12 +286,11 @@ def cpu_aims(rows: list[Row]) -> str:
         return "The map that the aims speak of, 512 px, was not measured."
     kit, forward, searched, slow = (found[key] for key in wanted)
     return (
-        f"Aimed at, for C 32, k 4, 512 px, forward + backward with retrieval: at most 1.3 times the time of window "
-        f"attention "
-        f"(reached: {over(kit, 'time over window')} of kitbench's own operator with a learned bias, "
-        f"{over(kit, 'time over window sdpa')} of scaled_dot_product_attention with one), at most 1.3 times its memory "
-        f"({over(kit, 'memory over window')}), a third of the readable reference's memory "
-        f"({kit['peak_bytes'] / slow['peak_bytes']:.2f}), and retrieval at most 15 % of the forward pass "
+        f"Targets for C 32, k 4, 512 px, forward + backward with retrieval, and what was reached: at most 1.3 times "
+        f"the time of window attention ({over(kit, 'time over window')} times that of kitbench's own operator with a "
+        f"learned bias, {over(kit, 'time over window sdpa')} times that of scaled_dot_product_attention with one); at "
+        f"most 1.3 times its memory ({over(kit, 'memory over window')}); a third of the memory of the readable "
+        f"definition ({kit['peak_bytes'] / slow['peak_bytes']:.2f}); retrieval at most 15 % of the forward pass "
         f"({searched['seconds'] / forward['seconds']:.0%})."
     )
 
@@ -321,5 +320,5 @@ def picture(stored: dict[str, Any], path: Path) -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].legend()
-    figure.suptitle(f"C = {dim}, k = {k}: {64 * k} keys a query, {dtype}")
+    figure.suptitle(f"C = {dim}, k = {k}: {64 * k} keys per query, {dtype}")
     figure.savefig(path, dpi=120)

@@ -96,7 +96,7 @@ def worlds() -> Iterator[World]:
     for seeds in (5, 10):
         yield World("stored runs, more seeds", seeds)
     for of_seed in (0.05, 0.108):
-        yield World("looked at after 5 seeds before", 8, of_seed=of_seed, looked=(5,), known_limit=True)
+        yield World("interim look after 5 seeds", 8, of_seed=of_seed, looked=(5,), known_limit=True)
     for of_seed in (0.05, 0.2):
         for seeds in (3, 5, 10):
             yield World("other seed spread", seeds, of_seed=of_seed)
@@ -224,15 +224,16 @@ def markdown(stored: dict[str, Any]) -> str:
             ]
         )  # fmt: skip
     gains = " / ".join(f"{gain:g}" for gain in GAINS)
-    header = ["world", "seeds", "images", "seed sd, dB", "false marks", "false claims", "cover",
+    header = ["scenario", "seeds", "images", "seed sd, dB", "false marks", "false claims", "coverage",
               f"power in a table at {gains} dB", f"power in claims at {gains} dB"]  # fmt: skip
     aimed = [found["rates"] for found in stored["worlds"] if not found["world"]["known_limit"]]
     worst = {key: max(rates[key] for rates in aimed) for key in ("false_marks", "false_claims")}
     least = min(rates["cover"] for rates in aimed)
     note = (
-        f"{repeats} tables and pages of claims per world, {repeats // 2} for power. Largest rates of false decisions: "
+        f"{repeats} tables and pages of claims per scenario, {repeats // 2} for power. Largest rates of false "
+        "decisions: "
         f"{worst['false_marks']:.1%} of tables, {worst['false_claims']:.1%} of pages (aimed at: at most 5 %, here "
-        f"{limit(repeats):.1%} with two standard errors). Least cover: {least:.1%} (aimed at: at least 94 %). "
+        f"{limit(repeats):.1%} with two standard errors). Least coverage: {least:.1%} (aimed at: at least 94 %). "
         "† Known limits, not counted: few images whose effects are very skewed and of very unequal size; scores that "
         "were looked at before the last seeds were added, where a decision of either look counts."
     )
@@ -241,7 +242,7 @@ def markdown(stored: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=4000, help="simulated tables a world")
+    parser.add_argument("--repeats", type=int, default=4000, help="simulated tables per scenario")
     parser.add_argument(
         "--markdown", action="store_true", help="print the table of the stored JSON and simulate nothing"
     )

@@ -1,4 +1,4 @@
-"""kitbench: which attention should restore my images, and does the k-NN one keep its promises?
+"""kitbench: which attention should restore my images, and does k-NN attention do what its paper claims?
 
 From Python (docs/python.md): `attention`, `psnr`, `ssim`, `results` and `run`, imported when they are first used.
 """

@@ -17,9 +17,9 @@ class ExitCode(IntEnum):
     CHECK_FAILED = 1
     """`check`, `data check` or `reproduce` found a difference."""
     BAD_INPUT = 2
-    """Wrong usage or bad input; nothing was written."""
+    """Wrong usage or bad input; no run was started."""
     RUN_FAILED = 3
-    """A run failed or was interrupted; what was stored before is kept."""
+    """A valid command failed or was interrupted; what was stored before is kept."""
 
 
 class InputError(Exception):

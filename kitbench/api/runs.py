@@ -118,7 +118,7 @@ def run_from_python(
     the runs; what it holds is not run again. options: those of the command. `jobs`, runs at a time, is 1 by default:
     more start processes, which a script must guard by `if __name__ == "__main__":`.
     Progress is printed. torch's threads, determinism and random state are put back afterwards.
-    Returns one row per run, test set and condition: the columns of `results_table`.
+    Returns one row per run, test set, condition and protocol: the columns of `results_table`.
     Raises InputError before anything is written, and RunError where runs failed or were interrupted (state saved).
     """
     changed = [f"{key}={_toml(key, value)}" for key, value in (settings or {}).items()]

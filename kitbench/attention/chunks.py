@@ -1,4 +1,5 @@
-"""Attention of tokens in an order that puts related ones side by side: cut into chunks that attend the chunks around.
+"""Attention of tokens in an order that puts related ones side by side: cut into chunks that attend to the chunks
+around.
 
 The order is closed to a circle, so that every chunk has neighbours.  The attentions that sort tokens by hash code,
 nearest centre or category share this.  Source: Reformer (Kitaev et al., ICLR 2020, section 2); the circle instead of
@@ -39,11 +40,11 @@ def attend(
 ) -> Tensor:
     """Attention of sorted tokens: queries, keys and values [B, N, h, d] -> [B, N, h, d].
 
-    Chunk i holds the tokens of ranks i * chunk to (i + 1) * chunk.  Its tokens attend those of the chunk itself, of the
-    around[0] chunks before it and the around[1] chunks behind it, taken on the circle of all ranks: the last chunk is
-    filled from the first.  Where all tokens of an image are no more than that, each attends all.  No token is attended
-    twice.  extra: keys and values [h, d] of one more position, which every query attends.  scale: of the logits;
-    1 / sqrt(d) if None.
+    Chunk i holds the tokens of ranks i * chunk to (i + 1) * chunk.  Its tokens attend to those of the chunk itself, of
+    the around[0] chunks before it and the around[1] chunks behind it, taken on the circle of all ranks: the last chunk
+    is filled from the first.  Where all tokens of an image are no more than that, each attends to all.  No token is
+    attended twice.  extra: keys and values [h, d] of one more position, to which every query attends.  scale: of the
+    logits; 1 / sqrt(d) if None.
     """
     q, k, v = tables
     batch, count, heads, width = q.shape
@@ -61,13 +62,13 @@ def attend(
 
 
 def plan(count: int, chunk: int, around: tuple[int, int]) -> tuple[int, int, int]:
-    """How `attend` cuts `count` tokens: number of chunks, tokens in each, keys that each of these attends."""
+    """How `attend` cuts `count` tokens: number of chunks, tokens in each, keys that each of these attends to."""
     reach = chunk * (1 + sum(around))
     return (1, count, count) if count <= reach else (-(-count // chunk), chunk, reach)
 
 
 def around_chunks(table: Tensor, extra: Tensor | None, cut: tuple[int, int, int], before: int) -> Tensor:
-    """The rows of a table [B, N, h, d] that each chunk attends, and the extra one [h, d]: [B * chunks, keys, h, d]."""
+    """The rows of a table [B, N, h, d] that each chunk attends to, and the extra one: [B * chunks, keys, h, d]."""
     chunks, size, reach = cut
     parts = [table[:, None]]
     if chunks > 1:

@@ -2,14 +2,15 @@
 
 Paper: "KNN Local Attention for Image Restoration" (Lee, Choi, Sohn, Min), CVPR 2022, DOI 10.1109/CVPR52688.2022.00218.
 Operator: the map is cut into P x P patches; locality sensitive hashing finds for each patch the k most similar patches
-    of the image, itself first; the positions of the patch attend all positions of those k patches ("pair-wise local
+    of the image, itself first; the positions of the patch attend to all positions of those k patches ("pair-wise local
     attention"), with one softmax for each pair of patches and the pairs weighted by their log-sum-exp, which is one
     softmax over the k P^2 keys.
 Cost: 4 H W C^2 for the projections, 2 k P^2 H W C for the attention, and the retrieval: hashing rounds (nb/2) H W C /
-    P^2 and re-ranking 3 chunk rounds H W C / P^2 multiply-adds with the mean descriptor.  Linear in H and W (exact
-    retrieval: (HW/P^2)^2 C).
-Departures: only the abstract of the paper could be read.  Every choice below that is a setting is our reading of that
-    abstract: patch side, k, hashing, descriptor, aggregation, support.  So are the shifted grid in alternate blocks (a
+    P^2 with nb <= 128 buckets, and re-ranking 3 chunk rounds H W C / P^2 multiply-adds with the mean descriptor.
+    Linear in the pixels H W (exact retrieval: (HW/P^2)^2 C).
+Departures: only the abstract of the paper, the beginning of its introduction and part of a caption could be read.
+    Every choice below that is a setting is our reading of them: patch side, k, hashing, descriptor, aggregation,
+    support.  So are the shifted grid in alternate blocks (a
     cyclic roll by P/2, the map taken as a torus) and the relative position bias shared by all neighbours.
 """
 
@@ -44,9 +45,10 @@ class Attention(nn.Module):
     adjacent chunks).
     descriptor: 'mean' over the positions of a patch, or 'flat', all of them.  rounds, chunk: of the hashing.
     aggregate: of the pairs, by 'similarity' (log-sum-exp), 'mean', or 'descriptor' (softmax of cosine / tau).
-    support: a position attends the whole 'patch', or the size x size neighbourhood of its 'aligned' position in it.
+    support: a position attends to the whole 'patch', or the size x size neighbourhood of its 'aligned' position in it.
     reuse: take the neighbours that the block before on this level found (the shifted grid then reuses them as they
-    are). Raises ValueError for settings out of range.
+    are). Raises ValueError unless heads divides dim, patch, k, rounds >= 1, chunk >= k, tau > 0, size is
+    odd and positive.
     """
 
     def __init__(
@@ -119,7 +121,7 @@ class Attention(nn.Module):
         return y.roll((self.roll, self.roll), (1, 2)) if self.roll else y
 
     def follow(self, previous: Attention) -> None:
-        """With setting `reuse`: attend the neighbours of `previous`, the block before on this level."""
+        """With setting `reuse`: attend to the neighbours of `previous`, the block before on this level."""
         if self.reuse:
             self.leader = (previous,)  # a tuple, so that it does not become a submodule
 
@@ -163,7 +165,7 @@ class Attention(nn.Module):
         return retrieval_report(self, x)
 
     def attended(self, x: Tensor) -> tuple[Tensor, int]:
-        """Which patches the forward pass attends on x [B, H, W, C]: int64 [B, N, k], each patch itself first; columns.
+        """Which patches the forward pass attends to on x [B, H, W, C]: int64 [B, N, k], each itself first; columns.
 
         Patches are numbered row by row, in so many columns, on the rolled grid where the block has one.
         """

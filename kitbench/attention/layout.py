@@ -67,7 +67,7 @@ def padding_labels(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Labels for patch_attention that keep padding unattended: bool [B * N, T] and [B * N, E * E], or None, None.
 
-    Positions are labelled by whether they are real.  A query that is padding attends padding, and its result is
+    Positions are labelled by whether they are real.  A query that is padding attends to padding, and its result is
     cropped.
     """
     keys = real_positions(height, width, patch, margin, device)
@@ -110,7 +110,7 @@ def project(qkv: torch.nn.Linear, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class PositionBias(torch.nn.Module):
-    """Learned relative position bias: `forward()` gives [heads, T, S], -inf where a query does not attend a key.
+    """Learned relative position bias: `forward()` gives [heads, T, S], -inf where a query does not attend to a key.
 
     index: int64 [T, S], rows of the table; -1 marks pairs that are never attended.  The table starts from N(0, 0.02).
     """

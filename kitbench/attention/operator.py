@@ -215,7 +215,7 @@ def heads_last(rows: Tensor, heads: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Pattern:
-    """Who attends whom, and how the softmaxes are grouped: the arguments of the operator that are not tables.
+    """Who attends to whom, and how the softmaxes are grouped: the arguments of the operator that are not tables.
 
     A chunk of c query patches takes part in b = c * g softmaxes over K = n / g * S keys: g = 1, or n with weights.
     """
@@ -246,7 +246,7 @@ class Pattern:
         return (slice(start, min(start + step, patches)) for start in range(0, patches, step))
 
     def gather(self, table: Tensor, part: slice) -> Tensor:
-        """Rows of a table [M, S, ...] that the chunk attends: [b, K, ...]."""
+        """Rows of a table [M, S, ...] that the chunk attends to: [b, K, ...]."""
         if self.neighbours is None:
             return table[part]
         rows = table.index_select(0, self.neighbours[part].flatten())
@@ -272,7 +272,7 @@ class Pattern:
         if allowed is None:
             return mask
         if self.weights is not None:
-            # A softmax without a key would be NaN: it attends everything, and `shares` gives it no weight.
+            # A softmax without a key would be NaN: it attends to everything, and `shares` gives it no weight.
             allowed = allowed | ~(allowed & (mask[:, 0] > -math.inf)).any(-1, keepdim=True)
         return mask.where(allowed[:, None], -math.inf)
 

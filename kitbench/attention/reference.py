@@ -26,7 +26,7 @@ def patch_attention(
 
     q: [M, T, h, d]; k, v: [M, S, h, d]; neighbours: int64 [M, n], rows of k and v.
     bias: [h, T, S], added to the logits of every neighbour; -inf forbids a pair.
-    query_label: [M, T], key_label: [M, S]: a query attends the keys of its own label only.
+    query_label: [M, T], key_label: [M, S]: a query attends to the keys of its own label only.
     weights: [M, n], or None.  None: one softmax over all n * S keys, which is the same as one softmax for each
     neighbour, the results weighted by softmax over neighbours of their log-sum-exp.  Given: one softmax for each
     neighbour, the results weighted by `weights`, which are first divided by their sum over the neighbours that offer

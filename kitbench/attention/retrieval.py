@@ -1,11 +1,11 @@
 """Which patches a patch attends: exact k-NN, angular locality sensitive hashing, the random control.  No gradients.
 
-A descriptor is one vector a patch; the neighbours of patch i are the k patches of its own image with the highest
+A descriptor is one vector per patch; the neighbours of patch i are the k patches of its own image with the highest
 cosine, patch i itself always first.  One index set serves all heads.  Source: our reading of the abstract of KiT (Lee
 et al., CVPR 2022); the hashing is that of Reformer (Kitaev et al., ICLR 2020, section 2), sorted, cut into chunks, with
 both adjacent chunks, and re-ranked by the true cosine.
 
-N patches, D numbers a descriptor, k neighbours.  Index tensors are int64.
+N patches, D numbers per descriptor, k neighbours.  Index tensors are int64.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ def describe(patches: Tensor, real: Tensor | None, kind: str) -> Tensor:
 
 
 def exact(descriptors: Tensor, k: int) -> Tensor:
-    """The k most similar patches of each patch, itself first: [B, N, D] -> [B, N, k].  Never holds the N x N matrix."""
+    """The k <= N most similar patches of each patch, itself first: [B, N, D] -> int64 [B, N, k].
+
+    Holds at most max(B N, BLOCK_ENTRIES) similarities at once.
+    """
     batch, count, _ = descriptors.shape
     rows = max(1, min(count, BLOCK_ENTRIES // (batch * count)))
     found = []
@@ -62,8 +65,9 @@ def hash_order(descriptors: Tensor, rotation: Tensor, chunk: int) -> Tensor:
 
 
 def lsh(descriptors: Tensor, k: int, rotations: Tensor, chunk: int, adjacent: bool) -> Tensor:
-    """Approximate k-NN by angular hashing: [B, N, D] -> [B, N, k], itself first, without repeats.
+    """Approximate k-NN by angular hashing: [B, N, D] -> int64 [B, N, k], itself first, without repeats.
 
+    descriptors: of unit length, float32 or float64.  k: at most chunk.
     rotations: N(0, 1) [rounds, D, >= buckets/2], the first buckets/2 columns are used.  Each round sorts the patches by
     code and cuts the circular order into chunks; the candidates of a patch are those of its own chunk and, where
     `adjacent`, of the previous and the next one.  The last chunk is filled from the start of the circle.
@@ -103,9 +107,9 @@ def merge(indices: Tensor, scores: Tensor, k: int) -> Tensor:
 
 
 def random_neighbours(count: int, k: int, salt: Tensor) -> Tensor:
-    """k distinct patches for each of `count`, itself first, the others uniform: [count, k].
+    """k distinct patches for each of `count`, itself first, the others uniform: int64 [count, k], 1 <= k <= count.
 
-    salt: int64 [>= k - 1]; the result is a pure function of it (integer hashing), so it needs no generator.
+    salt: int64 [>= k - 1], on the device of the result, which is a pure function of it (integer hashing): no generator.
     """
     patch = torch.arange(count, device=salt.device)
     chosen = patch[:, None]

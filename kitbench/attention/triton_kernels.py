@@ -4,9 +4,9 @@ Forward: one program takes a tile of at most 64 queries of one patch and head. T
 neighbours' keys and values are read by their row number, two neighbours at a time, with one running softmax in base 2
 (Dao, "FlashAttention-2", 2023). The bias tile is read once for all neighbours.
 Backward: dq, the bias gradient and delta = sum(grad * out) in one pass by programs that take a fixed share of the
-patches each. dk and dv by one program a *key* patch over the list of the queries that attend it; a list of more than
-SEGMENT queries is cut into segments that run in parallel and are added in the order of the list. No atomic additions:
-equal inputs give equal bits.
+patches each. dk and dv by one program per *key* patch over the list of the queries that attend to it; a list of more
+than SEGMENT queries is cut into segments that run in parallel and are added in the order of the list. No atomic
+additions: equal inputs give equal bits.
 
 Tables are [M, T, h, d] as in operator.py, with any strides but 1 in d: head-major tables and
 thirds of one projection are read as they lie. The kernels also run on the CPU in Triton's interpreter

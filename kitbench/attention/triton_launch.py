@@ -226,7 +226,7 @@ def _backward_of_keys(given: Problem, grad: Tensor, lse: Tensor, delta: Tensor) 
 
 @dataclass(frozen=True)
 class InverseLists:
-    """Who attends each key patch, and how long lists are split. All int64, made without waiting for the device."""
+    """Who attends to each key patch, and how long lists are split. All int64, made without waiting for the device."""
 
     first: Tensor
     """[M + 1]: where the list of a key patch starts in `query`."""

@@ -14,7 +14,7 @@ from kitbench.errors import InputError
 @PATHS
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path),
-    help=".zip: runs, for `kitbench import`; .csv or .parquet: a row per run, test set and condition.",
+    help=".zip: runs, for `kitbench import`; .csv or .parquet: a row per run, test set, condition and protocol.",
 )  # fmt: skip
 @click.option("--by", help="Who made the runs, as tables of others will say; needed for a .zip.")
 def export(paths: tuple[Path, ...], out: Path, by: str | None) -> None:

@@ -55,10 +55,10 @@ def _leave(context: click.Context, error: Exception, sentence: str, code: ExitCo
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
 def cli() -> None:
-    """Which attention should restore my images, and does the k-NN one keep its promises?
+    """Which attention should restore my images, and does k-NN attention do what its paper claims?
 
     Trains and evaluates KiT (k-NN local attention) against global, window and local attention under identical recipes.
-    Exit codes: 0 fine, 1 a check failed, 2 usage or bad input, 3 a run failed or was interrupted.
+    Exit codes: 0 fine, 1 a check failed, 2 usage or bad input, 3 failed or interrupted.
     """
 
 

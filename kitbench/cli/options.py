@@ -112,7 +112,12 @@ TRAIN_SET = click.option(
          "Several: repeat, or A,B.",
 )  # fmt: skip
 TEST_SET = click.option(
-    "--test-set", multiple=True, metavar="SET", callback=listed, help="Likewise instead of the suite's test sets."
+    "--test-set",
+    multiple=True,
+    metavar="SET",
+    callback=listed,
+    help="Instead of the suite's test sets: names (kitbench list), or folders of pictures with a / in the path. "
+    "Several: repeat, or A,B.",
 )
 DATA = click.option(
     "--data", type=click.Path(path_type=Path), envvar="KITBENCH_DATA", show_envvar=True,
@@ -121,7 +126,8 @@ DATA = click.option(
 SUITE = click.option("--suite", required=True, help="A suite's name (kitbench list), or the path of a .toml file.")
 PRESET = click.option(
     "--preset",
-    help="smoke, quick, standard, gpu-hour or full; by default the one that the suite names (quick in shipped suites).",
+    help="A preset of the suite (kitbench list), e.g. smoke, quick or standard; by default the one that the "
+    "suite names (quick in shipped suites).",
 )
 SET = click.option(
     "--set",

@@ -89,7 +89,8 @@ def _levels(text: str) -> list[float]:
 @PATHS
 @click.option(
     "--tile", "tiles", show_default=ALL_SIZES,
-    help="Sides of the tiles, pixels: to score, and alone to print; by default all that are stored are printed.",
+    help="Sides of the tiles in pixels. If given, only these are scored and printed; otherwise the "
+         "default ones are scored, and all that are stored are printed.",
 )  # fmt: skip
 @click.option(
     "--test-set", "data_sets", multiple=True, metavar="SET", callback=listed,

@@ -103,7 +103,7 @@ def check(
             if path is not None:
                 write_atomic(path, data)
         raise
-    unlike = regression.made_unlike(runs, stored)
+    unlike = regression.made_differently(runs, stored)
     for path, data in ((junit, regression.junit(lines)), (summary, regression.check_summary(lines, unlike).encode())):
         if path is not None:
             write_atomic(path, data)
@@ -112,7 +112,7 @@ def check(
         click.secho(f"FAILED {line}", fg="red")
     click.echo(f"{len(lines) - len(failed)} of {len(lines)} comparisons with {against} passed")
     if unlike:
-        click.echo(f"made unlike the reference: {unlike}")
+        click.echo(f"made differently from the reference: {unlike}")
     absent, others = regression.not_compared(runs, stored)
     if absent:
         click.echo(f"not checked, because no run here has it: seed {', '.join(absent)} of {against}")
@@ -193,7 +193,7 @@ def figures(paths: tuple[Path, ...], protocol: str | None, form: Any, out: Path)
 @PROTOCOL
 @MARKDOWN_OUT
 def claims(paths: tuple[Path, ...], protocol: str | None, out: Path | None) -> None:
-    """Put the paper's six statements to the test: supported, not supported, dependent on the learning rate, or open."""
+    """Test the six statements of the paper: supported, not supported, depends on the learning rate, or not decided."""
     from kitbench.verdict import claims as statements
 
     found = statements.claims(*statements.load(paths), protocol)

@@ -46,7 +46,8 @@ from kitbench.errors import ExitCode, InputError, RunError
 @LPIPS
 @click.option(
     "--micro-batch", type=click.IntRange(1), metavar="N",
-    help="Most crops at a time on a device; their gradients add up to the batch's. Moves rounding only.",
+    help="Most crops at a time on a device; their gradients add up to the batch's. Changes rounding only, "
+         "except with method centres.",
 )  # fmt: skip
 @click.option("--track", multiple=True, metavar="NAME", help="tensorboard, wandb or mlflow too. Repeatable.")
 @JOBS
@@ -60,7 +61,7 @@ from kitbench.errors import ExitCode, InputError, RunError
 @click.option("--partition", help="Slurm: the partition that the runs are submitted to.")
 @click.option(
     "--time", "minutes", type=click.IntRange(1), metavar="MINUTES",
-    help="Slurm: time limit of a job; a run goes on in another job behind it.",
+    help="Slurm: time limit of a job; at the limit it is queued again and continues from its checkpoint.",
 )  # fmt: skip
 @click.option("--only", hidden=True, metavar="CELL", help="One cell, e.g. colour/kit/0: what a Slurm job runs.")
 @click.pass_context

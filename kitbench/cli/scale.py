@@ -19,7 +19,7 @@ from kitbench.errors import RunError
     help="A name or a .py file, with settings NAME:key=value:key=value. Several: repeat, or A,B.",
 )  # fmt: skip
 @click.option("--sizes", default="64:4096", show_default=True, help="Sides in pixels: A:B (doubling) or A,B,C.")
-@click.option("--what", default="infer,train", show_default=True, help="infer, train or both.")
+@click.option("--what", default="infer,train", show_default=True, help="infer, train, or infer,train for both.")
 @click.option("--scope", type=click.Choice(["attention", "block", "model"]), default="attention", show_default=True,
               help="What is measured: the attention alone, a block of the network, or the whole network.")  # fmt: skip
 @click.option("--dim", type=click.IntRange(1), default=32, show_default=True, help="Channels (attention, block).")

@@ -40,7 +40,7 @@ FLUSH_BYTES = 256 << 20  # CUDA: the buffer written over, more than the L2 cache
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call, over the rounds that were kept."""
+    """Seconds per call, over the rounds that were kept."""
 
     median: float
     quartiles: tuple[float, float]
@@ -116,7 +116,7 @@ def ratio(a: Timing, b: Timing) -> float:
 
 
 def sampler(fn: Callable[[], object], device: torch.device, least: float | None = None) -> Callable[[], Sample]:
-    """A function that takes one sample of `fn`: seconds a call, over calls that last at least `least` seconds together.
+    """A function that takes one sample of `fn`: seconds per call, over calls that last `least` seconds together.
 
     least: by default SAMPLE_SECONDS, on CUDA CUDA_SAMPLE_SECONDS; 0 for one call. Calls `fn` at once, to warm up and to
     find the number of calls: on the CPU until they last `least`, on CUDA for WARM_UP_SECONDS. Raises whatever `fn`

@@ -315,8 +315,8 @@ def _extras(module: Any, x: torch.Tensor) -> str | None:
                 return f"report(x) must return a dictionary of numbers and texts, which JSON can hold: {error}"
         if hasattr(module, "attended") and not _are_patches(module.eval().attended(x.detach()), len(x)):
             return (
-                "attended(x) must return the patches that each patch attends, int64 [B, N, k], itself first, numbered "
-                "row by row from 0, and the number of columns of their grid (int)"
+                "attended(x) must return the patches that each patch attends to, int64 [B, N, k], itself first, "
+                "numbered row by row from 0, and the number of columns of their grid (int)"
             )
     return None
 

@@ -1,4 +1,4 @@
-"""The results file: one row per run, test set and condition, as CSV or Parquet, for other people's tools.
+"""The results file: one row per run, test set, condition and protocol, as CSV or Parquet, for other people's tools.
 
 `Result` is its schema (schemas/result.json); every row states its version. A value that was not measured is empty in
 CSV and null in Parquet. Means are over the images of the set.

@@ -77,7 +77,7 @@ def _cell(compared: Compared, error: float | None) -> str:
 def _notes(compared: Sequence[Compared], method: str) -> tuple[str, ...]:
     notes = []
     if any(c.found.interval is not None for c in compared):
-        notes.append("In brackets the 95 % interval over seeds and images.")
+        notes.append("In square brackets the 95 % confidence interval over seeds and images.")
     if tested := sum(c.p_holm is not None for c in compared):
         tests = f"{tested} difference{'s' * (tested > 1)}"
         notes.append(

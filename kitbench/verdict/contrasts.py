@@ -95,7 +95,7 @@ class ComparedRuns:
         return [entry for columns in self.methods.values() for group in columns.values() for entry in group]
 
     def unlike(self) -> tuple[str, ...]:
-        """Notes on the runs that were made unlike most of the block, or by somebody else."""
+        """Notes on the runs that were made differently from most of the block, or by somebody else."""
         return unlike_notes(self.entries, labels(self.entries))
 
     @property

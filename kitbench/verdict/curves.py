@@ -33,7 +33,7 @@ FORWARDS = 3
 
 MACS_NOTE = (
     f"Those of a training step are {FORWARDS} times those of the forward pass, scaled by pixels from the stated size "
-    "to the crop; too many for global attention, which needs fewer a pixel on a small crop."
+    "to the crop; too many for global attention, which needs fewer per pixel on a small crop."
 )
 
 
@@ -70,7 +70,7 @@ class CurveSet:
     left_out: tuple[str, ...]
     """Methods with runs that have no validation PSNR on these crops, each with the number of such runs."""
     unlike: tuple[str, ...] = ()
-    """Notes on runs that were made unlike most, or by somebody else."""
+    """Notes on runs that were made differently from most, or by somebody else."""
 
 
 @dataclass(frozen=True)

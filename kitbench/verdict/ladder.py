@@ -64,7 +64,7 @@ class Ladder:
     title: str
     lines: tuple[LadderLine, ...]
     unlike: tuple[str, ...]
-    """Notes on runs that were made unlike most of those at their budget, or by somebody else."""
+    """Notes on runs that were made differently from most of those at their budget, or by somebody else."""
 
     @property
     def budgets(self) -> list[tuple[int, int]]:

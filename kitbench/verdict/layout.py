@@ -139,7 +139,7 @@ def notes_of(block: pd.DataFrame) -> list[str]:
     notes = [f"† {row['method']}: {row['gmacs_note']}." for row in noted.to_dict("records")]
     if block["gmacs_needed"].notna().any():
         notes.append(
-            "GMACs: those that the implementation executes; in brackets those that the definition needs, where the "
+            "GMACs: those that the implementation executes; in parentheses those that the definition needs, where the "
             "implementation executes more."
         )
     searched = block.dropna(subset=["retrieval"]).drop_duplicates("method")
@@ -152,7 +152,7 @@ def notes_of(block: pd.DataFrame) -> list[str]:
         )
     compared = block[block["best"].notna()]
     if block["psnr_pm_seeds"].notna().any():
-        notes.append("± half the 95 % interval over seeds (Student), for exactly these images.")
+        notes.append("± half the 95 % confidence interval over seeds (Student), for exactly these images.")
     if compared["p_holm"].notna().any():
         star = (
             "* not distinguishable from the best of its column at 5 % (paired over seeds and images, Holm's correction "
@@ -223,7 +223,7 @@ def caption_of(run: Run) -> str:
     rate = "" if _shipped_rates().get(recipe.name) in (None, recipe.lr) else f", learning rate {recipe.lr:g}"
     return (
         f"{run.suite}, {run.mode}, recipe {recipe.name} "
-        f"({recipe.steps} steps of {recipe.batch} x {recipe.crop} px{rate}{tuned}), "
+        f"({recipe.steps} steps of {recipe.batch} crops of {recipe.crop} px{rate}{tuned}), "
         f"width {backbone.width}, attention at levels {', '.join(map(str, backbone.attention_levels))}, on {where}"
     )
 

@@ -21,7 +21,7 @@ IMPORTED = "imported"
 
 @dataclass(frozen=True)
 class Deviation:
-    """Something that a run has unlike most of the runs that it stands beside."""
+    """Something in which a run differs from most of the runs that it stands beside."""
 
     method: str
     run: str
@@ -68,12 +68,12 @@ def deviations(entries: Sequence[Entry], names: Mapping[tuple[str, str], str]) -
 
 
 def unlike_notes(found: Sequence[Entry], names: Mapping[tuple[str, str], str]) -> tuple[str, ...]:
-    """A note for each method of a table whose runs were made unlike most of these, or by somebody else."""
+    """A note for each method of a table whose runs were made differently from most, or by somebody else."""
     return tuple(f"¶ {capitalised(sentence)}." for sentence in unlike_sentences(deviations(found, names)))
 
 
 def unlike_sentences(found: Iterable[Deviation]) -> tuple[str, ...]:
-    """`runs of kit, conv were made unlike most: torch 2.1.0 instead of 2.13.0`, one for all methods alike."""
+    """`runs of kit, conv were made differently from most: torch 2.1.0 instead of 2.13.0`, one for all methods alike."""
     by_method: dict[str, list[Deviation]] = {}
     for one in found:
         by_method.setdefault(one.method, []).append(one)
@@ -84,14 +84,14 @@ def unlike_sentences(found: Iterable[Deviation]) -> tuple[str, ...]:
 
 
 def deviation_text(found: Sequence[Deviation]) -> str | None:
-    """`made unlike most: torch 2.1.0 instead of 2.13.0; threads 64 instead of 1`; None where nothing differs.
+    """`made differently from most: torch 2.1.0 instead of 2.13.0; threads 64 instead of 1`; None where nothing differs.
 
     Of runs that are imported, and else like the others: `imported, run by NAME`.
     """
     texts = list(dict.fromkeys(map(str, found)))
     if not texts:
         return None
-    return ("made unlike most: " if any(one.what != IMPORTED for one in found) else "") + "; ".join(texts)
+    return ("made differently from most: " if any(one.what != IMPORTED for one in found) else "") + "; ".join(texts)
 
 
 def _facts(entry: Entry, name: str) -> dict[str, str]:

@@ -14,7 +14,8 @@ from kitbench.verdict.compare import Column, heading
 
 HEADING = "Published, not run here"
 CAUTION = (
-    "Other training data, recipes and protocols: these figures rank nothing. Each is as printed where it was read."
+    "Trained on other data with other recipes, and scored under other protocols: do not rank these figures against the "
+    "rows above. Each is quoted from the source in the last column."
 )
 
 

@@ -183,8 +183,8 @@ def changes(old: Reference, new: Reference) -> list[str]:
     """The differences between two references, one line each."""
     changed = [] if old.protocol == new.protocol else [f"protocol: {old.protocol} -> {new.protocol}"]
     for what in sorted(old.made_with.keys() | new.made_with.keys()):
-        a, b = (" and ".join(r.made_with.get(what, ())) or "not recorded" for r in (old, new))
-        changed += [] if a == b else [f"{what}: {a} -> {b}"]
+        before, now = (" and ".join(r.made_with.get(what, ())) or "not recorded" for r in (old, new))
+        changed += [] if before == now else [f"{what}: {before} -> {now}"]
     rows = [{row.place: row for row in r.rows} for r in (old, new)]
     for place in sorted(rows[0].keys() | rows[1].keys()):
         changed += [f"{name_of(place)}: {what}" for what in _row_changes(rows[0].get(place), rows[1].get(place))]

@@ -93,7 +93,7 @@ def not_compared(runs: Sequence[RunFolder], reference: Reference) -> tuple[list[
     return sorted(absent - {"-"}, key=int), others
 
 
-def made_unlike(runs: Sequence[RunFolder], reference: Reference) -> str:
+def made_differently(runs: Sequence[RunFolder], reference: Reference) -> str:
     """`torch 2.14.1, reference 2.13.0`, of what may move scores; empty where nothing differs, or is not known."""
     here = made_with([folder.run for folder in runs])
     found = [(what, here.get(what, ()), values) for what, values in reference.made_with.items()]
@@ -223,7 +223,7 @@ def junit_error(message: str) -> bytes:
 
 
 def check_summary(lines: Sequence[Comparison], unlike: str = "") -> str:
-    """Markdown for a pull request: the result, the failures, what made_unlike says, and all comparisons."""
+    """Markdown for a pull request: the result, the failures, what made_differently says, and all comparisons."""
     failed = [line for line in lines if line.failed]
     header = ["what", "quantity", "found", "reference", "tolerance", "runs"]
 
@@ -233,6 +233,6 @@ def check_summary(lines: Sequence[Comparison], unlike: str = "") -> str:
 
     result = f"{len(failed)} of {len(lines)} comparisons failed" if failed else f"all {len(lines)} comparisons passed"
     parts = [f"## kitbench check: {result}", *([grid(failed)] if failed else [])]
-    parts += [f"Made unlike the reference: {unlike}."] if unlike else []
+    parts += [f"Made differently from the reference: {unlike}."] if unlike else []
     parts.append(f"<details><summary>all comparisons</summary>\n\n{grid(lines)}\n\n</details>")
     return "\n\n".join(parts) + "\n"

@@ -186,7 +186,7 @@ def _grid(header: list[str], lines: list[list[str]], form: Format) -> str:
 
 def _broken(title: str) -> str:
     """A column's title in several lines."""
-    return title.replace(": ", ":\n").replace(" of a step (MiB)", "\na step (MiB)").replace(" at ", "\nat ")
+    return title.replace(": ", ":\n").replace(" per step (MiB)", "\na step (MiB)").replace(" at ", "\nat ")
 
 
 def _latex(caption: str, header: list[str], lines: list[list[str]], notes: list[str], aligned: str) -> str:

@@ -2,7 +2,7 @@
 
 A difference is an array d[s, i] in dB: seed s, image i, method a minus method b, trained on the same batches and scored
 on the same noise. Seeds and images are crossed (every seed is scored on the same images) and both are samples, so that
-a conclusion speaks of other seeds and other images of the kind: d = mean + seed effect + image effect + rest.
+a conclusion speaks of other seeds and other images of the kind: d = mean + seed effect + image effect + residual.
 
 The variance of the mean of d is at most A + B, where A is the variance of the mean over seeds (images as they are) and
 B that of the mean over images (seeds as they are). The interval at level 1 - x is
@@ -11,7 +11,7 @@ B that of the mean over images (seeds as they are). The interval at level 1 - x 
 
 with Student's two-sided quantiles t and the usual unbiased estimates of A and B. It keeps its level for any A and B,
 however unequal: the distribution function F of a chi-squared variable with one degree of freedom is concave, so with
-w = A / (A + B) the cover is at least E F(w t^2 U + (1 - w) t'^2 U') >= w E F(t^2 U) + (1 - w) E F(t'^2 U') = 1 - x,
+w = A / (A + B) the coverage is at least E F(w t^2 U + (1 - w) t'^2 U') >= w E F(t^2 U) + (1 - w) E F(t'^2 U') = 1 - x,
 where U and U' are the estimates over their expectations (Banerjee, Sankhya 22, 1960, for differences of two means). It
 is never narrower than Student's interval over seeds alone or over images alone. The p value is the x at which the
 interval touches zero, so it is never below either Student's p value.
@@ -97,9 +97,9 @@ def testable(scores: Array) -> bool:
     return bool(seeds > 1 and images >= FEWEST_IMAGES)
 
 
-def half_width(found: Spread, level: float = ALPHA) -> Array:
-    """Half the width [...] of the interval that misses the true mean in at most a share `level` of cases."""
-    of_seeds, of_images = (stats.t.isf(level / 2, n - 1) for n in (found.seeds, found.images))
+def half_width(found: Spread, alpha: float = ALPHA) -> Array:
+    """Half the width [...], dB, of the interval that covers the true mean in a share 1 - alpha of cases or more."""
+    of_seeds, of_images = (stats.t.isf(alpha / 2, n - 1) for n in (found.seeds, found.images))
     return np.sqrt(of_seeds**2 * found.of_seeds + of_images**2 * found.of_images)
 
 

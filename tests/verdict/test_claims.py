@@ -289,7 +289,7 @@ def test_runs_at_own_rates_are_marked_where_another_torch_made_them(tmp_path: Pa
             folder.write("run.json", folder.run.model_copy(update={"environment": other}))
     [reach] = page(out, tmp_path / "tuned-700", tmp_path / "tuned-3000")[2].parts
     assert reach.verdict == "supported"
-    assert "runs of kit were made unlike most: torch 9.9 instead of 2" in evidence_of(reach)
+    assert "runs of kit were made differently from most: torch 9.9 instead of 2" in evidence_of(reach)
 
 
 def test_a_longer_sweep_of_a_variant_or_of_the_network_does_not_speak_for_kit(tmp_path: Path) -> None:

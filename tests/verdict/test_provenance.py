@@ -95,14 +95,17 @@ def test_a_scoring_by_other_code_is_marked(stored: dict[str, RunFolder]) -> None
     numerics = {"source": {"scoring": "c" * 64}, "torch": "2", "threads": 1, "flags": {}}
     alter(stored["window-2"], {"numerics": numerics}, f"eval/{record.name}")
     text = " ".join(render(find([stored["kit-0"].path.parent]), "terminal").split())
-    assert "Runs of window were made unlike most: source of the scoring cccccccccc instead of not recorded" in text
+    assert (
+        "Runs of window were made differently from most: source of the scoring cccccccccc instead of not recorded"
+        in text
+    )
 
 
 def test_another_commit_is_marked_unless_the_source_that_decides_numbers_is_the_same(
     stored: dict[str, RunFolder],
 ) -> None:
     alter(stored["local-0"], {"environment.commit": "d" * 40})
-    said = "Runs of local were made unlike most: commit dddddddddd instead of not recorded"
+    said = "Runs of local were made differently from most: commit dddddddddd instead of not recorded"
     assert said in " ".join(shown(stored).split())
     for folder in stored.values():
         alter(folder, {"source": dict.fromkeys(("attention", "network", "data", "training", "scoring"), "e" * 64)})

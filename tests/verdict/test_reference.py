@@ -246,15 +246,17 @@ def test_a_seed_that_one_method_lacks_fails_and_one_that_all_lack_is_named(kitbe
 
 def test_another_release_than_the_reference_s_is_named_and_fails_nothing(kitbench: Kitbench, tmp_path: Path) -> None:
     kitbench("check", runs(tmp_path / "old"), "--against", "ref.json", "--update")
-    assert "made unlike" not in kitbench("check", "old", "--against", "ref.json").stdout
+    assert "made differently" not in kitbench("check", "old", "--against", "ref.json").stdout
     raw = json.loads((tmp_path / "ref.json").read_text())
     assert raw["made_with"] == {"torch": ["2"], "machine": ["h"]}
     raw["made_with"]["torch"] = ["1.9", "1.9+cpu"]
     (tmp_path / "ref.json").write_text(json.dumps(raw))
     done = kitbench("check", "old", "--against", "ref.json", "--summary", "s.md")
-    assert "made unlike the reference: torch 2, reference 1.9 and 1.9+cpu\n" in done.stdout
-    assert "Made unlike the reference: torch 2, reference 1.9 and 1.9+cpu." in (tmp_path / "s.md").read_text()
-    assert kitbench("check", "old", "--against", "ref.json", "--update").stdout.startswith("torch: 1.9 and 1.9+cpu -> 2")
+    assert "made differently from the reference: torch 2, reference 1.9 and 1.9+cpu\n" in done.stdout
+    assert "Made differently from the reference: torch 2, reference 1.9 and 1.9+cpu." in (tmp_path / "s.md").read_text()
+    assert kitbench("check", "old", "--against", "ref.json", "--update").stdout.startswith(
+        "torch: 1.9 and 1.9+cpu -> 2"
+    )
 
 
 def test_an_update_prints_all_that_changes(kitbench: Kitbench, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_multiply_adds_beyond_what_a_definition_needs_are_printed_as_two_figures
         assert "1.57 (needs 1.19)" in text
         assert "1.23 (" not in text
         flat = " ".join(text.split())
-        assert "in brackets those that the definition needs, where the implementation executes more" in flat
+        assert "in parentheses those that the definition needs, where the implementation executes more" in flat
     by_method = {row["method"]: row for row in json.loads(render(runs, "json"))}
     assert (by_method["local"]["gmacs"], by_method["local"]["gmacs_needed"]) == (1.57, 1.19)
     assert by_method["window"]["gmacs_needed"] is None

@@ -233,8 +233,9 @@ def _overtaking(sweep: Sweep, what: What) -> list[str]:
         for other in labels[1:]:
             for crossing in crossings(sweep.curve(labels[0], what), sweep.curve(other, what), quantity):
                 side = "above" if crossing.cheaper_above else "below"
+                less = "fewer" if name == "FLOPs" else "less"
                 sentences.append(
-                    f"{WORDS[what]}: {labels[0]} needs less {name} than {other} {side} {crossing.size:.0f} px."
+                    f"{WORDS[what]}: {labels[0]} needs {less} {name} than {other} {side} {crossing.size:.0f} px."
                 )
     return sentences
 
