@@ -59,7 +59,7 @@ def describe_error(error: BaseException) -> str:
     """
     if isinstance(error, InputError | RunError):
         return str(error)
-    if is_full(error):
+    if is_disk_full(error):
         return "no space is left where the output goes; free some, or write it elsewhere"
     message = str(error.msg if isinstance(error, SyntaxError) else error)
     place = own_place(error)
@@ -67,7 +67,7 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}" + (f" at {place}" if place else "")
 
 
-def is_full(error: BaseException) -> bool:
+def is_disk_full(error: BaseException) -> bool:
     """Whether a disk, or what stands for one, took no more."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 

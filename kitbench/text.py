@@ -13,7 +13,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def gib(amount: float) -> str:
+def byte_size(amount: float) -> str:
     """`350 MiB`, `71.2 GiB`, `8.0 PiB`."""
     units = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
     place = 0

@@ -18,7 +18,7 @@ from kitbench.model.methods import method_kinds
 from kitbench.spec.loading import load_suite
 from kitbench.store.folder import RunFolder, find
 from kitbench.store.records import Evaluation
-from kitbench.verdict.entries import mean_lpips, under
+from kitbench.verdict.entries import mean_lpips, scored_under
 
 
 def results_table(
@@ -40,7 +40,7 @@ def results_table(
 
 def _table(runs: Sequence[RunFolder], protocol: str | None, per_image: bool) -> pd.DataFrame:
     pairs = [(folder, evaluation) for folder in runs for evaluation in folder.evaluations()]
-    chosen = [pair for pair in pairs if protocol is None or under(pair[1], protocol)]
+    chosen = [pair for pair in pairs if protocol is None or scored_under(pair[1], protocol)]
     if not chosen:
         stamps = ", ".join(sorted({evaluation.stamp for _, evaluation in pairs})) or "none"
         under_it = "" if protocol is None else f" under protocol {protocol!r}"

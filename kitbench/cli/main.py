@@ -16,7 +16,7 @@ from kitbench import __version__
 from kitbench.cli import data, exchange, reach, results, run, scale, score
 from kitbench.cli.group import Group
 from kitbench.cli.options import TRACEBACK, traceback_option
-from kitbench.errors import ExitCode, InputError, Interrupted, RunError, describe_error, is_full, own_place
+from kitbench.errors import ExitCode, InputError, Interrupted, RunError, describe_error, is_disk_full, own_place
 
 
 class Cli(Group):
@@ -38,7 +38,9 @@ class Cli(Group):
             stopped = Interrupted("stopped; what was stored before is kept")
             _leave(ctx, stopped, str(stopped), ExitCode.RUN_FAILED)
         except Exception as error:  # noqa: BLE001 - of a method file, or a fault of kitbench
-            whose = "" if own_place(error) or is_full(error) else "; kitbench did not expect this: please report it"
+            whose = (
+                "" if own_place(error) or is_disk_full(error) else "; kitbench did not expect this: please report it"
+            )
             shown = "" if ctx.meta.get(TRACEBACK) else "; --traceback shows where"
             _leave(ctx, error, f"{describe_error(error)}{whose}{shown}", ExitCode.RUN_FAILED)
 

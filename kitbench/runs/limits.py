@@ -17,7 +17,7 @@ from kitbench.runs.prepare import PreparedSuite
 from kitbench.runs.train import loss_of
 from kitbench.spec.fields import CHANNELS, Mode
 from kitbench.store.records import Cost
-from kitbench.text import gib
+from kitbench.text import byte_size
 
 CROPS_BYTES = 1 << 20
 """What one evaluation takes on disk, its crops with it."""
@@ -36,8 +36,8 @@ def require_space(prepared: PreparedSuite, cells: Sequence[Cell], costs: Mapping
     free = shutil.disk_usage(next(place for place in (out, *out.parents) if place.exists())).free
     if kept + working > free:
         raise InputError(
-            f"{prepared.options.out} has {gib(free)} left, and these {len(cells)} runs need about "
-            f"{gib(kept + working)}; free some, or choose another --out."
+            f"{prepared.options.out} has {byte_size(free)} left, and these {len(cells)} runs need about "
+            f"{byte_size(kept + working)}; free some, or choose another --out."
         )
 
 
@@ -78,6 +78,7 @@ def require_memory(prepared: PreparedSuite, model: UNet, cell: Cell) -> None:
             return
         if needed > free:
             raise RunError(
-                f"{what} needs about {gib(needed)} (predicted) and {gib(free)} are free on {prepared.device}; "
+                f"{what} needs about {byte_size(needed)} (predicted) and {byte_size(free)} are free on "
+                f"{prepared.device}; "
                 f"set a smaller {advice}, or use a machine with more memory"
             )

@@ -22,7 +22,7 @@ from kitbench.errors import Interrupted, RunError
 from kitbench.runs.announce import Expected
 from kitbench.runs.cell import Cell
 from kitbench.runs.display import Display
-from kitbench.runs.failure import failure
+from kitbench.runs.failure import record_failure
 from kitbench.runs.finish import failed_meanwhile, finish
 from kitbench.runs.prepare import Options, PreparedSuite, Unit
 from kitbench.runs.probe import Probe
@@ -187,7 +187,7 @@ class Pool:
             self._wait_for(progressing, str(error))
             return
         except Exception as error:  # noqa: BLE001 - a damaged record or a full disk is this run's failure alone
-            self._fail(progressing, failure(prepared, cell, error))
+            self._fail(progressing, record_failure(prepared, cell, error))
             return
         progressing.scores = {unit: [] for unit in missing}
         for unit in missing:
@@ -255,7 +255,7 @@ class Pool:
             if not progressing.scores:
                 self._complete(progressing)
         except Exception as error:  # noqa: BLE001 - a full disk is this run's failure alone
-            self._fail(progressing, failure(prepared, cell, error))
+            self._fail(progressing, record_failure(prepared, cell, error))
 
     def _complete(self, progressing: Progressing) -> None:
         finish(self.prepared, progressing.cell)

@@ -16,7 +16,7 @@ from kitbench.errors import Interrupted, RunError
 from kitbench.runs.announce import Expected, announce, expected
 from kitbench.runs.cell import Cell
 from kitbench.runs.display import CellReporter, Display
-from kitbench.runs.failure import failure
+from kitbench.runs.failure import record_failure
 from kitbench.runs.finish import failed_meanwhile, finish
 from kitbench.runs.limits import require_space
 from kitbench.runs.plan import planned
@@ -56,7 +56,7 @@ def run_suite(suite: Suite, options: Options, console: Console) -> tuple[list[Ru
         work = {cell: expected(prepared, cell, probes.get(cell.method)) for cell in todo}
         announce(prepared, work, probes, devices, console)
         stop.idle = False
-        failed = [failure(prepared, cell, unfit[cell.method]) for cell in todo if cell.method in unfit]
+        failed = [record_failure(prepared, cell, unfit[cell.method]) for cell in todo if cell.method in unfit]
         work = {cell: one for cell, one in work.items() if cell.method not in unfit}
         display = Display(console, work, len(devices))
         with display.shown(), planned(suite, options.out, list(work)):
@@ -122,7 +122,7 @@ def run_here(
                 time.sleep(0.5)
         except Exception as error:
             # One run's failure (out of memory, a full disk, a damaged record) must not take the others with it.
-            sentence = failure(prepared, cell, error)
+            sentence = record_failure(prepared, cell, error)
             if not alone:  # the other processes may be waiting for this one: torchrun ends them
                 raise RunError(sentence) from error
             failed.append(sentence)

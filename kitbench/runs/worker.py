@@ -19,7 +19,7 @@ import cv2
 
 from kitbench.errors import Interrupted
 from kitbench.model.methods import Restore
-from kitbench.runs.failure import failure
+from kitbench.runs.failure import record_failure
 from kitbench.runs.prepare import Options, PreparedSuite, prepare
 from kitbench.runs.probe import Probe
 from kitbench.runs.score import Numbered, Share, restorer, score_share
@@ -154,7 +154,7 @@ class _Server:
             return Ended(locked=str(error))
         except Exception as error:  # noqa: BLE001
             # One run's failure (out of memory, a full disk, a damaged record) must not take the others with it.
-            return Ended(failed=failure(self.prepared, cell, error))
+            return Ended(failed=record_failure(self.prepared, cell, error))
         return Ended()
 
     def _restorer(self, number: int) -> Restore:

@@ -31,8 +31,9 @@ _STRIP = 64  # rows filtered at a time: the planes of one strip stay in the cach
 def psnr(a: Array, b: Array, data_range: float = 255.0) -> float:
     """Peak signal-to-noise ratio in dB, 10 log10(data_range^2 / MSE), over all pixels and channels of one image pair.
 
-    a, b: [H, W] or [H, W, C], of one shape and one dtype (uint8, float32 or float64). Returns inf where they are equal.
-    Raises InputError if shapes or dtypes differ, or the dtype is another one.
+    a, b: [H, W] or [H, W, C], of one shape and one dtype (uint8, float32 or float64). data_range: the value of white;
+    the range of the values is not checked. Returns inf where they are equal. Raises InputError if shapes or dtypes
+    differ, the dtype is another one, or there are no pixels.
     """
     _check(a, b)
     if a.dtype != np.uint8:  # OpenCV sums float32 differences in float32

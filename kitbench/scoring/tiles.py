@@ -9,8 +9,9 @@ from torch import Tensor
 
 
 def tiled(model: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int, even: bool = False) -> Tensor:
-    """Restore [B, C, H, W] in square tiles that overlap, blended by linear ramps whose weights sum to one.
+    """Restore float [B, C, H, W] in square tiles that overlap, blended by linear ramps whose weights sum to one.
 
+    model: maps [B, C, h, w] to the same shape. tile, overlap: pixels, 0 <= overlap < tile. Returns float as x.
     even: tiles at equal distances (`even_starts`) instead of every tile - overlap pixels (`starts`).
     """
     place = even_starts if even else starts

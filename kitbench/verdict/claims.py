@@ -31,8 +31,8 @@ from kitbench.verdict.contrasts import (
     decide_contrasts,
     select,
 )
-from kitbench.verdict.entries import entries, labels, under
-from kitbench.verdict.growth import Part, costly, linear_measured, linear_operations, quadratic
+from kitbench.verdict.entries import entries, labels, scored_under
+from kitbench.verdict.growth import Part, costly_part, linear_measured, linear_operations, quadratic_part
 from kitbench.verdict.proposals import contrast_command, run_command
 from kitbench.verdict.provenance import deviations, unlike_sentences
 from kitbench.verdict.retrieval import Retrieval, noted
@@ -116,7 +116,7 @@ def claims(
     )  # fmt: skip
     quality = _quality(main, by_task)
     return [
-        Claim(1, STATEMENTS[0], (quality["locality"], quadratic(sweeps))),
+        Claim(1, STATEMENTS[0], (quality["locality"], quadratic_part(sweeps))),
         Claim(2, STATEMENTS[1], (quality["reach"],)),
         Claim(3, STATEMENTS[2], (_recall(main), quality["retrieval"])),
         Claim(
@@ -131,7 +131,7 @@ def claims(
             ),
         ),
         Claim(5, STATEMENTS[4], tuple(quality[kind] for kind in TASKS)),
-        Claim(6, STATEMENTS[5], (costly(sweeps),)),
+        Claim(6, STATEMENTS[5], (costly_part(sweeps),)),
     ]
 
 
@@ -143,7 +143,7 @@ def _by_task(runs: Sequence[RunFolder], tunings: Sequence[Tuning], protocol: str
     if protocol is not None:
         entries(runs, protocol)  # refuses one that nothing was scored under
     scored = {
-        kind: [f for f in folders if protocol is None or any(under(e, protocol) for e in f.evaluations())]
+        kind: [f for f in folders if protocol is None or any(scored_under(e, protocol) for e in f.evaluations())]
         for kind, folders in kinds.items()
     }
     return {kind: select(entries(folders, protocol), tunings) for kind, folders in scored.items() if folders}

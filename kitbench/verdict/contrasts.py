@@ -73,7 +73,7 @@ def decide(signs: Mapping[Setup, int]) -> tuple[Verdict, str]:
 
 
 def combined(verdicts: Iterable[Verdict]) -> Verdict:
-    """Of a statement whose parts must all hold."""
+    """The verdict of a statement whose parts must all hold: the worst of theirs, in the order of `order`."""
     found = set(verdicts)
     order: tuple[Verdict, ...] = ("not supported", "depends on the learning rate", UNDECIDED)
     return next((verdict for verdict in order if verdict in found), "supported")

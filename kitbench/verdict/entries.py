@@ -43,7 +43,7 @@ def entries(runs: Sequence[RunFolder], protocol: str | None) -> list[Entry]:
     ]
     stamps = sorted({entry.evaluation.stamp for entry in found})
     if protocol is not None:
-        chosen = [entry for entry in found if under(entry.evaluation, protocol)]
+        chosen = [entry for entry in found if scored_under(entry.evaluation, protocol)]
         if not chosen:
             raise InputError(f"No row was scored under protocol {protocol!r}; found: {', '.join(stamps) or 'none'}.")
         found = chosen
@@ -97,7 +97,7 @@ def _each_once(found: Sequence[Entry]) -> list[Entry]:
     return list(kept.values())
 
 
-def under(evaluation: Evaluation, protocol: str) -> bool:
+def scored_under(evaluation: Evaluation, protocol: str) -> bool:
     """Whether a result was scored under a protocol, named by its id or its stamp."""
     return protocol in (evaluation.stamp, evaluation.protocol.id)
 

@@ -42,8 +42,8 @@ class Part:
 SWEEP = "python -m kitbench scale --sizes 64:4096 --out OUT"
 
 
-def quadratic(sweeps: Sequence[Sweep]) -> Part:
-    """Of global attention's multiply-adds."""
+def quadratic_part(sweeps: Sequence[Sweep]) -> Part:
+    """Part: do the multiply-adds of global attention grow with an exponent in pixels of QUADRATIC or more?"""
     question = f"Do the multiply-adds of global attention grow with an exponent in pixels of {QUADRATIC} or more?"
     return _exponents(
         sweeps, "global", ("multiply-adds",), question,
@@ -52,13 +52,13 @@ def quadratic(sweeps: Sequence[Sweep]) -> Part:
 
 
 def linear_operations(sweeps: Sequence[Sweep]) -> Part:
-    """Of KiT's multiply-adds."""
+    """Part: do the multiply-adds of KiT grow with an exponent in pixels of LINEAR or less?"""
     question = f"Do the multiply-adds of KiT grow with an exponent in pixels of {LINEAR} or less?"
     return _exponents(sweeps, "kit", ("multiply-adds",), question, _linear)
 
 
 def linear_measured(sweeps: Sequence[Sweep]) -> Part:
-    """Of KiT's measured memory and time."""
+    """Part: do the measured memory and time of KiT grow with exponents in pixels of LINEAR or less?"""
     question = f"Do the memory and the time of KiT grow with exponents in pixels of {LINEAR} or less?"
     return _exponents(sweeps, "kit", ("memory", "time"), question, _linear)
 
@@ -121,7 +121,7 @@ def _curve(sweeps: Sequence[Sweep], method: str) -> tuple[Sweep, list[Point]] | 
     return max(found, key=lambda pair: len(pair[1]), default=None)
 
 
-def costly(sweeps: Sequence[Sweep]) -> Part:
+def costly_part(sweeps: Sequence[Sweep]) -> Part:
     """Of global attention against windows, on small and on large maps."""
     times = f"{COSTLY_RATIO:g} times window attention's multiply-adds or more"
     question = f"Does global attention take {times} on large maps only?"

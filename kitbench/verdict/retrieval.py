@@ -11,12 +11,12 @@ import numpy as np
 from kitbench.verdict.entries import Entry
 
 MEASURED = ("recall", "chance", "adjacent", "distance")
-"""Recall and that of random patches, the share of adjacent neighbours, their median distance in patches."""
+"""Recall and that of random patches, the share of adjacent neighbours, in [0, 1]; their median distance in patches."""
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Of the runs of one method."""
+    """What the runs of one method recorded of their k-NN retrieval."""
 
     runs: Mapping[str, Mapping[int, Mapping[str, float]]]
     """By run and level of the network: each of MEASURED, the mean over the places of that level."""

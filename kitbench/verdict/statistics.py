@@ -204,7 +204,7 @@ def difference(d: Array) -> Difference:
 
 
 def mean_interval(values: Sequence[float] | Array) -> Interval | None:
-    """Student's 95 % interval of the mean of independent values; None for one value, or where all are equal."""
+    """Student's 95 % interval of the mean of independent values; None for one value, equal or infinite ones."""
     known = np.asarray(values, np.float64)
     if len(known) < 2 or not np.isfinite(known).all() or np.ptp(known) < EXACT:
         return None

@@ -23,7 +23,7 @@ from kitbench.cost.sweep.worker import Child, Failed, Memory, Spec, build, close
 from kitbench.cost.timing import Sample, compare_times
 from kitbench.errors import InputError
 from kitbench.store.sweeps import BRACKET, Point, Sweep
-from kitbench.text import duration, gib
+from kitbench.text import byte_size, duration
 
 MARGIN = 1.1  # over the prediction, for a point to be tried
 INSIDE_UP_TO = 512  # side up to which predictions follow the loops inside own operators
@@ -66,7 +66,7 @@ def _run(specs: Mapping[str, Spec], points: dict[str, Point], sweep: Sweep, opti
             if failure.outcome == "oom":
                 if children and device.type == "cuda":
                     crowded.append(label)
-                reason = f"{reason}; would need {gib(points[label].predicted_bytes)}"
+                reason = f"{reason}; would need {byte_size(points[label].predicted_bytes)}"
             points[label] = points[label].model_copy(update={"status": failure.outcome, "reason": reason})
 
         for label, spec in specs.items():
@@ -232,7 +232,7 @@ def guess_seconds(point: Point, sweep: Sweep) -> float | None:
 def _not_to_be_run(point: Point, guess: float | None, sweep: Sweep, options: SweepOptions) -> dict[str, Any] | None:
     """Status and reason of a point that would not fit or would take too long; None for one that is to be run."""
     if point.predicted_bytes * MARGIN > sweep.memory_limit:
-        return {"status": "oom", "reason": f"would need {gib(point.predicted_bytes)}, not tried"}
+        return {"status": "oom", "reason": f"would need {byte_size(point.predicted_bytes)}, not tried"}
     if guess is not None and guess > options.patience:
         never = guess == float("inf")
         reason = "a smaller size did not end" if never else f"one call would take about {duration(guess)}"

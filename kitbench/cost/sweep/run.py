@@ -26,7 +26,7 @@ from kitbench.store.files import writable, write_atomic
 from kitbench.store.sweeps import BRACKET, Point, Sweep
 from kitbench.system.environment import choose_device, environment
 from kitbench.system.progress import progress
-from kitbench.text import gib
+from kitbench.text import byte_size
 
 SHARE = 0.8  # of the free memory that a child may take
 
@@ -53,7 +53,7 @@ def run_scale(options: SweepOptions, console: Console) -> Sweep:
     sweep = _resumed(sweep, path)
     console.print(
         f"{len(sweep.methods)} methods, {sweep.subject}, sides {sizes[0]} to {sizes[-1]} px, "
-        f"on {sweep.device} with {sweep.threads} threads; a point may take {gib(sweep.memory_limit)} and "
+        f"on {sweep.device} with {sweep.threads} threads; a point may take {byte_size(sweep.memory_limit)} and "
         f"{options.patience:g} s a call, larger ones are predicted",
         highlight=False,
     )
@@ -70,7 +70,7 @@ def run_scale(options: SweepOptions, console: Console) -> Sweep:
                     found = measure(missing, sweep, options)
                     sweep = _with(sweep, found)
                     write_atomic(path, sweep.model_dump_json(indent=1).encode())
-        update(total, f"predicting up to {gib(sweep.budget)}")
+        update(total, f"predicting up to {byte_size(sweep.budget)}")
         kept = sweep.model_copy(
             update={"points": tuple(p for p in sweep.points if (p.method, p.what, p.size) in specs)}
         )

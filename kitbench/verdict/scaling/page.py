@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from kitbench.store.files import write_atomic
 from kitbench.store.sweeps import Point, Sweep, What
-from kitbench.text import gib
+from kitbench.text import byte_size
 from kitbench.verdict.scaling.fit import COMPARED_BYTES, WORDS, Exponent, Quantity, crossings, curves, exponent, largest
 from kitbench.verdict.scaling.plot import draw_sweep
 
@@ -68,7 +68,7 @@ def sweep_markdown(sweep: Sweep) -> str:
         f"{sweep.subject}, batch 1, float32; "
         f"{environment.device}, {environment.host}, {sweep.threads} threads, torch {environment.versions['torch']}, "
         f"commit {environment.commit}. "
-        f"Memory limit of a point: {gib(sweep.memory_limit)}. Memory is the peak above the module and its input. "
+        f"Memory limit of a point: {byte_size(sweep.memory_limit)}. Memory is the peak above the module and its input. "
         "Exponents are in pixels (1: linear in the number of pixels), with their 95 % intervals; those of time are "
         "fitted to measured points only, those of memory to measured and predicted ones. The interval of "
         "the largest side, in parentheses, comes from the sizes of the sweep and from how much predicted and measured "
@@ -97,7 +97,11 @@ def sweep_summary(sweep: Sweep) -> str:
 
 
 def _exponents(sweep: Sweep, what: What, form: str = "github") -> str:
-    header = ["method", *(f"exponent of {name}" for name in QUANTITIES), f"largest side within {gib(sweep.budget)}, px"]
+    header = [
+        "method",
+        *(f"exponent of {name}" for name in QUANTITIES),
+        f"largest side within {byte_size(sweep.budget)}, px",
+    ]
     rows = []
     for method, _ in (curve for curve in curves(sweep) if curve[1] == what):
         points = sweep.curve(method, what)
@@ -119,7 +123,7 @@ def _points(sweep: Sweep, what: What) -> str:
     rows = []
     for method, _ in (curve for curve in curves(sweep) if curve[1] == what):
         for p in sweep.curve(method, what):
-            memory = gib(p.bytes) if p.peak_bytes is not None else f"({gib(p.bytes)})"
+            memory = byte_size(p.bytes) if p.peak_bytes is not None else f"({byte_size(p.bytes)})"
             spread = "" if p.quartiles is None else f"{1e3 * p.quartiles[0]:.3g}-{1e3 * p.quartiles[1]:.3g}"
             rounds = f"{p.rounds} (+{p.dropped} dropped)" if p.dropped else f"{p.rounds or ''}"
             time = "" if p.seconds is None else f"{1e3 * p.seconds:.3g}"

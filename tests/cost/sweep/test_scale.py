@@ -21,7 +21,7 @@ from kitbench.cost.sweep.worker import Child, Failed, Spec, build, closed_form, 
 from kitbench.errors import InputError
 from kitbench.spec.suite import Backbone
 from kitbench.store.sweeps import BRACKET, Sweep
-from kitbench.text import gib
+from kitbench.text import byte_size
 from kitbench.verdict.scaling.fit import largest
 from kitbench.verdict.scaling.page import sweep_csv, sweep_markdown, sweep_summary, write_sweep
 from tests.stored import ENVIRONMENT
@@ -243,8 +243,8 @@ def test_sizes_memory_and_methods_are_parsed():
     assert parse_bytes("1.5 GB") == 1_500_000_000
     assert parse_bytes("1000000B") == 1_000_000
     assert parse_method("kit:k=8:retrieval=exact:tau=0.5") == ("kit", {"k": 8, "retrieval": "exact", "tau": 0.5})
-    assert gib(71.2 * 2**30) == "71.2 GiB"
-    assert gib(350 << 20) == "350 MiB"
+    assert byte_size(71.2 * 2**30) == "71.2 GiB"
+    assert byte_size(350 << 20) == "350 MiB"
 
 
 @pytest.mark.parametrize("text", ["64-128", "128:64", "", "0:64", "a,b", "64:100000000"])
