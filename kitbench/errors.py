@@ -63,7 +63,8 @@ def describe_error(error: BaseException) -> str:
         return "no space is left where the output goes; free some, or write it elsewhere"
     message = str(error.msg if isinstance(error, SyntaxError) else error)
     place = own_place(error)
-    first = (message.splitlines() or ["no message"])[0]
+    lines = message.splitlines() or ["no message"]
+    first = " ".join([lines[0], *(lines[1:2] if lines[0].endswith(":") else [])]).replace("\t", "")
     return f"{type(error).__name__}: {first}" + (f" at {place}" if place else "")
 
 

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kitbench.model import methods
+from kitbench.cost.agreement import state_macs
+from kitbench.model import contract, methods
+from kitbench.model.backbone import UNet
+from kitbench.spec.loading import load_suite
 from kitbench.store.folder import find
 from kitbench.verdict.rows import rows
 from tests.conftest import ROOT, run_kitbench
@@ -59,7 +62,10 @@ def test_the_attention_in_the_readme_is_one_that_kitbench_takes(tmp_path: Path) 
     path = tmp_path / "mine.py"
     path.write_text(code[1])
     loaded = methods.load_method(str(path), "mine")
-    methods.check_method(loaded, {1: (16, 1, 12)}, loaded.resolve({"reduction": 8}))
+    settings = loaded.resolve({"reduction": 8})
+    contract.check_method(loaded, {1: (16, 1, 12)}, settings)
+    model = UNet(3, load_suite("denoise", "quick").backbone, loaded, settings, 0).eval()
+    assert state_macs(model, 3, 256, model.macs(256, 256)).note is None
 
 
 def test_every_trained_method_of_the_reference_gains_6_db_and_beats_non_local_means() -> None:

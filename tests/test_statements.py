@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
-from statistics import fmean
-
-import pytest
 
 from kitbench.store.folder import find
 from kitbench.verdict.entries import entries

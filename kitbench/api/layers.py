@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from kitbench.errors import InputError
 from kitbench.model.methods import load_method
 
 
-def attention_layer(name: str, *, dim: int, heads: int = 1, shift: bool = False, **settings: Any) -> nn.Module:
+def attention_layer(name: str | Path, *, dim: int, heads: int = 1, shift: bool = False, **settings: Any) -> nn.Module:
     """An attention of kitbench as a torch module that maps tokens [B, H, W, dim] to the same shape and dtype.
 
     name: a shipped method (`kit`, `window`, `local`, `global`, ...), or the path of a .py file with a class Attention.
@@ -20,6 +21,7 @@ def attention_layer(name: str, *, dim: int, heads: int = 1, shift: bool = False,
     The residual and the normalisation are left to the network. Called with an input of another layout, the module
     raises InputError. Raises InputError for an unknown method or setting, or values that do not fit.
     """
+    name = str(name)
     loaded = load_method(name)
     if loaded.attention is None:
         raise InputError(

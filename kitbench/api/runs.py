@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
+import numpy as np
 import pandas as pd
 
 from kitbench.errors import InputError, RunError
@@ -121,6 +122,8 @@ def run_from_python(
     Returns one row per run, test set, condition and protocol: the columns of `results_table`.
     Raises InputError before anything is written, and RunError where runs failed or were interrupted (state saved).
     """
+    if isinstance(methods, str):
+        raise InputError(f"methods is the text {methods!r}; give a list, as in methods=[{methods!r}].")
     changed = [f"{key}={_toml(key, value)}" for key, value in (settings or {}).items()]
     names = [str(method) for method in methods]
     resolved = load_suite(suite, preset, changed, names, seeds, method_kinds() if names else {})
@@ -152,7 +155,7 @@ def run_from_python(
 def _toml(key: str, value: Any) -> str:
     """A value as TOML, which for strings, numbers, booleans and lists of them is JSON. Raises InputError for others."""
     try:
-        text = json.dumps(value, ensure_ascii=False)
+        text = json.dumps(value.item() if isinstance(value, np.generic) else value, ensure_ascii=False)
         tomllib.loads(f"value = {text}")
     except (TypeError, ValueError) as error:
         raise InputError(

@@ -45,28 +45,35 @@ def state_macs(model: nn.Module, channels: int, side: int, closed: int | None) -
     raises: a method may be anybody's code, and the note then says which figure is missing.
     """
     stated: list[int] = []
-    try:
-        with _stated_by_attentions(model, stated):
+    with _attentions_apart(model, stated):
+        try:
             counted = count_module(model, (1, channels, side, side))
-    except Exception as error:  # noqa: BLE001 - an attention may fail on fake tensors: the row says so
-        return StatedMacs(closed, None, f"closed form only: it could not be counted ({type(error).__name__})")
-    part = sum(stated) if stated else None
-    notes = [
-        _without_closed_form(counted) if closed is None else reconcile(closed, counted.macs, counted.uncounted, part),
-        compare_counters(model, channels, {side: counted.macs}),
-    ]
+        except Exception as error:  # noqa: BLE001 - an attention may fail on fake tensors: the row says so
+            return StatedMacs(closed, None, f"closed form only: it could not be counted ({type(error).__name__})")
+        part = sum(stated) if stated else None
+        notes = [
+            _without_closed_form(counted)
+            if closed is None
+            else reconcile(closed, counted.macs, counted.uncounted, part),
+            compare_counters(model, channels, {side: counted.macs}),
+        ]
     return StatedMacs(closed, counted.macs, "; ".join(note for note in notes if note) or None)
 
 
 @contextmanager
-def _stated_by_attentions(model: nn.Module, stated: list[int]) -> Iterator[None]:
-    """Let every call of an attention inside `model`, which its method `attentions` names, add its closed form."""
+def _attentions_apart(model: nn.Module, stated: list[int]) -> Iterator[None]:
+    """Let every call of an attention inside `model`, which its method `attentions` names, add its closed form.
+
+    What it returns is copied, so that a product which it ends with (a gate) is not taken for a multiply-add because the
+    network adds the residual to it: the count of an attention is that of the attention alone.
+    """
 
     def state(attention: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         stated.append(attention.macs(*arguments[0].shape[1:3]))  # type: ignore[operator]
 
-    named = model.attentions() if hasattr(model, "attentions") else ()  # type: ignore[operator]
+    named = tuple(model.attentions()) if hasattr(model, "attentions") else ()  # type: ignore[operator]
     handles = [module.register_forward_pre_hook(state) for _, module in named if hasattr(module, "macs")]
+    handles += [module.register_forward_hook(lambda _, __, found: found.clone()) for _, module in named]
     try:
         yield
     finally:

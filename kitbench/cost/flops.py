@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from kitbench.cost.formulas import is_free, missing_formulas
-from kitbench.cost.memory import OpenOperators, fake_copy
+from kitbench.cost.memory import OpenOperators, fake_copy, fake_mode
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def count_module(module: nn.Module, shape: tuple[int, ...], train: bool = False,
     train: count a training step instead: forward and backward of the mean square, with the gradient of the input.
     inside: see `count`.
     """
-    with FakeTensorMode() as mode:
+    with fake_mode() as mode:
         fake = fake_copy(module, mode)
         x = torch.empty(shape, device=next((p.device for p in module.parameters()), None), requires_grad=train)
 

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 import os
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -181,7 +183,7 @@ def predict_peak_bytes(
     x is float32 of `shape`. `module` is not changed. inside: follow the bodies of own operators, loops included;
     without it their temporaries are missed, and 4096 x 4096 takes as long as 64 x 64.
     """
-    with FakeTensorMode() as mode:
+    with fake_mode() as mode:
         x = torch.empty(shape)
         fake = fake_copy(module, mode)
         with LiveStorages() as storages, OpenOperators() if inside else nullcontext():
@@ -189,6 +191,21 @@ def predict_peak_bytes(
         del result
     highest: int = storages.highest
     return highest
+
+
+@contextmanager
+def fake_mode() -> Iterator[FakeTensorMode]:
+    """FakeTensorMode, in which tensors have shapes, dtypes and devices but no data. What fails in it raises, and torch
+    does not print its traceback as well.
+    """
+    log = logging.getLogger(fake_tensor.__name__)
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with FakeTensorMode() as mode:
+            yield mode
+    finally:
+        log.setLevel(level)
 
 
 def fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:

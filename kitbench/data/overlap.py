@@ -125,6 +125,8 @@ def _everywhere(pixels: np.ndarray) -> Hashes:
 def _squares(pixels: np.ndarray) -> Hashes:
     """The hashes of an image's squares that have content, in 8 orientations: uint64 [N, 8]."""
     rows, columns = (size // SIDE for size in pixels.shape[:2])
+    if not rows * columns:
+        return np.empty((0, 8), np.uint64)
     tiles = pixels[: rows * SIDE, : columns * SIDE].reshape(rows, SIDE, columns, SIDE, -1).swapaxes(1, 2)
     tiles = tiles.reshape(rows * columns, SIDE, SIDE, -1)
     ordered = np.sort(tiles.reshape(len(tiles), -1), axis=1)

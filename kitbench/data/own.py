@@ -42,9 +42,12 @@ def card_of_set(name: str) -> Card:
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """The pictures that lie in a folder itself, not in its subfolders, sorted by name. Raises InputError."""
+    """The pictures that lie in a folder itself, not in its subfolders, sorted by name; without hidden files, which
+    macOS writes beside copied ones. Raises InputError.
+    """
     try:
-        return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+        listed = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != "."]
+        return sorted(path for path in listed if path.is_file())
     except OSError as error:
         raise InputError(f"Folder {folder} cannot be read ({error.strerror}); make it readable.") from error
 

@@ -13,13 +13,9 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
-import json
-import re
 import sys
 import typing
-import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -29,11 +25,10 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from kitbench.errors import InputError, describe_error, nearest, own_place, short_path
+from kitbench.errors import InputError, describe_error, nearest, own_place
 from kitbench.spec.fields import Setting
 
 if typing.TYPE_CHECKING:
-    import torch
     from torch import nn
 
 Restore = Callable[[np.ndarray, float | None], np.ndarray]
@@ -96,8 +91,9 @@ class Loaded:
                 resolved[key] = adapter.validate_python(value, strict=type(value) is not int)
             except ValidationError as error:
                 message = error.errors(include_url=False)[0]["msg"]
+                hint = f"; write {value.lower()}" if value in ("True", "False") else ""
                 raise InputError(
-                    f"Method {self.name!r}: {key} is {value!r}: {message[0].lower()}{message[1:]}."
+                    f"Method {self.name!r}: {key} is {value!r}: {message[0].lower()}{message[1:]}{hint}."
                 ) from error
         return resolved
 
@@ -224,7 +220,9 @@ def _setting(parameter: inspect.Parameter, init: Callable[..., None], where: str
             "or text, for which a constructor can choose objects."
         )
     try:
-        annotation = typing.get_type_hints(init).get(parameter.name, Any)
+        # Without an annotation the default says the type; a whole number may stand for a fraction.
+        kind: Any = int | float if type(parameter.default) is int else type(parameter.default)
+        annotation = typing.get_type_hints(init).get(parameter.name, kind)
         TypeAdapter(annotation)
     except Exception as error:  # an annotation may be any expression
         first = str(error).splitlines()[0].split(". Set ")[0]
@@ -233,162 +231,3 @@ def _setting(parameter: inspect.Parameter, init: Callable[..., None], where: str
             "bool, int, float, str or a Literal."
         ) from error
     return annotation, parameter.default
-
-
-def check_method(method: Loaded, levels: Mapping[int, tuple[int, int, int]], settings: Mapping[str, Any]) -> None:
-    """Run the attention forward and backward at each level's (channels, heads, side) before any training, and what else
-    a run will call of it: `macs`, `needed_macs`, `report` and `attended`.
-
-    Raises InputError where it fails, returns another shape or dtype than its input's or values that are not finite, or
-    has trainable parameters without a gradient: DistributedDataParallel would wait for them forever.
-    """
-    for level, (dim, heads, side) in levels.items():
-        for shift in (False, True):
-            module = method.build(dim, heads, shift, **settings)
-            where = f"Method {method.name!r}, level {level} (input [2, {side}, {side + 1}, {dim}], {heads} heads)"
-            try:
-                if fault := _trial(module, _tokens(side, dim)) or _extras(module, _tokens(side, dim)):
-                    raise InputError(f"{where}, shift={shift}: {fault}.")
-            except InputError:
-                raise
-            except Exception as error:  # a stranger's code may raise anything
-                told = describe_error(error)
-                if own_place(error) is None:
-                    told += _forward_of(module, _tokens(side, dim))
-                raise InputError(f"{where} failed: {told}.") from error
-
-
-def _tokens(side: int, dim: int) -> torch.Tensor:
-    import torch
-
-    return torch.randn(2, side, side + 1, dim, generator=torch.Generator().manual_seed(0), requires_grad=True)
-
-
-def _trial(module: nn.Module, x: torch.Tensor) -> str | None:
-    """What is wrong with a forward and a backward pass; None where nothing is."""
-    y = module(x)
-    if fault := _fault(y, x):
-        return f"{fault}; return one value per position and channel"
-    if not y.requires_grad:
-        return (
-            "forward returned values without a gradient; compute them by torch operators, without no_grad, detach, "
-            ".data or NumPy"
-        )
-    y.square().mean().backward()
-    if idle := [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]:
-        return (
-            f"no gradient reaches {', '.join(idle)}; remove parameters that do not affect the result, or register them "
-            "as buffers"
-        )
-    return None
-
-
-def _extras(module: Any, x: torch.Tensor) -> str | None:
-    """What is wrong with what `macs`, `needed_macs`, `report` and `attended` return, where the module has them.
-
-    None where nothing is. x: [B, H, W, C].
-    """
-    import torch
-
-    for name in ("macs", "needed_macs"):
-        if hasattr(module, name):
-            macs = getattr(module, name)(x.shape[1], x.shape[2])
-            if type(macs) is not int or macs < 0:
-                return (
-                    f"{name}(height, width) returned {macs!r}, expected a whole number (int) of multiply-adds of one "
-                    "image, 0 or more"
-                )
-    if hasattr(module, "needed_macs") and not hasattr(module, "macs"):
-        return "it has needed_macs but no macs(height, width), the multiply-adds executed; add it"
-    with torch.inference_mode():
-        module.eval()
-        if not torch.equal(module(x.detach()), module(x.detach())):
-            return (
-                "in evaluation mode two calls with the same input returned different values, so that no score could be "
-                "reproduced; draw random numbers from a generator with a fixed seed"
-            )
-        if hasattr(module, "report"):
-            report = module.eval().report(x.detach())
-            try:
-                json.dumps(dict(report))
-            except (TypeError, ValueError) as error:
-                return f"report(x) must return a dictionary of numbers and texts, which JSON can hold: {error}"
-        if hasattr(module, "attended") and not _are_patches(module.eval().attended(x.detach()), len(x)):
-            return (
-                "attended(x) must return the patches that each patch attends to, int64 [B, N, k], itself first, "
-                "numbered row by row from 0, and the number of columns of their grid (int)"
-            )
-    return None
-
-
-def _are_patches(found: Any, batch: int) -> bool:
-    """Whether `found` is what a method `attended` must return for a batch of so many images."""
-    import torch
-
-    if not (isinstance(found, tuple | list) and len(found) == 2 and isinstance(found[0], torch.Tensor)):
-        return False
-    patches, columns = found
-    if patches.dtype != torch.int64 or patches.dim() != 3 or len(patches) != batch or not patches.numel():
-        return False
-    count = patches.shape[1]
-    whole_rows = type(columns) is int and columns >= 1 and count % columns == 0
-    itself_first = bool((patches[..., 0] == torch.arange(count, device=patches.device)).all())
-    return whole_rows and itself_first and int(patches.min()) >= 0 and int(patches.max()) < count
-
-
-def _forward_of(module: nn.Module, x: torch.Tensor) -> str:
-    """The line of the forward pass whose gradient failed, found by torch's anomaly mode; empty where it finds none."""
-    import torch
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        with suppress(Exception), torch.autograd.detect_anomaly():  # it fails again; the warning before it is wanted
-            module(x).square().mean().backward()
-    file = inspect.getfile(type(module))
-    lines = re.findall(rf'File "{re.escape(file)}", line (\d+)', "\n".join(str(warning.message) for warning in caught))
-    return f", in the gradient of {short_path(file)}:{lines[-1]}" if lines else ""
-
-
-def check_network(method: Loaded, network: nn.Module, channels: int, device: torch.device) -> None:
-    """Run a whole network on a small image of odd sides. Raises InputError where it fails or returns another shape."""
-    import torch
-
-    x = torch.rand(1, channels, 61, 47, generator=torch.Generator().manual_seed(0)).to(device)
-    where = f"Method {method.name!r} (input {list(x.shape)})"
-    try:
-        with torch.inference_mode():
-            fault = _fault(network(x), x)
-    except Exception as error:  # a stranger's code may raise anything
-        raise InputError(f"{where} failed: {describe_error(error)}.") from error
-    if fault:
-        raise InputError(f"{where}: {fault}; pad inside forward where the network needs multiples.")
-
-
-def _fault(y: Any, x: torch.Tensor) -> str | None:
-    """What is wrong with the output y of a forward pass of x; None where nothing is."""
-    import torch
-
-    returned = tuple(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__
-    if returned != tuple(x.shape) or y.dtype != x.dtype:
-        return (
-            f"forward returned {returned} {getattr(y, 'dtype', '')}, expected the shape of its input, "
-            f"{tuple(x.shape)} {x.dtype}"
-        )
-    if not bool(torch.isfinite(y).all()):
-        return "forward returned values that are not finite (NaN or infinity)"
-    return None
-
-
-def check_restore(method: Loaded, channels: int, sigma: float | None) -> None:
-    """Run a training-free method on a small image. Raises InputError where it fails or returns another shape."""
-    assert method.restore is not None
-    image = np.random.default_rng(0).random((32, 33, channels), dtype=np.float32)
-    try:
-        restored = method.restore(image, sigma)
-    except Exception as error:  # a stranger's code may raise anything
-        raise InputError(f"Method {method.name!r} failed on {image.shape}: {describe_error(error)}.") from error
-    if getattr(restored, "shape", None) != image.shape or not np.isfinite(restored).all():
-        found = getattr(restored, "shape", type(restored).__name__)
-        raise InputError(
-            f"Method {method.name!r}: restore returned {found}, expected finite values of shape {image.shape}."
-        )

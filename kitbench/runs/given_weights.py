@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kitbench.cost.agreement import state_macs
 from kitbench.errors import InputError, Interrupted, RunError, describe_error
-from kitbench.model import methods
+from kitbench.model import contract, methods
 from kitbench.model.noise_level import at_noise_level
 from kitbench.model.weights import fit, given_file_sha256, read_state
 from kitbench.runs.announce import Expected
@@ -93,7 +93,7 @@ def score_given_weights(
         for mode, network in networks.items():
             one_level = at_noise_level(network.eval(), resolved.task.conditions[0], name)
             cost = _cost(network, one_level, CHANNELS[mode])  # on the CPU: counted on fake tensors
-            methods.check_network(loaded, one_level.to(scoring.device), CHANNELS[mode], scoring.device)
+            contract.check_network(loaded, one_level.to(scoring.device), CHANNELS[mode], scoring.device)
             cell = Cell(
                 resolved, mode, name, sha256, sha256, settings, None, device_name(scoring.device), None,
                 weights_sha256=given_file_sha256(weights.path), weights_key=weights.key,
@@ -124,7 +124,7 @@ def _training_free(name: str, loaded: methods.Loaded, scoring: PreparedScoring) 
     assert loaded.restore is not None
     runs = []
     for mode in scoring.sets:
-        methods.check_restore(loaded, CHANNELS[mode], scoring.suite.task.conditions[0])
+        contract.check_restore(loaded, CHANNELS[mode], scoring.suite.task.conditions[0])
         attention = loaded.source_sha256 or name  # as `kitbench run` names a reference: one run, whoever made it
         cell = Cell(scoring.suite, mode, name, attention, loaded.source_sha256, {}, None, "cpu", None)
         runs.append(Scored(cell, loaded.restore, None))

@@ -22,7 +22,7 @@ from kitbench.data.own import card_of_set
 from kitbench.data.photograph import Photograph
 from kitbench.data.repetition import images_of
 from kitbench.errors import InputError
-from kitbench.model import methods
+from kitbench.model import contract, methods
 from kitbench.model.backbone import UNet, attention_levels
 from kitbench.model.methods import Loaded
 from kitbench.runs.cell import Axes, Cell, axes
@@ -353,7 +353,9 @@ def check_methods(
     suite = scoring.suite
     for loaded in references.values():
         for mode in scoring.sets:
-            methods.check_restore(loaded, CHANNELS[mode], suite.task.conditions[0])
+            contract.check_restore(loaded, CHANNELS[mode], suite.task.conditions[0])
+    for sets in scoring.sets.values():
+        Batches(sets.training, suite.task, suite.recipe, 0)  # refuses images smaller than the crop
     levels = attention_levels(suite.backbone, suite.recipe.crop)
     for name, loaded in trained.items():
         if loaded.source_sha256 is not None:
@@ -361,9 +363,7 @@ def check_methods(
             tried = f"{escape(name)}: forward and backward at {where} of the network"
             console.print(f"[bold]probing   [/bold]{tried}", highlight=False, soft_wrap=True)
         with console.status(f"probing {escape(name)}"):
-            methods.check_method(loaded, levels, settings[name])
-    for sets in scoring.sets.values():
-        Batches(sets.training, suite.task, suite.recipe, 0)  # refuses images smaller than the crop
+            contract.check_method(loaded, levels, settings[name])
 
 
 def _cell(

@@ -16,11 +16,12 @@ from typing import Any
 from rich.console import Console
 
 from kitbench.errors import InputError, RunError
+from kitbench.model.methods import load_method
 from kitbench.runs.cell import decisive
 from kitbench.runs.initial import initial_weights
 from kitbench.runs.prepare import Options
 from kitbench.runs.queue import planned_cells, run_suite
-from kitbench.spec.fields import Mode
+from kitbench.spec.fields import Mode, digest
 from kitbench.spec.suite import Data, SetNames, Source, Suite
 from kitbench.spec.tasks import Denoise
 from kitbench.store.folder import RunFolder
@@ -106,6 +107,11 @@ def _checked(suite: Suite, options: Options, search: Search) -> Suite:
     """The suite with its initial weights found, which trials, in a folder of their own, would not find by a hash."""
     if search.seed in suite.seeds:
         raise InputError(f"--seed {search.seed} is one of the suite's seeds, whose runs are compared; give another.")
+    if search.rates[0] < suite.recipe.lr_min:
+        raise InputError(
+            f"The learning rate {search.rates[0]:g} of --rates is below recipe.lr_min ({suite.recipe.lr_min:g}), to "
+            "which rates fall; give higher rates, or set recipe.lr_min lower."
+        )
     _keep_methods(suite, _source(suite, options), options.out)
     return initial_weights(suite, options.out)[0]
 
@@ -165,7 +171,8 @@ def _trial(suite: Suite, options: Options, rate: float, seed: int, console: Cons
         scored = [e for e in folder.evaluations() if _of_search(e, chosen, record.mode)]
         means = [evaluation.mean_psnr for evaluation in scored]
         psnr = math.fsum(means) / len(means)
-        found.append((record, Trial(method=record.method, lr=rate, psnr_db=psnr, key=record.key)))
+        variant = digest([record.attention, record.settings])
+        found.append((record, Trial(method=record.method, lr=rate, psnr_db=psnr, key=record.key, variant=variant)))
     return found
 
 
@@ -246,6 +253,19 @@ def _check_shared(suite: Suite, record: Tuning, path: Path) -> None:
         )
 
 
+def _check_variants(suite: Suite, record: Tuning, path: Path) -> None:
+    """Raises InputError where a method's file or settings are not those that were searched."""
+    for name, method in suite.methods.items():
+        searched = {trial.variant for trial in record.trials if trial.method == name and trial.variant}
+        loaded = load_method(method.attention, name)
+        ours = digest([loaded.source_sha256 or method.attention, loaded.resolve(method.settings)])
+        if searched and ours not in searched:
+            raise InputError(
+                f"{path} has the learning rate of {name} with another file or other settings; run `kitbench tune` "
+                "again (the stored trials of other methods are not run again)."
+            )
+
+
 def tuned_suites(suite: Suite, out: Path) -> list[Suite]:
     """Parts of a suite, in each of which every method is trained at its own best rate: one for each mode and rate.
 
@@ -258,6 +278,7 @@ def tuned_suites(suite: Suite, out: Path) -> list[Suite]:
             continue
         path, record = search
         _check_shared(suite, record, path)
+        _check_variants(suite, record, path)
         lacking = suite.methods.keys() - record.best.keys()
         if lacking:
             raise InputError(f"{path} holds no rate of {', '.join(sorted(lacking))}; run `kitbench tune` again.")

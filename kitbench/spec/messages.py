@@ -16,6 +16,7 @@ EXPECTED = {
     "tuple_type": "expected a list, like [1, 2]",
     "too_short": "expected at least one value",
     "finite_number": "expected a finite number",
+    "setting": "expected true, false, a number or text",
 }
 """Of errors by pydantic whose own messages speak of Python."""
 
@@ -31,12 +32,13 @@ def parse(model: type[M], raw: object, where: str) -> M:
 def _sentence(model: type[BaseModel], error: ValidationError, where: str) -> str:
     """The first error of a validation report: its place, what was found and what was expected."""
     # A misspelt key is two errors, an unknown key and a missing one: the first says more.
-    faults = sorted(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
+    faults: list[dict[str, Any]] = [dict(fault) for fault in error.errors(include_url=False)]
+    faults.sort(key=lambda fault: fault["type"] != "extra_forbidden")
     fault = faults[0]
     owner, parts = _walk(model, [str(part) for part in fault["loc"]])
     if parts[:1] == ["methods"] and "settings" in parts:  # of any type: a report has an error for each
         parts = [part for part in parts if part not in ("settings", "bool", "int", "float", "str")]
-        fault = next((other for other in faults if other["type"] == "finite_number"), fault)
+        fault = next((other for other in faults if other["type"] == "finite_number"), {**fault, "type": "setting"})
     place = ".".join(parts)
     if fault["type"] == "extra_forbidden":
         return f"In {where}: unknown key {place!r}; {nearest(parts[-1], owner.model_fields if owner else ())}"

@@ -200,9 +200,13 @@ class Recipe(Frozen):
     """Steps between checkpoints; does not change any number."""
 
     @model_validator(mode="after")
-    def _warmup_fits(self) -> Self:
+    def _schedule_fits(self) -> Self:
         if self.warmup >= self.steps:
-            raise ValueError(f"warmup ({self.warmup}) must be shorter than steps ({self.steps})")
+            raise ValueError(
+                f"warmup ({self.warmup}) must be shorter than steps ({self.steps}); set recipe.warmup lower too"
+            )
+        if self.lr < self.lr_min:
+            raise ValueError(f"lr ({self.lr:g}) is below lr_min ({self.lr_min:g}), to which it falls; set both")
         return self
 
 

@@ -218,6 +218,9 @@ class Trial(Frozen):
     """Mean over the validation images; None where the training diverged."""
     key: str
     """Of the stored run."""
+    variant: str = ""
+    """Digest of the attention (a file's content) and its settings; empty where the training diverged, and in records
+    of earlier versions."""
 
 
 class Tuning(Frozen):

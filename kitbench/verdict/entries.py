@@ -98,8 +98,9 @@ def _each_once(found: Sequence[Entry]) -> list[Entry]:
 
 
 def scored_under(evaluation: Evaluation, protocol: str) -> bool:
-    """Whether a result was scored under a protocol, named by its id or its stamp."""
-    return protocol in (evaluation.stamp, evaluation.protocol.id)
+    """Whether a result was scored under a protocol, named by its stamp or, where no key of it was changed, its id."""
+    unchanged = "+" not in evaluation.stamp
+    return protocol == evaluation.stamp or (unchanged and protocol == evaluation.protocol.id)
 
 
 def mean_psnr(entry: Entry) -> float:

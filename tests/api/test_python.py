@@ -200,7 +200,9 @@ def test_a_run_that_is_not_understood_is_refused_before_anything_is_written(tmp_
         ({"settings": {"recipe.step": 3}}, "unknown key"),
         ({"methods": ["kitt"]}, "has no method 'kitt'"),
         ({"job": 2}, "run has no option job; known: data, device"),
-        ({"settings": {"recipe.lr": np.float32(1e-3)}}, r"settings\['recipe.lr'\] is .*; give text, a number, True or"),
+        ({"methods": "conv"}, r"methods is the text 'conv'; give a list, as in methods=\['conv'\]"),
+        ({"settings": {"recipe.steps": np.int64(0)}}, "recipe.steps is 0"),
+        ({"settings": {"recipe.lr": np.ones(2)}}, r"settings\['recipe.lr'\] is .*; give text, a number, True or"),
         ({"settings": {"recipe": {"steps": 3}}}, r"settings\['recipe'\] is {'steps': 3}; give text"),
         ({"settings": {"recipe.init": None}}, r"settings\['recipe.init'\] is None; give text"),
     ):

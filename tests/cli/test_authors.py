@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 from kitbench.cli.main import cli
 from kitbench.errors import InputError
-from kitbench.model import methods
+from kitbench.model import contract, methods
 from tests.conftest import TINY, Kitbench
 
 GOOD = '''"""mine: scaled channels."""
@@ -143,7 +143,7 @@ def test_a_wrong_guess_about_the_contract_is_mended_by_one_sentence(
     (here / "mine.py").write_text(GOOD.replace(old, new, 1))
     (here / "beside.py").write_text("")
     with pytest.raises(InputError) as refused:
-        methods.check_method(methods.load_method("mine.py", "mine"), {1: (8, 1, 16)}, {})
+        contract.check_method(methods.load_method("mine.py", "mine"), {1: (8, 1, 16)}, {})
     assert expected in str(refused.value)
     assert "mine" in str(refused.value)
     assert "\n" not in str(refused.value)

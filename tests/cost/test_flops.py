@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -239,6 +239,22 @@ def test_a_wrong_closed_form_of_a_cheap_attention_is_found_in_its_network():
         true = attention.macs
         attention.macs = lambda height, width, true=true: true(height, width) + true(height, width) // 50
     assert state_macs(model, 3, 64, model.macs(64, 64)).note.startswith("closed form 61.5 MMAC, counted 61.2")
+
+
+class PlainTensor(nn.Module):
+    """Its tensor is no buffer, so that it has data where all else is fake."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = torch.ones(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.factor[0, 0].expand(x.shape[-1], x.shape[-1])
+
+
+def test_what_cannot_be_counted_is_a_note_and_no_traceback_of_torch(caplog):
+    assert state_macs(PlainTensor(), 3, 64, 0).note.startswith("closed form only: it could not be counted")
+    assert caplog.text == ""
 
 
 def test_macs_and_flops_are_told_apart():

@@ -57,6 +57,12 @@ def test_one_changed_pixel_in_every_square_is_another_image(scene: np.ndarray) -
     assert not overlaps({"a": [photo(scene)]}, {"b": [photo(changed)]})
 
 
+@pytest.mark.parametrize("shape", [(8, 8, 3), (300, 12, 3)])
+def test_an_image_smaller_than_a_square_shares_no_region(scene: np.ndarray, shape: tuple[int, ...]) -> None:
+    small = [photo(np.tile(scene, (2, 1, 1))[: shape[0], : shape[1]])]
+    assert overlaps({"a": [photo(scene)]}, {"b": small}) == overlaps({"a": small}, {"b": [photo(scene)]}) == []
+
+
 def test_flat_regions_prove_nothing() -> None:
     random = np.random.default_rng(0)
     skies = [np.full((128, 128, 3), 255, np.uint8) for _ in range(2)]

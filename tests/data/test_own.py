@@ -12,7 +12,7 @@ from PIL import Image
 from kitbench.data.audit import audit
 from kitbench.data.cards import cards
 from kitbench.data.images import decode, to_gray
-from kitbench.data.own import card_of_set
+from kitbench.data.own import card_of_set, pictures_in
 from kitbench.data.photograph import read_set
 from kitbench.data.repetition import images_of
 from kitbench.errors import InputError
@@ -39,6 +39,12 @@ def test_pictures_of_any_format_are_read_by_name_in_order(tmp_path: Path) -> Non
     for photo, number in zip(photos, (1, 0, 2), strict=True):
         np.testing.assert_array_equal(photo.pixels, image(number))
     np.testing.assert_array_equal(read(tmp_path, "gray")[0].pixels, to_gray(image(1)))
+
+
+def test_hidden_files_are_no_pictures(tmp_path: Path) -> None:
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    (tmp_path / "._a.png").write_bytes(b"\0\5\x16\7")  # macOS writes these beside files that it copies
+    assert pictures_in(tmp_path) == [tmp_path / "a.png"]
 
 
 def test_pairs_are_matched_by_name_whatever_their_format(tmp_path: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from kitbench.cost.agreement import reconcile
 from kitbench.cost.flops import count_module
 from kitbench.errors import InputError
-from kitbench.model import methods
+from kitbench.model import contract, methods
 from kitbench.model.backbone import UNet, pad
 from kitbench.spec import loading
 
@@ -93,7 +95,7 @@ def load_text(tmp_path, text: str) -> methods.Loaded:
 def test_a_file_of_the_users_own_is_a_method_like_any_other(tmp_path) -> None:
     loaded = load_text(tmp_path, GOOD)
     assert loaded.resolve({"scale": 2}) == {"scale": 2.0}
-    methods.check_method(loaded, {1: (8, 1, 16)}, {"scale": 2.0})
+    contract.check_method(loaded, {1: (8, 1, 16)}, {"scale": 2.0})
     model = UNet(3, SMALL, loaded, {"scale": 2.0}, 0)
     assert model.macs(64, 64) is None
     assert model(torch.rand(1, 3, 16, 16)).shape == (1, 3, 16, 16)
@@ -110,6 +112,7 @@ def test_a_file_of_the_users_own_is_a_method_like_any_other(tmp_path) -> None:
         ("return self.scale * self.mix(x)", "return x.double()", "torch.float64"),
         ("return self.scale * self.mix(x)", "return x / 0", "not finite"),
         ("return self.scale * self.mix(x)", "return x @ x", "failed: RuntimeError"),
+        ("return self.scale * self.mix(x)", "raise SystemExit(0)", "failed: SystemExit"),
         (
             "return self.scale * self.mix(x)",
             "return self.mix(x) * self.scale * x.clone().uniform_()",
@@ -125,7 +128,64 @@ def test_a_file_of_the_users_own_is_a_method_like_any_other(tmp_path) -> None:
 )
 def test_a_faulty_method_file_is_refused_before_training(tmp_path, old: str, new: str, expected: str) -> None:
     with pytest.raises(InputError, match=expected):
-        methods.check_method(load_text(tmp_path, GOOD.replace(old, new)), {1: (8, 1, 16)}, {})
+        contract.check_method(load_text(tmp_path, GOOD.replace(old, new)), {1: (8, 1, 16)}, {})
+
+
+BUFFER = "self.register_buffer('seen', torch.zeros(dim), persistent={})"
+TRAINED_MEAN = "if self.training: self.seen += y.detach().mean((0, 1, 2))"
+
+
+@pytest.mark.parametrize(
+    ("built", "forward", "fault"),
+    [
+        (BUFFER.format(True), f"{TRAINED_MEAN}\n        return y - self.seen", None),
+        (BUFFER.format(False), f"{TRAINED_MEAN}\n        return y - self.seen", "it returns other values"),
+        ("self.seen = 0.0", f"{TRAINED_MEAN}\n        return y - self.seen", "it returns other values"),
+        ("self.random = np.random.random()", "return y * self.random", "it returns other values"),
+        (
+            "self.register_buffer('random', torch.randn(dim), persistent=False)",  # seeded with the network
+            "return y * self.random",
+            None,
+        ),
+        (
+            "self.seen = {}",
+            "return y * self.seen.setdefault(y.shape[1:], 1 + x[0, 0, 0, 0].item())",
+            "of earlier calls",
+        ),
+        (
+            "self.register_buffer('seen', torch.tensor(9.0))",
+            "self.seen = self.seen.minimum(y.abs().amax().detach())\n        return y * self.seen",
+            "of its batch",
+        ),
+        ("self.seen = 0.0", "self.seen = self.seen + y.detach().mean()\n        return y + self.seen", "two calls"),
+        ("pass", "x.data.mul_(0.5)\n        return y + x", "do not write into the input"),
+        ("pass", "return y - y.mean(0, keepdim=True)", "depends on the others of its batch"),
+        ("self.seen = torch.zeros(dim)", "return y + self.seen", "seen is a plain tensor, which stays behind when"),
+        ("self.norm = nn.BatchNorm2d(dim)", "return y + self.norm(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)", None),
+    ],
+)
+def test_what_evaluation_depends_on_besides_input_and_stored_weights_is_refused(
+    tmp_path, built: str, forward: str, fault: str | None
+) -> None:
+    text = GOOD.replace("from torch import nn", "import numpy as np\nimport torch\nfrom torch import nn")
+    text = text.replace("super().__init__()\n", f"super().__init__()\n        {built}\n")
+    text = text.replace("return self.scale * self.mix(x)", f"y = self.scale * self.mix(x)\n        {forward}")
+    loaded = load_text(tmp_path, text)
+    with pytest.raises(InputError, match=fault) if fault else nullcontext():
+        contract.check_method(loaded, {1: (8, 1, 16)}, {})
+
+
+@pytest.mark.parametrize("name", [name for name, (kind, _) in methods.method_cards().items() if kind == "trained"])
+def test_every_shipped_attention_keeps_the_contract(name: str) -> None:
+    loaded = methods.load_method(name)
+    contract.check_method(loaded, {1: (16, 2, 24)}, loaded.resolve({}))
+
+
+def test_a_training_free_method_that_draws_anew_is_refused(tmp_path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("import numpy as np\ndef restore(image, sigma):\n    return image + np.random.rand(*image.shape)\n")
+    with pytest.raises(InputError, match="different values for one image in two calls"):
+        contract.check_restore(methods.load_method(str(path), "mine"), 1, 25.0)
 
 
 def test_an_unknown_or_wrong_setting_is_refused(tmp_path) -> None:
@@ -147,14 +207,14 @@ def test_an_unknown_or_wrong_setting_is_refused(tmp_path) -> None:
 def test_training_free_methods_keep_the_shape_of_gray_and_of_colour(
     name: str, channels: int, sigma: float | None
 ) -> None:
-    methods.check_restore(methods.load_method(name), channels, sigma)
+    contract.check_restore(methods.load_method(name), channels, sigma)
 
 
 def test_a_training_free_method_that_changes_the_shape_is_refused(tmp_path) -> None:
     path = tmp_path / "mine.py"
     path.write_text("def restore(image, sigma):\n    return image[..., 0]\n")
     with pytest.raises(InputError, match=r"returned \(32, 33\), expected"):
-        methods.check_restore(methods.load_method(str(path), "mine"), 1, 25.0)
+        contract.check_restore(methods.load_method(str(path), "mine"), 1, 25.0)
 
 
 def test_every_shipped_method_opens_with_a_card() -> None:

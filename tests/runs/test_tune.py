@@ -15,6 +15,7 @@ from rich.console import Console
 from skimage import data as photographs
 
 from kitbench.errors import InputError, RunError
+from kitbench.model.methods import load_method
 from kitbench.runs import tune
 from kitbench.runs.cell import decisive
 from kitbench.runs.prepare import Options
@@ -52,7 +53,11 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Search:
                             SimpleNamespace(mean_psnr=own[rate] - 9 * bool(other), **asked | other) for other in others
                         ]
                         key = f"{mode}-{method}-{rate}"
-                        record = SimpleNamespace(method=method, mode=mode, key=key, identity=identity | {"seed": 1000})
+                        settings = load_method(method).resolve(chosen.methods[method].settings)
+                        record = SimpleNamespace(
+                            method=method, mode=mode, key=key, identity=identity | {"seed": 1000}, attention=method,
+                            settings=settings,
+                        )  # fmt: skip
                         complete.append(SimpleNamespace(run=record, evaluations=lambda found=evaluations: found))
                     else:
                         failed.append(f"{mode}-{method}-s1000: training diverged: loss nan at step 9; stopped")
@@ -114,6 +119,20 @@ def test_rates_that_were_searched_with_another_recipe_or_backbone_are_refused(se
         chosen = loading.load_suite("denoise", "quick", ["recipe.steps=700", change], ["kit", "local"])
         with pytest.raises(InputError, match=rf"was made with another {change.partition('=')[0]}; run `kitbench tune`"):
             tune.tuned_suites(chosen, tmp_path)
+
+
+def test_rates_that_were_searched_with_other_settings_of_a_method_are_refused(search: Search, tmp_path: Path) -> None:
+    search({"colour": FINE})
+    changed = loading.load_suite("denoise", "quick", ["recipe.steps=700", "methods.kit.k=2"], ["kit", "local"])
+    with pytest.raises(InputError, match="has the learning rate of kit with another file or other settings"):
+        tune.tuned_suites(changed, tmp_path)
+    assert tune.tuned_suites(suite_of(700), tmp_path)
+
+
+def test_rates_below_the_last_of_the_schedule_are_refused(tmp_path: Path) -> None:
+    search = tune.Search((1e-7, 1e-3), 1000)
+    with pytest.raises(InputError, match="1e-07 of --rates is below recipe.lr_min"):
+        tune.tune(suite_of(700), Options(tmp_path, None, "cpu", 0, None), search, Console(quiet=True))
 
 
 def test_a_record_under_another_name_is_found_by_what_it_says(search: Search, tmp_path: Path) -> None:

@@ -48,6 +48,8 @@ def test_an_override_changes_one_setting_and_nothing_else() -> None:
         ("recipe.steps=many", "recipe.steps is 'many'"),
         ("recipe.lr=nan", "recipe.lr"),
         ("recipe.warmup=1000000", "warmup"),
+        ("recipe.lr=1e-7", "lr (1e-07) is below lr_min (1e-06), to which it falls; set both"),
+        ("methods.kit.k=[1]", "methods.kit.k is [1]: expected true, false, a number or text"),
         ("methods.kitt.k=3", "did you mean 'kit'?"),
         ("methods.kit=3", "methods.NAME.SETTING"),
         ("protocol.tile=8", "tile must be at least 32"),

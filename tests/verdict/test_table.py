@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from kitbench.cli.main import cli
 from kitbench.errors import InputError
 from kitbench.store.folder import find
+from kitbench.verdict.entries import scored_under
 from kitbench.verdict.page.report import report
 from kitbench.verdict.render import render
 from kitbench.verdict.rows import rows
@@ -145,6 +146,13 @@ def test_rows_of_two_protocols_are_refused_until_one_is_chosen(tmp_path: Path) -
     assert rows(find([tmp_path]), "awgn8-seed0").iloc[0]["psnr_db"] == pytest.approx(31.0)
     with pytest.raises(InputError, match="found: awgn8-seed0"):
         rows(find([tmp_path]), "awgn9")
+
+
+def test_the_id_of_a_protocol_does_not_choose_one_of_its_name_with_changed_keys(tmp_path: Path) -> None:
+    [shipped] = store(tmp_path, "kit", 30.0).evaluations()
+    changed = shipped.model_copy(update={"stamp": "awgn8.v1+00ce90"})
+    assert [scored_under(shipped, name) for name in ("awgn8", "awgn8.v1")] == [True, True]
+    assert [scored_under(changed, name) for name in ("awgn8", "awgn8.v1", changed.stamp)] == [False, False, True]
 
 
 def test_two_versions_of_a_data_set_are_refused(tmp_path: Path) -> None:
