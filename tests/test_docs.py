@@ -153,6 +153,13 @@ def test_the_suite_on_the_page_of_suites_is_one_that_kitbench_reads(tmp_path: Pa
     assert {loaded.methods[name].settings.get("k") for name in loaded.methods} == {None, 2, 8}
 
 
+def test_the_protocol_on_the_page_of_protocols_is_one_that_kitbench_reads(tmp_path: Path) -> None:
+    [text] = fenced("docs/protocols.md", "toml")
+    (tmp_path / "mine.toml").write_text(text)
+    protocol = loading.load_suite("denoise", overrides=[f"protocol={tmp_path / 'mine.toml'}"]).protocol
+    assert (protocol.stamp, protocol.border) == ("mine.v1", 4)
+
+
 # Files beside the pages
 
 
