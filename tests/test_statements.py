@@ -1,14 +1,25 @@
-"""Figures in the prose of the pages, computed from the stored runs that they are about."""
+"""Figures in the prose of README.md and results/README.md, computed from the stored runs that they are about."""
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from collections.abc import Mapping
 from functools import cache
+from statistics import fmean, median
 
 from kitbench.store.folder import find
+from kitbench.verdict.anchors import anchors
 from kitbench.verdict.entries import entries
 from tests.conftest import ROOT
 
+REFERENCE = ROOT / "results" / "reference"
+SEEDS, MORE, TUNED = "denoise-standard-seeds-cpu", "denoise-standard-more-seeds-cpu", "denoise-standard-tuned-cpu"
+SETS, REACH = "denoise-standard-sets-seeds-cpu", "reach-standard-cpu"
+RAIN, SHAKE = "derain-standard-rain100l-cpu", "deblur-standard-levin09-cpu"
+LR = 0.002
+"""Of the recipes `standard` and `reach`."""
 Scores = Mapping[str, float]
 """Mean PSNR over the images of a set, dB, by seed."""
 
@@ -17,18 +28,137 @@ Scores = Mapping[str, float]
 def stored(folder: str) -> dict[tuple[str, str, float | None, float], dict[str, float]]:
     """Scores of a folder of stored runs, by method, test set, sigma and learning rate (0: not trained)."""
     found: dict[tuple[str, str, float | None, float], dict[str, float]] = {}
-    for entry in entries(find([ROOT / "results" / "reference" / folder]), None):
+    for entry in entries(find([REFERENCE / folder]), None):
         run, scored = entry.run, entry.evaluation
         place = (run.method, scored.data_set, scored.sigma, run.recipe.lr if run.recipe else 0.0)
         found.setdefault(place, {})[str(run.seed)] = scored.mean_psnr
     return found
 
 
-def scores(method: str, data_set: str, *folders: str, sigma: float | None = 25, lr: float = 0.002) -> dict[str, float]:
+def scores(method: str, data_set: str, *folders: str, sigma: float | None = 25, lr: float = LR) -> dict[str, float]:
     """Of all seeds in these folders."""
     return {s: v for folder in folders for s, v in stored(folder).get((method, data_set, sigma, lr), {}).items()}
 
 
+def mean(*of: object, **chosen: object) -> float:
+    """The mean of `scores` over seeds, dB."""
+    return fmean(scores(*of, **chosen).values())  # type: ignore[arg-type]
+
+
 def gaps(a: Scores, b: Scores) -> list[float]:
-    """a - b of the seeds that both have."""
+    """a - b in dB, of the seeds that both have."""
     return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+
+
+def says(page: str, *sentences: str) -> None:
+    """Fails unless the page contains each of these texts, wherever its lines break."""
+    text = " ".join((ROOT / page).read_text("utf-8").split())
+    for sentence in sentences:
+        assert sentence in text, f"{page} does not say: {sentence}"
+
+
+def up(value: float) -> str:
+    """To hundredths, upwards: for a bound."""
+    return f"{math.ceil(100 * value) / 100:.2f}"
+
+
+def test_the_main_methods_of_denoising_lie_close_together() -> None:
+    means = {name: mean(name, "CBSD68", SEEDS) for name in ("conv", "window", "kit")}
+    spread = max(means.values()) - min(means.values())
+    for page in ("README.md", "results/README.md"):
+        says(page, f"within {up(spread)} dB of one another")
+    others = [means[name] - means["conv"] for name in ("window", "kit")]
+    long = {name: mean(name, "CBSD68", REACH) for name in ("conv", "window", "kit")}
+    others += [long[name] - long["conv"] for name in ("window", "kit")]
+    kodak = max(mean(name, "Kodak24", SETS) for name in ("window", "kit")) - mean("conv", "Kodak24", SETS)
+    says(
+        "results/README.md",
+        f"no attention was more than {up(max(others))} dB above it on CBSD68, or {up(kodak)} dB on Kodak24",
+    )
+
+
+def test_windows_lie_above_no_attention_on_mcmaster_in_every_seed() -> None:
+    found = gaps(scores("window", "McMaster", SETS), scores("conv", "McMaster", SETS))
+    assert min(found) > 0
+    assert len(found) == 5
+    says("results/README.md", f"on McMaster they were {fmean(found):.2f} dB above it, in all of five seeds")
+    says("README.md", f"windows lie {fmean(found):.2f} dB above `conv` in the mean")
+
+
+def test_the_nearest_patches_lie_above_random_ones_in_every_seed() -> None:
+    one = gaps(scores("kit", "CBSD68", SEEDS, MORE), scores("kit-random", "CBSD68", SEEDS, MORE))
+    own = gaps(scores("kit", "CBSD68", SEEDS, MORE), scores("kit-random", "CBSD68", TUNED, lr=0.004))
+    assert min(*one, *own) > 0
+    assert (len(one), len(own)) == (9, 6)
+    says("results/README.md", f"by {fmean(one):.2f} dB after 24,000 steps (nine of nine seeds")
+    says(
+        "README.md",
+        f"by {fmean(one):.2f} dB with one recipe (nine seeds) and {fmean(own):.2f} dB with each at its own best learning rate (six seeds)",
+    )
+
+
+def by_image(folder: str, method: str, data_set: str) -> dict[str, float]:
+    """PSNR of each image in dB, of the only seed in a folder."""
+    [run] = [run for run in find([REFERENCE / folder]) if run.run.method == method]
+    [scored] = [evaluation for evaluation in run.evaluations() if evaluation.data_set == data_set]
+    return {score.image: score.psnr for score in scored.scores}
+
+
+def test_what_repeated_content_is_worth() -> None:
+    houses = [
+        mean(name, "Urban100-centre512", REACH) - mean("conv", "Urban100-centre512", REACH)
+        for name in ("kit", "window")
+    ]
+    kit, conv = (by_image(REACH, name, "Repetition") for name in ("kit", "conv"))
+    periods = [kit[name] - conv[name] for name in kit if re.match("periodic-[0-9]+-0(16|32|64)", name)]
+    assert len(periods) == 3
+    [gain] = {f"{value:.1f}" for value in houses}
+    says(
+        "results/README.md",
+        f"{gain} dB on buildings, both; on textures with periods of 16 to 64 px KiT gained {min(periods):.1f} to {max(periods):.1f} dB",
+    )
+
+
+def test_hashing_lost_nothing() -> None:
+    sets = {place[1] for place in stored(REACH) if place[0] == "kit"}
+    worse = [mean("kit-exact", name, REACH) - mean("kit", name, REACH) for name in sets]
+    assert max(worse) <= 0
+    [run] = [run for run in find([REFERENCE / REACH]) if run.run.method == "kit"]
+    assert run.training is not None
+    places = [place for place in run.training.notes.values() if isinstance(place, dict) and "recall" in place]
+    levels = {place["level"] for place in places}
+    missed = [100 - 100 * fmean(place["recall"] for place in places if place["level"] == level) for level in levels]
+    says("results/README.md", f"it misses {min(missed):.0f} to {max(missed):.0f} % of the nearest patches")
+
+
+def test_what_the_learning_rate_and_the_length_of_training_move() -> None:
+    record = json.loads((REFERENCE / TUNED / "tuning-denoise-standard-colour-24000.json").read_text())
+    tried = {(trial["method"], trial["lr"]): trial["psnr_db"] for trial in record["trials"] if trial["psnr_db"]}
+    moved = [abs(tried[name, 2 * rate] - psnr) for (name, rate), psnr in tried.items() if (name, 2 * rate) in tried]
+    says("results/README.md", f"twice the rate moved a method by up to {max(moved):.1f} dB after 24,000 steps")
+    names = ("conv", "kit", "window", "local", "kit-random")
+    short = {name: mean(name, "CBSD68", "denoise-cbsd68-cpu", lr=0.005) for name in names}
+    long = {name: mean(name, "CBSD68", SEEDS) for name in names}
+    assert (min(short, key=short.__getitem__), max(long, key=long.__getitem__)) == ("conv", "conv")
+    says("results/README.md", "on CBSD68 `conv` is last after 700 steps and first after 24,000")
+
+
+def test_how_near_published_weights_come_to_print() -> None:
+    found = anchors(find([REFERENCE / "anchors"]))
+    largest = max(abs(anchor.difference) for anchor in found)
+    for page in ("results/README.md", "docs/protocols.md"):
+        says(page, f"within {largest:.3f} dB")
+
+
+def test_the_cost_of_kit_in_time() -> None:
+    steps: dict[tuple[str, str], list[float]] = {}
+    for folder in (SEEDS, REACH, "reach-quick-cpu"):
+        for run in find([REFERENCE / folder]):
+            if run.training is not None and run.training.cost.step_seconds is not None:
+                steps.setdefault((folder, run.run.method), []).append(run.training.cost.step_seconds)
+    ratios = [median(steps[folder, "kit"]) / median(steps[folder, "window"]) for folder, name in steps if name == "kit"]
+    says("results/README.md", f"takes {min(ratios):.1f} to {max(ratios):.1f} times that of windows")
+    points = json.loads((REFERENCE / "scale-cpu" / "scale.json").read_text())["points"]
+    time = {(p["method"], p["what"], p["size"]): p["seconds"] for p in points if p["seconds"] and not p["noisy"]}
+    alone = [seconds / time["window", *rest] for (name, *rest), seconds in time.items() if name == "kit"]
+    says("results/README.md", f"with four times the keys of windows, {min(alone):.0f} to {max(alone):.1f} times")

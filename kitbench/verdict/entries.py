@@ -98,9 +98,12 @@ def _each_once(found: Sequence[Entry]) -> list[Entry]:
 
 
 def scored_under(evaluation: Evaluation, protocol: str) -> bool:
-    """Whether a result was scored under a protocol, named by its stamp or, where no key of it was changed, its id."""
-    unchanged = "+" not in evaluation.stamp
-    return protocol == evaluation.stamp or (unchanged and protocol == evaluation.protocol.id)
+    """Whether a result was scored under a protocol, named by its stamp or its id; a shipped id is that of the shipped
+    keys alone.
+    """
+    name = evaluation.protocol.id
+    own = "+" in evaluation.stamp
+    return protocol == evaluation.stamp or (protocol == name and not (own and name in builtin("protocols")))
 
 
 def mean_psnr(entry: Entry) -> float:

@@ -215,15 +215,16 @@ def _shipped_rates() -> dict[str, float]:
 
 def caption_of(run: Run) -> str:
     if run.recipe is None or run.backbone is None:
-        return f"{run.suite}, {run.mode}: references, not trained here"
+        return f"{run.suite}, {run.mode}: training-free methods"
     recipe, backbone = run.recipe, run.backbone
+    crops = f"{recipe.batch} crop{'s' * (recipe.batch > 1)}"
     threads = recipe.threads or run.environment.threads
     where = f"{run.device}, {threads} thread{'s' * (threads > 1)}" if run.device == "cpu" else run.device
     tuned = f", fine-tuned from {recipe.init.rpartition('/')[2]}" if recipe.init is not None else ""
     rate = "" if _shipped_rates().get(recipe.name) in (None, recipe.lr) else f", learning rate {recipe.lr:g}"
     return (
         f"{run.suite}, {run.mode}, recipe {recipe.name} "
-        f"({recipe.steps} steps of {recipe.batch} crops of {recipe.crop} px{rate}{tuned}), "
+        f"({recipe.steps} steps of {crops} of {recipe.crop} px{rate}{tuned}), "
         f"width {backbone.width}, attention at levels {', '.join(map(str, backbone.attention_levels))}, on {where}"
     )
 

@@ -135,7 +135,7 @@ def test_a_block_of_references_is_titled_by_its_own_mode(tmp_path: Path) -> None
         record.pop("sha256")
         file.write_text(json.dumps(record | {"mode": mode, "key": mode}))
     text = render(find([tmp_path / "gray", tmp_path / "colour"]), "markdown")
-    assert re.findall(r"denoise, (\w+): references", text) == ["colour", "gray"]
+    assert re.findall(r"denoise, (\w+): training-free methods", text) == ["colour", "gray"]
 
 
 def test_rows_of_two_protocols_are_refused_until_one_is_chosen(tmp_path: Path) -> None:
@@ -153,6 +153,9 @@ def test_the_id_of_a_protocol_does_not_choose_one_of_its_name_with_changed_keys(
     changed = shipped.model_copy(update={"stamp": "awgn8.v1+00ce90"})
     assert [scored_under(shipped, name) for name in ("awgn8", "awgn8.v1")] == [True, True]
     assert [scored_under(changed, name) for name in ("awgn8", "awgn8.v1", changed.stamp)] == [False, False, True]
+    of_own_file = shipped.protocol.model_copy(update={"id": "mine"})
+    own = shipped.model_copy(update={"stamp": "mine.v1+00ce90", "protocol": of_own_file})
+    assert [scored_under(own, name) for name in ("mine", "mine.v1+00ce90", "awgn8")] == [True, True, False]
 
 
 def test_two_versions_of_a_data_set_are_refused(tmp_path: Path) -> None:
