@@ -302,11 +302,13 @@ def searching(case: Case, x: Tensor) -> Operator:
 @contextlib.contextmanager
 def precision(dtype: str) -> Iterator[None]:
     """Products of float32 in TensorFloat-32 or not, on CUDA; the kernels follow the same flag."""
-    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, dtype == "tf32"
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = dtype == "tf32"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def tokens(case: Case, device: torch.device) -> Tensor:

@@ -208,7 +208,11 @@ def main() -> None:
     ready = [batches[step] for step in range(stretch)]
     if device.type == "cuda":
         ready = [(degraded.pin_memory(), clean.pin_memory()) for degraded, clean in ready]
-    found = {}
+    found: dict[str, Any] = {}
+    stored = {"device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
+              "preset": options.preset, "set": options.set, "stretch": stretch, "methods": found}  # fmt: skip
+    if device.type == "cuda":
+        stored["driver"] = environment(device).driver
     for name in options.methods.split(","):
         ours, theirs, waited, state = measured(chosen, name, batches, ready, device, options.workers)
         shares, of = ratios(ours, theirs, lambda s: s.clock, quiet=True), "time"
@@ -227,11 +231,7 @@ def main() -> None:
             "stretches": shares,
         }
         print(f"{name}: {share:.1%} of the bare loop", flush=True)
-    stored = {"device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
-              "preset": options.preset, "set": options.set, "stretch": stretch, "methods": found}  # fmt: skip
-    if device.type == "cuda":
-        stored["driver"] = environment(device).driver
-    options.json.write_text(json.dumps(stored, indent=1) + "\n")
+        options.json.write_text(json.dumps(stored, indent=1) + "\n")  # a call that is cut off keeps what it measured
     print(f"\n{markdown(stored)}")
 
 

@@ -123,10 +123,13 @@ def command_line() -> str:
 
 
 def commit() -> str | None:
-    """The commit of kitbench's own checkout, `+dirty` where its code differs from it; None where there is none."""
+    """The commit of kitbench's own checkout, `+dirty` where its code differs from it; None where there is none.
+
+    A copy of a checkout without its .git has what KITBENCH_COMMIT says.
+    """
     root = Path(kitbench.__file__).parent.parent
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("KITBENCH_COMMIT") or None
 
     def git(*arguments: str) -> str | None:
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -116,6 +117,8 @@ def joined() -> Iterator[World]:
     nccl = own_gpus() > 0 and dist.is_nccl_available()
     if nccl:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # In float64 some weight gradients have another memory format than their parameters: a copy more, no other number.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
     yield current()
     dist.destroy_process_group()  # not after an error: the others may be waiting, and torchrun ends them

@@ -28,7 +28,8 @@ from kitbench.text import byte_size, duration
 MARGIN = 1.1  # over the prediction, for a point to be tried
 INSIDE_UP_TO = 512  # side up to which predictions follow the loops inside own operators
 RESIDENT_SECONDS = 1.0  # longest call whose resident set is cross-checked
-WARM_UP_SECONDS = 20.0  # on top of what a call should take, before a child is called hung
+WARM_UP_SECONDS = {"cpu": 20.0, "cuda": 120.0}
+"""On top of what a call should take, before a child is called hung: on CUDA it loads libraries and compiles kernels."""
 
 
 LARGEST_SIDE = 1 << 16
@@ -76,7 +77,7 @@ def _run(specs: Mapping[str, Spec], points: dict[str, Point], sweep: Sweep, opti
                 points[label] = point.model_copy(update=update)
                 continue
             child = running.enter_context(Child(spec, device, sweep.threads, sweep.memory_limit))
-            waits[label] = WARM_UP_SECONDS + 20 * (guess or options.patience)
+            waits[label] = WARM_UP_SECONDS[device.type] + 20 * (guess or options.patience)
             try:
                 memory = child.measure(waits[label])
                 points[label] = point.model_copy(
