@@ -8,6 +8,8 @@ import sys
 import tarfile
 from pathlib import Path
 
+import torch
+
 from tests.conftest import ROOT, run_kitbench
 
 ONE = {"KITBENCH_GPU_METHODS": "conv"}
@@ -53,6 +55,15 @@ def test_a_step_leaves_one_archive_that_the_next_call_goes_on_behind(tmp_path: P
     assert "conv" in run_kitbench(tmp_path, "table", "runs", "--format", "csv").stdout
 
 
+def test_a_failed_step_is_tried_again_behind_the_others(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "done.txt").write_text("machine\nfailed tests-kernels\n")
+    listed = ("--done", str(tmp_path / "done.txt"))
+    lines = [line.partition(":")[0] for line in gpu(out, "--smoke", "--dry-run", *listed).splitlines()]
+    assert (lines[0], lines[1], lines[-1]) == ("machine", "tests-commands", "tests-kernels")
+
+
 def test_a_failed_step_leaves_its_log_and_is_tried_again(tmp_path: Path) -> None:
     out, small = tmp_path / "out", ("--smoke", "--only", "train-0")
     assert "1 failed" in gpu(out, *small, code=3, KITBENCH_GPU_STEPS="0")
@@ -70,7 +81,11 @@ def test_what_is_done_is_known_from_a_list_where_the_folder_is_emptied(tmp_path:
     listed = ("--done", str(tmp_path / "done.txt"))
     told = gpu(tmp_path / "out", "--smoke", "--only", "train-0", *listed)
     assert "train-0: done before" in told
-    assert (tmp_path / "out" / "done.txt").read_text() == "machine\ntrain-0\n"
+    listing = (tmp_path / "out" / "done.txt").read_text().splitlines()
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    assert listing == [f"# device {card}", "machine", "train-0"]
+    (tmp_path / "done.txt").write_text("# device another GPU\nmachine\n")
+    assert "is of another GPU, and this is" in gpu(tmp_path / "other", "--smoke", *listed, code=2)
     assert "machine: done before" in gpu(tmp_path / "new", "--dry-run", *listed)
     assert "does not exist" in gpu(tmp_path / "new", "--done", str(tmp_path / "none.txt"), code=2)
 
@@ -80,7 +95,9 @@ def test_without_a_gpu_the_first_step_fails_and_nothing_is_begun_behind_it(tmp_p
     assert "machine: failed" in told
     assert "no GPU" in told
     assert "tests-kernels" not in told
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["done.txt", "machine.failed.log"]
+    left = ["done.txt", "machine.failed.log", "machine.failed.tar.gz"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == left
+    assert "failed machine" in (tmp_path / "out" / "done.txt").read_text()
 
 
 def test_a_skipped_gpu_test_fails_where_a_gpu_is_required(tmp_path: Path) -> None:
