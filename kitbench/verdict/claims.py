@@ -23,9 +23,11 @@ from kitbench.store.sweeps import Sweep
 from kitbench.text import capitalised, shown
 from kitbench.verdict.compare import Compared
 from kitbench.verdict.contrasts import (
+    ONE,
     UNDECIDED,
     Contrast,
     Runs,
+    Setup,
     Verdict,
     combined,
     decide_contrasts,
@@ -61,6 +63,8 @@ OTHERS = ("global", "window", "local")
 """The attentions that KiT has to beat to be the best."""
 TASKS: dict[Kind, str] = {"denoise": "denoising", "deblur": "deblurring", "derain": "deraining"}
 """The tasks that the paper claims."""
+WORDS: dict[str, str] = {**{str(kind): word for kind, word in TASKS.items()}, "denoise-real": "camera noise"}
+"""Of all tasks."""
 _Key = tuple[str, str, str]
 """Task, methods a and b of a contrast."""
 
@@ -157,21 +161,46 @@ def _quality(main: Runs, by_task: Mapping[str, Runs]) -> dict[str, Part]:
     names = {kind: "" if of_task[kind] is main else kind for kind in TASKS}
     asked |= {(names[kind], "kit", other): of_task[kind] for kind in TASKS for other in OTHERS}
     decided = decide_contrasts({key: (key[1], key[2], runs.compare(key[1], key[2])) for key, runs in asked.items()})
-    parts = {name: _part(question, decided["", a, b], main) for name, (a, b, question) in QUESTIONS.items()}
+    kind_of_main = next((kind for kind, runs in by_task.items() if runs is main), "denoise")
+    parts = {}
+    for name, (a, b, question) in QUESTIONS.items():
+        asked_of = f"On {WORDS[kind_of_main]}, {question[0].lower()}{question[1:]}"
+        others = {kind: runs.compare(a, b) for kind, runs in by_task.items() if runs is not main}
+        parts[name] = _part(asked_of, decided["", a, b], main, _elsewhere(others))
     for kind in TASKS:
         contrasts = [decided[names[kind], "kit", other] for other in OTHERS]
         parts[kind] = _best_of_all(kind, contrasts, of_task[kind])
     return parts
 
 
-def _part(question: str, contrast: Contrast, runs: Runs) -> Part:
+def _elsewhere(others: Mapping[str, Mapping[Setup, Compared]]) -> tuple[str, ...]:
+    """The same contrast on other tasks, after their longest training with one recipe: no part of a verdict."""
+    found = []
+    for kind, setups in others.items():
+        own = [setup for setup in setups if setup.comparison == ONE]
+        if own:
+            longest = max(own, key=lambda setup: setup.steps)
+            compared = setups[longest]
+            seeds = f"{compared.found.seeds} seed{'s' * (compared.found.seeds > 1)}"
+            found.append(
+                f"elsewhere, no part of this verdict: {WORDS[kind]}, {longest}: {_in_short(compared)}, {seeds}"
+            )
+    return tuple(found)
+
+
+def _in_short(compared: Compared) -> str:
+    p = f", p {compared.found.p:.3g}" if compared.found.p is not None else ""
+    return f"{compared.a} - {compared.b} {shown(compared.found.mean, 3, '+')} dB{p}"
+
+
+def _part(question: str, contrast: Contrast, runs: Runs, elsewhere: tuple[str, ...]) -> Part:
     together = [compared.runs for compared in contrast.setups.values()]
     keys = dict.fromkeys(key for own in together for key in own)
     facts = [f"{setup}: {in_words(compared)}" for setup, compared in contrast.setups.items()]
     facts += [_together(contrast)] if contrast.p_holm is not None else []
     absent = ONLY_SMOKE if runs.smoke and not runs.blocks else contrast.reason
     return Part(
-        question, contrast.verdict, (*facts, *_unlike(runs, together), *_left_out(runs)), tuple(keys),
+        question, contrast.verdict, (*facts, *_unlike(runs, together), *_left_out(runs), *elsewhere), tuple(keys),
         contrast_command(contrast, runs) if contrast.verdict == UNDECIDED else "", absent,
     )  # fmt: skip
 
@@ -239,10 +268,7 @@ def _best_of_all(kind: Kind, contrasts: Sequence[Contrast], runs: Runs) -> Part:
     if runs.smoke and not runs.blocks:
         reason = ONLY_SMOKE
     facts = tuple(
-        f"{setup}: {compared.a} - {compared.b} {shown(compared.found.mean, 3, '+')} dB"
-        + (f", p {compared.found.p:.3g}" if compared.found.p is not None else "")
-        for contrast in contrasts
-        for setup, compared in contrast.setups.items()
+        f"{setup}: {_in_short(compared)}" for contrast in contrasts for setup, compared in contrast.setups.items()
     )
     together = [compared.runs for contrast in contrasts for compared in contrast.setups.values()]
     keys = dict.fromkeys(key for own in together for key in own)

@@ -191,6 +191,14 @@ def test_each_task_of_the_paper_needs_runs_of_its_own_protocol(tmp_path: Path) -
     assert "--suite derain --preset full" in parts["deraining"].command
     assert found[5].verdict == "not supported"
     assert found[2].verdict == "supported"  # by the denoising runs
+    [reach] = found[2].parts
+    assert reach.question.startswith("On denoising, does reaching beyond")
+    [told] = [
+        fact
+        for fact in reach.facts
+        if fact.startswith("elsewhere, no part of this verdict: deblurring, one recipe, 300,000")
+    ]
+    assert re.search(r"kit - local -0\.\d+ dB, p .*, \d seeds", told)
     runs(tmp_path / "deblur", GOOD, steps=FULL_STEPS, **(deblur | {"protocol": "blur-rgb8-ssim3d-tile"}))
     with pytest.raises(InputError, match="Rows of different protocols"):
         page(tmp_path / "deblur")
