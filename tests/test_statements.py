@@ -10,8 +10,10 @@ from functools import cache
 from statistics import fmean, median
 
 from kitbench.store.folder import find
+from kitbench.store.sweeps import Sweep
 from kitbench.verdict.anchors import anchors
 from kitbench.verdict.entries import entries
+from kitbench.verdict.scaling.fit import exponent
 from tests.conftest import ROOT
 
 REFERENCE = ROOT / "results" / "reference"
@@ -169,15 +171,23 @@ def above(method: str, other: str) -> list[float]:
     return gaps(*(scores(name, "Rain100L", RAIN, sigma=None) for name in (method, other)))
 
 
-def test_what_matters_in_deraining() -> None:
-    far = {name: fmean(above(name, "window")) for name in ("kit", "kit-random")}
-    assert min(*above("kit", "window"), *above("kit-random", "window"), *above("window", "conv")) > 0
-    least = min(far.values())
-    seeds = {2: "both", 3: "all three"}[len(above("kit", "window"))]
+def test_what_attention_is_worth_in_deraining() -> None:
+    names = ("window", "kit", "kit-random")
+    gains = {name: above(name, "conv") for name in names}
+    assert {len(gain) for gain in gains.values()} == {3}
+    means = [fmean(gain) for gain in gains.values()]
+    least = math.floor(10 * min(min(gain) for gain in gains.values())) / 10
+    core = f"{min(means):.1f} to {max(means):.1f} dB above `conv` in the mean over three seeds"
+    for page in ("README.md", "results/README.md"):
+        says(
+            page, f"windows, KiT and random patches lie {core}, within {up(max(means) - min(means))} dB of one another"
+        )
+    says("results/README.md", f"each lay above `conv` in all three seeds, by {least} dB or more")
+    nearest, far = above("kit", "kit-random"), above("kit", "window")
     says(
         "results/README.md",
-        f"KiT and random patches lie {least:.1f} dB above windows and windows {fmean(above('window', 'conv')):.1f} dB above `conv`, in {seeds} seeds",
-        f"the nearest patches {fmean(above('kit', 'kit-random')):+.2f} dB beside random ones",
+        f"the nearest patches lie {-fmean(nearest):.2f} dB below random ones ({min(nearest):+.2f} to {max(nearest):+.2f})",
+        f"KiT lies {fmean(far):.2f} dB above windows ({', '.join(f'{gap:+.2f}' for gap in far)} in seeds 0, 1 and 2)",
     )
 
 
@@ -188,4 +198,17 @@ def test_deblurring_tells_nothing_apart() -> None:
         "results/README.md",
         f"All four lie within {up(max(means) - min(means))} dB of one another, in one seed",
         f"They gain {min(gains):.1f} to {max(gains):.1f} dB over the blurred input",
+    )
+
+
+def test_the_time_of_global_attention_grows_with_the_square_of_the_pixels() -> None:
+    sweep = Sweep.model_validate_json((REFERENCE / "scale-global-cpu" / "scale.json").read_bytes())
+    points = [point for point in sweep.points if point.seconds is not None and not point.noisy]
+    found = exponent(points, lambda point: point.seconds)
+    assert found is not None
+    assert found.half_width is not None
+    sides = sorted(point.size for point in points)
+    says(
+        "results/README.md",
+        f"its time from {sides[0]} to {sides[-1]} px (exponent {found.value:.2f} ± {found.half_width:.2f})",
     )
