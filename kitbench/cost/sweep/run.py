@@ -52,7 +52,8 @@ def run_scale(options: SweepOptions, console: Console) -> Sweep:
     path = options.out / "scale.json"
     sweep = _resumed(sweep, path)
     console.print(
-        f"{len(sweep.methods)} method{'s' * (len(sweep.methods) > 1)}, {sweep.subject}, sides {sizes[0]} to {sizes[-1]} px, "
+        f"{len(sweep.methods)} method{'s' * (len(sweep.methods) > 1)}, "
+        f"{sweep.subject}, sides {sizes[0]} to {sizes[-1]} px, "
         f"on {sweep.device} with {sweep.threads} threads; a point may take {byte_size(sweep.memory_limit)} and "
         f"{options.patience:g} s a call, larger ones are predicted",
         highlight=False,
