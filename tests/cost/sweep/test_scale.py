@@ -81,7 +81,7 @@ def options(out, methods, **others):
 
 
 def test_a_child_that_fails_in_any_way_is_a_marked_row_and_the_sweep_goes_on(tmp_path, quiet, monkeypatch):
-    monkeypatch.setattr(measuring, "WARM_UP_SECONDS", 8.0)
+    monkeypatch.setattr(measuring, "WARM_UP_SECONDS", {"cpu": 8.0})
     files = {outcome: method_file(tmp_path, outcome, body) for outcome, body in FAULTS.items()}
     wanted = tuple(f"{file}:at=32" for file in files.values())
     sweep = run_scale(options(tmp_path / "out", ("conv", *wanted), what=("infer",)), quiet)
