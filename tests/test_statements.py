@@ -191,6 +191,14 @@ def test_what_attention_is_worth_in_deraining() -> None:
     )
 
 
+def test_another_rate_does_not_bring_no_attention_up_to_windows_in_deraining() -> None:
+    own = scores("conv", "Rain100L", RAIN, sigma=None)["0"]
+    others = [mean("conv", "Rain100L", "derain-standard-rates-cpu", sigma=None, lr=lr) for lr in (LR / 2, 2 * LR)]
+    assert max(others) < scores("window", "Rain100L", RAIN, sigma=None)["0"]
+    said = f"reaches {others[0]:.2f} and {others[1]:.2f} dB, where the recipe's gives {own:.2f} (seed 0"
+    says("results/README.md", f"`conv` at half and at twice the rate {said}")
+
+
 def test_deblurring_tells_nothing_apart() -> None:
     means = [mean(name, "Levin09", SHAKE, sigma=None) for name in ("conv", "kit", "kit-random", "window")]
     gains = [value - mean("input", "Levin09", SHAKE, sigma=None, lr=0.0) for value in means]
