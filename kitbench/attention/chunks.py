@@ -1,5 +1,4 @@
-"""Attention of tokens in an order that puts related ones side by side: cut into chunks that attend to the chunks
-around.
+"""Attention of sorted tokens, related ones side by side: cut into chunks that attend to the chunks around.
 
 The order is closed to a circle, so that every chunk has neighbours.  The attentions that sort tokens by hash code,
 nearest centre or category share this.  Source: Reformer (Kitaev et al., ICLR 2020, section 2); the circle instead of

@@ -10,8 +10,8 @@ Cost: 4 H W C^2 for the projections, 2 k P^2 H W C for the attention, and the re
     Linear in the pixels H W (exact retrieval: (HW/P^2)^2 C).
 Departures: only the abstract of the paper, the beginning of its introduction and part of a caption could be read.
     Every choice below that is a setting is our reading of them: patch side, k, hashing, descriptor, aggregation,
-    support.  So are the shifted grid in alternate blocks (a
-    cyclic roll by P/2, the map taken as a torus) and the relative position bias shared by all neighbours.
+    support.  So are the shifted grid in alternate blocks (a cyclic roll by P/2, the map taken as a torus) and the
+    relative position bias shared by all neighbours.
 """
 
 from __future__ import annotations

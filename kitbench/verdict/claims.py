@@ -61,10 +61,10 @@ QUESTIONS = {
 ONLY_SMOKE = "only smoke runs are stored, which settle no claim"
 OTHERS = ("global", "window", "local")
 """The attentions that KiT has to beat to be the best."""
-TASKS: dict[Kind, str] = {"denoise": "denoising", "deblur": "deblurring", "derain": "deraining"}
+TASKS: tuple[Kind, ...] = ("denoise", "deblur", "derain")
 """The tasks that the paper claims."""
-WORDS: dict[str, str] = {**{str(kind): word for kind, word in TASKS.items()}, "denoise-real": "camera noise"}
-"""Of all tasks."""
+WORDS = {"denoise": "denoising", "deblur": "deblurring", "derain": "deraining", "denoise-real": "camera noise"}
+"""What each task is called."""
 _Key = tuple[str, str, str]
 """Task, methods a and b of a contrast."""
 
@@ -255,7 +255,7 @@ def in_words(compared: Compared) -> str:
 
 def _best_of_all(kind: Kind, contrasts: Sequence[Contrast], runs: Runs) -> Part:
     """Whether KiT is better than every other attention; contrasts of too short recipes decide nothing."""
-    question = f"On {TASKS[kind]}, does KiT restore better than global, window and local attention?"
+    question = f"On {WORDS[kind]}, does KiT restore better than global, window and local attention?"
     longest = [max((setup.steps for setup in contrast.setups), default=0) for contrast in contrasts]
     short = [steps for steps in longest if 0 < steps < FULL_STEPS]
     verdicts = [UNDECIDED if steps < FULL_STEPS else c.verdict for steps, c in zip(longest, contrasts, strict=True)]
