@@ -13,6 +13,7 @@ from kitbench.store.folder import find
 from kitbench.store.sweeps import Sweep
 from kitbench.verdict.anchors import anchors
 from kitbench.verdict.entries import entries
+from kitbench.verdict.rows import rows
 from kitbench.verdict.scaling.fit import exponent
 from tests.conftest import ROOT
 
@@ -183,6 +184,11 @@ def test_what_attention_is_worth_in_deraining() -> None:
             page, f"windows, KiT and random patches lie {core}, within {up(max(means) - min(means))} dB of one another"
         )
     says("results/README.md", f"each lay above `conv` in all three seeds, by {least} dB or more")
+    table = rows(find([REFERENCE / RAIN])).set_index("method")
+    says(
+        "results/README.md",
+        f"tells `conv` from the best (adjusted p {table.loc['conv', 'p_holm']:.3f} over its six pairs)",
+    )
     nearest, far = above("kit", "kit-random"), above("kit", "window")
     says(
         "results/README.md",
