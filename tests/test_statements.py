@@ -107,6 +107,15 @@ def by_image(folder: str, method: str, data_set: str) -> dict[str, float]:
     return {score.image: score.psnr for score in scored.scores}
 
 
+def image_gains(folder: str, method: str, other: str) -> list[float]:
+    """How far a method lies above another on each image of a folder's only test set, the mean over its seeds, dB."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for entry in entries(find([REFERENCE / folder]), None):
+        for score in entry.evaluation.scores:
+            found.setdefault(entry.run.method, {}).setdefault(score.image, []).append(score.psnr)
+    return [fmean(found[method][image]) - fmean(found[other][image]) for image in found[method]]
+
+
 def test_what_repeated_content_is_worth() -> None:
     houses = [
         mean(name, "Urban100-centre512", REACH) - mean("conv", "Urban100-centre512", REACH)
