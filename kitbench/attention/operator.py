@@ -147,7 +147,16 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Te
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = flash(q, k, v, 0.0, False, attn_mask=mask)
         return out, lse
-    logits = (q @ k.mT / math.sqrt(q.shape[-1]) + mask).to(accumulator(q.dtype))
+    return softmax_by_products(q, k, v, mask)
+
+
+def softmax_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """`softmax_attention` where no fused kernel gives the log-sum-exp.
+
+    Logits are float32 for 16-bit tables too, as in the backward pass, whose probabilities would else not sum to 1.
+    """
+    dtype = accumulator(q.dtype)
+    logits = q.to(dtype) @ k.mT.to(dtype) / math.sqrt(q.shape[-1]) + mask
     log_sum = logits.logsumexp(-1)
     return (logits - log_sum[..., None]).exp().to(v.dtype) @ v, log_sum
 

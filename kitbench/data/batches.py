@@ -6,6 +6,8 @@ interrupted run can continue at any step without a stored data position.
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +28,11 @@ from kitbench.spec.tasks import Task
 AHEAD = 5
 """Batches, or pieces of them, that the thread makes at a time. Made one by one, after each training step, they take
 half as long again, because the step has replaced the contents of the processor's caches."""
+
+
+WORKERS_START = "fork" if sys.platform == "linux" else None
+"""How worker processes are started; None: as the system's Python does. A fork shares the photographs, and torch ends
+forked workers with their parent. Those of a fork server outlive a parent that is killed: their own parent is the server."""
 
 
 class Batches(Dataset[tuple[Tensor, Tensor]]):
@@ -103,7 +110,10 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
         cut = _Pieces(self, pieces or [range(self.recipe.batch)])
         wanted = range(start * len(cut.pieces), len(cut))
         if workers:
-            yield from DataLoader(cut, batch_size=None, sampler=wanted, num_workers=workers, pin_memory=pinned)
+            yield from DataLoader(
+                cut, batch_size=None, sampler=wanted, num_workers=workers, pin_memory=pinned,
+                multiprocessing_context=WORKERS_START, worker_init_fn=_leave_signals_to_parent,
+            )  # fmt: skip
             return
 
         def make(number: int) -> tuple[Tensor, Tensor]:
@@ -118,6 +128,14 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
                     ahead.extend(thread.submit(make, number) for number in wanted[:AHEAD])
                     wanted = wanted[AHEAD:]
                 yield batch
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """In a worker process: outlive Ctrl-C and SIGTERM, which reach all processes of a terminal or job, until the parent
+    has saved its state and ends it. A worker that died first would make torch raise an error in the midst of saving."""
+    signal.set_wakeup_fd(-1)  # the parent's, which forking has passed on
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ GRACE = 6.0
 LOCK_SECONDS = 2.0
 """Longest wait for a state that can be saved."""
 EXIT_CODE = 3
+END = b"\0"
+"""Ends the watcher; 0 is no signal's number."""
 
 
 class Stop:
@@ -84,8 +86,9 @@ def interruptible(how_to_go_on: Callable[[], str], signals: Sequence[signal.Sign
         signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
             signal.signal(number, handler)
-        os.close(writing)  # ends the watcher
+        os.write(writing, END)  # to close it would not do: processes that were forked meanwhile hold it open
         watcher.join()
+        os.close(writing)
         os.close(reading)
 
 
@@ -96,7 +99,7 @@ def _watch(stop: Stop, reading: int, signals: Sequence[signal.Signals], how_to_g
         if not select.select([reading], [], [], left)[0]:
             _leave(stop, how_to_go_on)
         numbers = os.read(reading, 64)  # one byte a signal, SIGCHLD of the data workers among them
-        if not numbers:
+        if END in numbers:
             return
         if not any(number in numbers for number in signals):
             continue

@@ -183,6 +183,17 @@ def test_narrow_types_stay_within_their_rounding(dtype: torch.dtype, tolerance: 
         assert (ours.double() - theirs).norm() <= tolerance * theirs.norm()
 
 
+def test_the_log_sum_exp_of_narrow_types_is_exact_without_a_fused_kernel_too() -> None:
+    """The backward pass subtracts it from float32 logits: products rounded to bfloat16 would be off by up to 0.1."""
+    torch.manual_seed(0)
+    q, k, v = (8 * torch.randn(2, 2, 5, 16, dtype=torch.bfloat16) for _ in range(3))
+    mask = torch.randn(1, 2, 5, 5, dtype=torch.bfloat16)
+    out, log_sum = operator.softmax_by_products(q, k, v, mask)
+    exact = q.double() @ k.double().mT / 4 + mask.double()
+    torch.testing.assert_close(log_sum.double(), exact.logsumexp(-1), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(out.double(), exact.softmax(-1) @ v.double(), rtol=0.01, atol=0.1)
+
+
 def test_registration_holds_for_autograd_fake_tensors_and_compile() -> None:
     torch.manual_seed(0)
     for weights in (False, True):

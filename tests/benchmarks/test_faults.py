@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import safetensors
 from real_commands import RUN, SUITE, Command, Done, folder, kitbench, leftovers, phase
@@ -65,10 +66,16 @@ def test_nonsense_in_the_place_of_files_is_answered_or_refused_in_a_sentence() -
     assert sum(faults.nonsense(120).values()) == 120
 
 
-def stopped(command: Command, number: signal.Signals) -> Done:
-    """What a command says that is stopped as by Ctrl-C or a scheduler: it must be gone within ten seconds."""
+def stopped(command: Command, number: signal.Signals, *, all_processes: bool = False) -> Done:
+    """What a command says that is stopped as by Ctrl-C or a scheduler: it must be gone within ten seconds.
+
+    all_processes: its children get the signal too and first, as a terminal's Ctrl-C and a batch system's end may.
+    """
     assert command.process.pid is not None
     clock = time.monotonic()
+    if all_processes:
+        for child in psutil.Process(command.process.pid).children(recursive=True):
+            child.send_signal(number)
     os.kill(command.process.pid, number)
     done = command.wait()
     assert time.monotonic() - clock < 10
@@ -77,14 +84,16 @@ def stopped(command: Command, number: signal.Signals) -> Done:
     return done
 
 
+@pytest.mark.parametrize("workers", ["0", "2"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_in_training_saves_and_leaves(number: signal.Signals) -> None:
+def test_a_signal_in_training_saves_and_leaves(number: signal.Signals, workers: str) -> None:
     with folder(SUITE.replace("steps = 24", "steps = 4000").replace("every = 1", "every = 4000")) as place:
-        command = Command(place, *RUN)
+        command = Command(place, *RUN, "--workers", workers)
         while phase(place / "results") != "training":
             time.sleep(0.01)
         time.sleep(0.5)
-        done = stopped(command, number)
+        done = stopped(command, number, all_processes=workers != "0")
+        assert "Warning" not in done.text
         [checkpoint] = place.glob("results/*/checkpoint.safetensors")
         with safetensors.safe_open(checkpoint, "pt") as file:
             assert f"stopped at step {file.metadata()['steps']} of 4000" in done.text

@@ -103,7 +103,7 @@ def test_a_killed_worker_loses_nothing_and_another_goes_on_with_its_cell(
 def test_a_stopped_or_killed_parent_takes_its_workers_along_and_the_command_goes_on(
     number: signal.Signals, tmp_path: Path, one_after_another: dict[str, object]
 ) -> None:
-    launcher = start(tmp_path, "--jobs", "2")
+    launcher = start(tmp_path, "--jobs", "2", "--workers", "1")
     until(lambda: trained_by(tmp_path, launcher), launcher)
     family = psutil.Process(launcher.pid).children(recursive=True)
     asked = time.monotonic()
