@@ -32,7 +32,7 @@ half as long again, because the step has replaced the contents of the processor'
 
 WORKERS_START = "fork" if sys.platform == "linux" else None
 """How worker processes are started; None: as the system's Python does. A fork shares the photographs, and torch ends
-forked workers with their parent. Those of a fork server outlive a parent that is killed: their own parent is the server."""
+forked workers with their parent. Workers of a fork server outlive a parent that is killed: theirs is the server."""
 
 
 class Batches(Dataset[tuple[Tensor, Tensor]]):
