@@ -14,7 +14,7 @@ from kitbench.model.methods import load_method
 from kitbench.runs.cell import Cell
 from kitbench.runs.source import source_digests
 from kitbench.spec import loading, suite
-from kitbench.spec.fields import digest
+from kitbench.spec.fields import Mode, digest
 from kitbench.store.folder import RunFolder
 from kitbench.store.log import LogLine, log_text
 from kitbench.store.records import Cost, Environment, Evaluation, Run, Score, Training
@@ -37,7 +37,7 @@ def store(
     needed: int | None = None, seconds_per_step: float = 0.25, calibration: float | None = 0.1, steps: int | None = None, notes: Settings = None,
     of: suite.Suite = SUITE, changed: Sequence[str] = (), attention: str | None = None,
     curve: Mapping[int, float | None] | None = None, step_seconds: float | None = 0.5,
-    validation_sets: Mapping[str, str] = VALIDATION, lpips: float | None = None,
+    validation_sets: Mapping[str, str] = VALIDATION, lpips: float | None = None, mode: Mode = "colour",
 ) -> RunFolder:  # fmt: skip
     """Write a run, or another evaluation of it.
 
@@ -46,12 +46,12 @@ def store(
     recipe = of.recipe.model_copy(update={"lr": lr} | ({} if steps is None else {"steps": steps}))
     chosen = of.model_copy(update={"recipe": recipe})
     cell = Cell(
-        chosen, "colour", method, attention or method, None, settings or {}, seed, "cpu", None if seed is None else "00"
+        chosen, mode, method, attention or method, None, settings or {}, seed, "cpu", None if seed is None else "00"
     )
     folder = RunFolder(out / cell.folder)
     trained = seed is not None
     record = Run(
-        key=cell.key, comparison=cell.comparison, identity=cell.identity(), suite=of.name, preset=of.preset, mode="colour",
+        key=cell.key, comparison=cell.comparison, identity=cell.identity(), suite=of.name, preset=of.preset, mode=mode,
         method=method, attention=attention or method, card="", settings=settings or {}, changed=tuple(changed), seed=seed, device="cpu", task=chosen.task,
         backbone=chosen.backbone if trained else None, recipe=chosen.recipe if trained else None, train_sets={},
         validation_sets=dict(validation_sets), environment=ENVIRONMENT,

@@ -27,7 +27,6 @@ from kitbench.verdict.contrasts import (
     UNDECIDED,
     Contrast,
     Runs,
-    Setup,
     Verdict,
     combined,
     decide_contrasts,
@@ -165,27 +164,45 @@ def _quality(main: Runs, by_task: Mapping[str, Runs]) -> dict[str, Part]:
     parts = {}
     for name, (a, b, question) in QUESTIONS.items():
         asked_of = f"On {WORDS[kind_of_main]}, {question[0].lower()}{question[1:]}"
-        others = {kind: runs.compare(a, b) for kind, runs in by_task.items() if runs is not main}
-        parts[name] = _part(asked_of, decided["", a, b], main, _elsewhere(others))
+        parts[name] = _part(asked_of, decided["", a, b], main, _elsewhere(a, b, main, by_task))
     for kind in TASKS:
         contrasts = [decided[names[kind], "kit", other] for other in OTHERS]
         parts[kind] = _best_of_all(kind, contrasts, of_task[kind])
     return parts
 
 
-def _elsewhere(others: Mapping[str, Mapping[Setup, Compared]]) -> tuple[str, ...]:
-    """The same contrast on other tasks, after their longest training with one recipe: no part of a verdict."""
+def _elsewhere(a: str, b: str, main: Runs, by_task: Mapping[str, Runs]) -> tuple[str, ...]:
+    """The contrast a - b on other tasks, images and backbones, after their longest training with one recipe."""
+    places = {
+        WORDS[kind] if group is runs else f"{WORDS[kind]}, {_unlike_in(group, runs)}": group
+        for kind, runs in by_task.items()
+        for group in (runs, *runs.others)
+        if group is not main
+    }
     found = []
-    for kind, setups in others.items():
-        own = [setup for setup in setups if setup.comparison == ONE]
+    for place, group in places.items():
+        own = {setup: one for setup, one in group.compare(a, b).items() if setup.comparison == ONE}
         if own:
             longest = max(own, key=lambda setup: setup.steps)
-            compared = setups[longest]
-            seeds = f"{compared.found.seeds} seed{'s' * (compared.found.seeds > 1)}"
-            found.append(
-                f"elsewhere, no part of this verdict: {WORDS[kind]}, {longest}: {_in_short(compared)}, {seeds}"
-            )
+            seeds = f"{own[longest].found.seeds} seed{'s' * (own[longest].found.seeds > 1)}"
+            found.append(f"elsewhere, no part of this verdict: {place}, {longest}: {_in_short(own[longest])}, {seeds}")
     return tuple(found)
+
+
+def _unlike_in(group: Runs, chosen: Runs) -> str:
+    """In what a group of comparisons differs from that of its task which claims are put to, and its test sets."""
+    own, usual = (runs.blocks[0].first.run.identity for runs in (group, chosen))
+    gray = own["mode"] != usual["mode"]
+    names = {
+        "task": "another degradation", "backbone": "another backbone", "train_sha256": "other training images",
+        "numerics": "an earlier version's numerics",
+    }  # fmt: skip
+    differs = [f"{own['mode']} images"] if gray else []
+    differs += [
+        name for key, name in names.items() if own.get(key) != usual.get(key) and not (gray and key == "train_sha256")
+    ]
+    sets = sorted({entry.evaluation.data_set for entry in group.blocks[0].entries})
+    return f"{', '.join(differs)} ({', '.join(sets)})"
 
 
 def _in_short(compared: Compared) -> str:

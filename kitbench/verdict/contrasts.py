@@ -160,6 +160,8 @@ class Runs:
     """Variants with other than the default settings."""
     smoke: bool = False
     """Whether there were smoke runs, which are left out."""
+    others: tuple[Runs, ...] = ()
+    """Comparisons of the task that differ from these in more than the recipe: no part of a verdict."""
 
     def with_methods(self, *methods: str) -> list[ComparedRuns]:
         return [block for block in self.blocks if set(methods) <= block.methods.keys()]
@@ -226,7 +228,7 @@ def select(found: Sequence[Entry], tunings: Sequence[Tuning]) -> Runs:
 
     Left out: smoke runs; trials of a search of learning rates and scores on its validation set; variants of a method
     that do not have the default settings. Of several groups that differ in more than the recipe (training images,
-    backbone, colour mode) the one with the weightiest comparison is taken.
+    backbone, colour mode) the one with the weightiest comparison is taken; the rest are its `others`.
     """
     trained = [entry for entry in found if entry.run.comparison]
     trials = {trial.key for tuning in tunings for trial in tuning.trials}
@@ -239,12 +241,12 @@ def select(found: Sequence[Entry], tunings: Sequence[Tuning]) -> Runs:
         and (entry.run.suite, entry.evaluation.data_set) not in validation
     ]
     defaults, left_out = _default_variants(kept)
-    all_blocks = blocks(defaults)
-    chosen = all_blocks[0].identity("recipe", "device") if all_blocks else ""
-    return Runs(
-        tuple(block for block in all_blocks if block.identity("recipe", "device") == chosen), tuple(tunings),
-        tuple(left_out), any(_smoke(entry.run) for entry in trained),
-    )  # fmt: skip
+    groups: dict[str, list[ComparedRuns]] = {}
+    for block in blocks(defaults):
+        groups.setdefault(block.identity("recipe", "device"), []).append(block)
+    chosen, *others = [tuple(group) for group in groups.values()] or [()]
+    smoke = any(_smoke(entry.run) for entry in trained)
+    return Runs(chosen, tuple(tunings), tuple(left_out), smoke, tuple(Runs(group) for group in others))
 
 
 def _smoke(run: Run) -> bool:

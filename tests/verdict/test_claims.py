@@ -205,6 +205,25 @@ def test_each_task_of_the_paper_needs_runs_of_its_own_protocol(tmp_path: Path) -
     assert len(claims(*load([tmp_path / "denoise", tmp_path / "deblur"]), "blur-rgb8-ssim3d")) == 6
 
 
+def test_other_images_and_backbones_of_the_task_are_told_beside_a_verdict_and_no_part_of_it(tmp_path: Path) -> None:
+    """One verdict was printed alone while gray pictures, in the same folders, said the contrary."""
+    alone = page(everything(tmp_path / "runs", GOOD))[2].parts[0]
+    contrary = GOOD | {"kit": -0.5}
+    runs(tmp_path / "gray", contrary, mode="gray", data_set="Set_G")
+    wide = QUICK.model_copy(update={"backbone": QUICK.backbone.model_copy(update={"width": 32})})
+    runs(tmp_path / "wide", contrary, range(1), of=wide)
+    [reach] = page(*(tmp_path / name for name in ("runs", "gray", "wide")))[2].parts
+    assert (reach.verdict, reach.runs, reach.facts[: len(alone.facts)]) == (alone.verdict, alone.runs, alone.facts)
+    other, gray = reach.facts[len(alone.facts) :]
+    start = "elsewhere, no part of this verdict: denoising, "
+    assert re.fullmatch(
+        start + r"gray images \(Set_G\), one recipe, .* steps: kit - local -0\.7\d\d dB, p .*, 5 seeds", gray
+    )
+    assert re.fullmatch(
+        start + r"another backbone \(Set_A\), one recipe, .* steps: kit - local -0\.7\d\d dB, 1 seed", other
+    )
+
+
 def test_only_a_long_recipe_speaks_of_the_state_of_the_art(tmp_path: Path) -> None:
     short = page(everything(tmp_path / "short", GOOD))[5].parts[0]
     assert short.words == "not decided: 3,000 steps of training say nothing of the state of the art"
