@@ -217,10 +217,10 @@ def test_other_images_and_backbones_of_the_task_are_told_beside_a_verdict_and_no
     other, gray = reach.facts[len(alone.facts) :]
     start = "elsewhere, no part of this verdict: denoising, "
     assert re.fullmatch(
-        start + r"gray images \(Set_G\), one recipe, .* steps: kit - local -0\.7\d\d dB, p .*, 5 seeds", gray
+        start + r"gray images \(Set_G\), one recipe, .* steps: kit - local -0\.[67]\d\d dB, p .*, 5 seeds", gray
     )
     assert re.fullmatch(
-        start + r"another backbone \(Set_A\), one recipe, .* steps: kit - local -0\.7\d\d dB, 1 seed", other
+        start + r"another backbone \(Set_A\), one recipe, .* steps: kit - local -0\.[67]\d\d dB, 1 seed", other
     )
 
 
