@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 from rich.console import Console
 
@@ -29,10 +29,10 @@ from kitbench.runs.work import CellWork, begin, record_of
 from kitbench.runs.workers import worker_devices
 from kitbench.spec.suite import Suite
 from kitbench.store.folder import RunFolder, RunLocked
-from kitbench.store.records import now
+from kitbench.store.records import Owner, now
 from kitbench.system.environment import how_to_go_on
 from kitbench.system.interrupt import GRACE, Stop, interruptible
-from kitbench.system.processes import joined
+from kitbench.system.processes import World, joined
 
 
 def run_suite(suite: Suite, options: Options, console: Console) -> tuple[list[RunFolder], list[str]]:
@@ -102,7 +102,7 @@ def run_here(
         work = CellWork(prepared, cell, probes.get(cell.method), CellReporter(display, cell), stop)
         clock = time.monotonic()
         try:
-            message = failed_meanwhile(folder, begun) if cell in held else None
+            message = prepared.world.agree(failed_meanwhile(folder, begun)) if cell in held else None
             if message is None:
                 run_cell(work)
                 display.finished(cell, time.monotonic() - clock)
@@ -112,8 +112,6 @@ def run_here(
         except Interrupted:
             raise
         except RunLocked as error:
-            if not alone:
-                raise
             if cell not in held:
                 display.say(cell, f"waits: {error}")
             held.add(cell)
@@ -121,8 +119,11 @@ def run_here(
             if held.issuperset(queue):
                 time.sleep(0.5)
         except Exception as error:
+            if not alone and stop():  # its connection to a process that has left before it is lost
+                raise Interrupted(f"stopped in {cell.folder}; what was stored before is kept") from error
             # One run's failure (out of memory, a full disk, a damaged record) must not take the others with it.
-            sentence = record_failure(prepared, cell, error)
+            known = None if alone else failed_meanwhile(folder, begun)  # by the process whose end is this one's error
+            sentence = known or record_failure(prepared, cell, error)
             if not alone:  # the other processes may be waiting for this one: torchrun ends them
                 raise RunError(sentence) from error
             failed.append(sentence)
@@ -134,7 +135,7 @@ def run_cell(work: CellWork) -> None:
     """Train a cell from where it stands, do the evaluations that are missing, and finish it."""
     prepared, cell, folder = work.prepared, work.cell, work.folder
     first = prepared.world.first
-    with folder.lock() if first else nullcontext() as killed:
+    with _locked(prepared.world, folder) as killed:
         if killed:
             work.reporter.say(f"{killed} was killed; going on from what it stored")
         if first:
@@ -146,3 +147,19 @@ def run_cell(work: CellWork) -> None:
             score_cell(prepared, cell, restorer(prepared, cell), work.reporter, work.stop)
         if first:
             finish(prepared, cell)
+
+
+@contextmanager
+def _locked(world: World, folder: RunFolder) -> Iterator[Owner | None]:
+    """`folder.lock()` by the first process; all raise RunLocked where it does, so that none waits for it in vain."""
+    with ExitStack() as stack:
+        killed: Owner | None = None
+        locked: RunLocked | None = None
+        if world.first:
+            try:
+                killed = stack.enter_context(folder.lock())
+            except RunLocked as error:
+                locked = error
+        if (locked := world.agree(locked)) is not None:
+            raise locked
+        yield killed

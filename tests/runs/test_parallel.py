@@ -7,15 +7,19 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from torch import Tensor
 
 from kitbench.runs import cell
 from kitbench.spec import loading
+from kitbench.store.folder import RunFolder
 from kitbench.system.processes import World, pieces
 from tests.cli.test_cli import USERS_OWN, runs
 from tests.conftest import ROOT, TINY, run_kitbench
@@ -154,6 +158,75 @@ def test_under_torchrun_a_run_that_fails_is_tried_last_the_next_time(tmp_path: P
         assert "Warning" not in done.stderr
         found = {name for name, folder in runs(tmp_path / "results").items() if list((folder / "eval").glob("*.json"))}
         assert found - {"denoise-colour-input"} == complete
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """`kitbench run` of the tiny suite in two processes."""
+    (folder / "tiny.toml").write_text(TINY)
+    command = [*TORCHRUN, "--nproc-per-node", "2", "-m", "kitbench", "run", "--suite", "tiny.toml", *arguments]
+    environment = {k: v for k, v in os.environ.items() if k != "KITBENCH_DATA"} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def uneven(folder: Path, at_large: str) -> tuple[str, ...]:
+    """Options for two test images, of which the first process scores a large one while the other waits for it.
+
+    at_large: what the method does with the large one.
+    """
+    (folder / "pictures").mkdir()
+    for number, side in enumerate((300, 64)):
+        pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"pictures/{number}.png")
+    large = f"if x.shape[1] > 130 and type(x).__name__ == 'Tensor':\n            {at_large}\n        return self.gain"
+    (folder / "mine.py").write_text(USERS_OWN.replace("return self.gain", large))
+    settings = ("--set", "references=[]", "--set", "task.sigma_test=[15,25]")
+    return ("--method", "mine.py", "--test-set", "./pictures", *settings)
+
+
+def test_processes_that_a_signal_finds_at_different_places_stop_and_none_calls_it_a_failure(tmp_path: Path) -> None:
+    options = uneven(tmp_path, "open('large', 'w').close(); __import__('time').sleep(3)")
+    command = start(tmp_path, *options)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "large").is_file():
+        assert command.poll() is None, command.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)  # the other process waits for the first
+    command.terminate()
+    _, said = command.communicate(timeout=60)
+    assert "Connection" not in said
+    assert said.count("kitbench: stopped") == 2
+    assert not list(tmp_path.glob("results/*/failed.json"))
+    assert "1 stopped" in run_kitbench(tmp_path, "status", "results").stdout
+
+
+def test_the_failure_of_one_process_is_what_is_kept_not_the_lost_connection_of_the_other(tmp_path: Path) -> None:
+    _, said = start(tmp_path, *uneven(tmp_path, "raise KeyError('says this test')")).communicate(timeout=250)
+    assert "Connection" not in said
+    [failed] = tmp_path.glob("results/*/failed.json")
+    assert "says this test" in json.loads(failed.read_text())["message"]
+
+
+def test_a_run_that_another_command_works_on_is_waited_for_while_the_others_are_run(tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(TINY)
+    run_kitbench(tmp_path, "run", "--suite", "tiny.toml", "--out", "plain", "--set", "references=[]")
+    stored = runs(tmp_path / "plain")
+    held = RunFolder(tmp_path / "results" / stored["denoise-colour-kit-s0"].name)
+    with held.lock():
+        command = start(tmp_path, "--set", "references=[]")
+        others = tmp_path / "results" / stored["denoise-colour-conv-s0"].name / "eval"
+        deadline = time.monotonic() + 200
+        while not list(others.glob("*.json")):
+            assert command.poll() is None, command.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert sorted(path.name for path in held.path.iterdir()) == [".lock", ".owner"]
+    out, said = command.communicate(timeout=250)
+    assert command.returncode == 0, said
+    assert out.count("waits: ") == 1
+    assert runs(tmp_path / "results").keys() == stored.keys()
 
 
 @pytest.mark.parametrize(("count", "size"), [(6, 4), (16, 3), (4, 4), (7, 1), (0, 2)])
