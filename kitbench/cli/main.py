@@ -18,6 +18,9 @@ from kitbench.cli.group import Group
 from kitbench.cli.options import TRACEBACK, traceback_option
 from kitbench.errors import ExitCode, InputError, Interrupted, RunError, describe_error, is_disk_full, own_place
 
+SHARED = ("run", "tune")
+"""Commands whose work processes of torchrun share."""
+
 
 class Cli(Group):
     """Prints one sentence instead of a traceback, unless --traceback was given, and exits with the code of its kind."""
@@ -56,12 +59,18 @@ def _leave(context: click.Context, error: Exception, sentence: str, code: ExitCo
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Which attention should restore my images, and does k-NN attention do what its paper claims?
 
     Trains and evaluates KiT (k-NN local attention) against global, window and local attention under identical recipes.
     Exit codes: 0 fine, 1 a check failed, 2 usage or bad input, 3 failed or interrupted.
     """
+    if {"LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys() and context.invoked_subcommand not in SHARED:
+        raise InputError(
+            f"torchrun has started this process, but processes share the work of {' and '.join(SHARED)} alone; give "
+            f"`kitbench {context.invoked_subcommand}` without it."
+        )
 
 
 for command in (

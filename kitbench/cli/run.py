@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -27,6 +27,9 @@ from kitbench.cli.options import (
 )
 from kitbench.cli.output import make_console, show_tables, show_tracebacks, wants_traceback
 from kitbench.errors import ExitCode, InputError, RunError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @click.command()
@@ -94,11 +97,11 @@ def run(
     from kitbench.runs import plan, queue
     from kitbench.runs.prepare import Options
     from kitbench.runs.tune import tuned_suites
-    from kitbench.system.processes import started_by_torchrun
+    from kitbench.system.processes import leads, started_by_torchrun
 
     if launcher and started_by_torchrun():
         raise InputError("--launcher slurm starts processes of its own; give the same command without torchrun.")
-    options, console, again = Options(out, **given), make_console(), _again(context)
+    options, console, again = Options(out, **given), _console(), _again(context)
     parts = tuned_suites(resolved, out) if tuned else [resolved]
     if only:
         parts = [plan.restrict(parts, only)]
@@ -111,7 +114,17 @@ def run(
         console.print(f"{len(labels)} cells are to be run", highlight=False)
         commands.show(labels, again, console)
     else:
-        _run_here(parts, options, console, shown=not only)  # the table of a Slurm job would show one run
+        # The table of a Slurm job would show one run.
+        _run_here(parts, options, console, shown=not only and leads())
+
+
+def _console() -> Console:
+    """A console on which, of the processes that torchrun has started, the first alone prints."""
+    from kitbench.system.processes import leads
+
+    console = make_console()
+    console.quiet = not leads()
+    return console
 
 
 def _suite(
@@ -203,22 +216,23 @@ def tune(
     from kitbench.runs import tune as job
     from kitbench.runs.prepare import Options
     from kitbench.system.environment import how_to_go_on
+    from kitbench.system.processes import leads
     from kitbench.verdict.tuning import tuning_table
 
     resolved = _suite(suite, preset, overrides_of(overrides, train_set, test_set), method)
     search = job.Search(_rates(rates) or job.rate_grid(resolved.recipe.lr, 5), seed)
     options = Options(out, data, device, workers, None, jobs=jobs, gpus=gpus)
     if dry_run:
-        trials = job.planned_trials(resolved, options, search, make_console())
+        trials = job.planned_trials(resolved, options, search, _console())
         click.echo(f"{len(trials)} trials are to be run, and more where a method's best rate lies at the grid's edge")
         for rate, label in trials:
             click.echo(f"learning rate {rate:<10g}{label}")
         return
     try:
-        found = job.tune(resolved, options, search, make_console())
+        found = job.tune(resolved, options, search, _console())
     except RunError as error:
         raise RunError(f"{error}. {how_to_go_on()}") from error
-    for record in found:
+    for record in found if leads() else ():
         click.echo()
         click.echo(tuning_table(record))
         click.echo(f"wrote {out / job.record_name(resolved, record.mode)}")

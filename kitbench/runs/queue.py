@@ -38,8 +38,8 @@ from kitbench.system.processes import World, joined
 def run_suite(suite: Suite, options: Options, console: Console) -> tuple[list[RunFolder], list[str]]:
     """Run every cell of the suite that is not stored yet.
 
-    Returns the folders of all cells that are complete, and a sentence for each that failed. Raises InputError before
-    anything is written, and Interrupted (state saved) on Ctrl-C or SIGTERM.
+    Returns, in every process of torchrun, the folders of all complete cells, and a sentence for each that failed.
+    Raises InputError before anything is written, and Interrupted (state saved) on Ctrl-C or SIGTERM.
     """
     with joined() as world, interruptible(how_to_go_on) as stop:
         if not world.first:
@@ -66,7 +66,7 @@ def run_suite(suite: Suite, options: Options, console: Console) -> tuple[list[Ru
             else:
                 failed += run_here(prepared, work, probes, display, stop)
         complete = [prepared.folder(cell) for cell in prepared.cells if not prepared.unfinished(cell)]
-        return (complete, failed) if world.first else ([], [])
+        return world.agree((complete, failed))
 
 
 def planned_cells(suite: Suite, options: Options, console: Console) -> list[Cell]:

@@ -26,6 +26,7 @@ from kitbench.spec.suite import Data, SetNames, Source, Suite
 from kitbench.spec.tasks import Denoise
 from kitbench.store.folder import RunFolder
 from kitbench.store.records import Evaluation, Run, Trial, Tuning, read_record, shared_with_search
+from kitbench.system.processes import leads
 
 FACTOR = 2.0
 """Between two neighbouring rates of the grid."""
@@ -85,7 +86,8 @@ def tune(suite: Suite, options: Options, search: Search, console: Console) -> li
             trials=tuple(sorted(own, key=lambda trial: (trial.method, trial.lr))), best=best[mode],
             shared=shared[mode],
         )  # fmt: skip
-        RunFolder(options.out).write(record_name(suite, mode), record)
+        if leads():
+            RunFolder(options.out).write(record_name(suite, mode), record)
         records.append(record)
     return records
 

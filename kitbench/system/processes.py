@@ -6,6 +6,7 @@ takes the same decisions: those that depend on files are taken by the first proc
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import warnings
@@ -18,8 +19,12 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
+_TIMES = itertools.count()
+"""How often this process has joined others; as often as each of them."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,11 @@ def started_by_torchrun() -> bool:
     return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def leads() -> bool:
+    """Whether this process speaks for the command: the only one, or the first of those that torchrun has started."""
+    return not started_by_torchrun() or os.environ.get("RANK", "0") == "0"
+
+
 def own_gpus() -> int:
     """How many processes torchrun has started on this machine, where there is a GPU for each of them; else 0."""
     if not started_by_torchrun() or not torch.cuda.is_available():
@@ -119,6 +129,9 @@ def joined() -> Iterator[World]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # In float64 some weight gradients have another memory format than their parameters: a copy more, no other number.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
+    # A command may join several times, one suite after another: addresses of an earlier time must not be met again.
+    store, rank, size = next(rendezvous("env://"))
+    store = PrefixStore(f"kitbench-{next(_TIMES)}", store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", store=store, rank=rank, world_size=size)
     yield current()
     dist.destroy_process_group()  # not after an error: the others may be waiting, and torchrun ends them

@@ -160,14 +160,19 @@ def test_under_torchrun_a_run_that_fails_is_tried_last_the_next_time(tmp_path: P
         assert found - {"denoise-colour-input"} == complete
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """`kitbench run` of the tiny suite in two processes."""
+def started(folder: Path, *words: str) -> subprocess.Popen[str]:
+    """`torchrun WORDS` with two processes, in a folder that holds the tiny suite."""
     (folder / "tiny.toml").write_text(TINY)
-    command = [*TORCHRUN, "--nproc-per-node", "2", "-m", "kitbench", "run", "--suite", "tiny.toml", *arguments]
     environment = {k: v for k, v in os.environ.items() if k != "KITBENCH_DATA"} | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [*TORCHRUN, "--nproc-per-node", "2", *words],
+        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """`kitbench run` of the tiny suite in two processes."""
+    return started(folder, "-m", "kitbench", "run", "--suite", "tiny.toml", *arguments)
 
 
 def uneven(folder: Path, at_large: str) -> tuple[str, ...]:
@@ -227,6 +232,37 @@ def test_a_run_that_another_command_works_on_is_waited_for_while_the_others_are_
     assert command.returncode == 0, said
     assert out.count("waits: ") == 1
     assert runs(tmp_path / "results").keys() == stored.keys()
+
+
+def test_processes_join_for_one_suite_after_another_and_the_first_speaks_for_all(tmp_path: Path) -> None:
+    changes = ("--method", "conv", "--set", "recipe.steps=2", "--set", "recipe.warmup=0", "--rates", "1e-3,2e-3")
+    asked = ("tune", "--suite", "tiny.toml", "--set", "data.validation=skimage-validation", *changes)
+    out, said = started(tmp_path, "-m", "kitbench", *asked).communicate(timeout=250)
+    assert out.count("wrote results/tuning-tiny-only-colour-2.json") == 1, said
+    assert out.count("learning rate 0.001") == 1
+
+
+SCRIPT = """
+import kitbench
+
+for steps in (2, 3):
+    changed = {"recipe.steps": steps, "recipe.warmup": 0, "references": []}
+    table = kitbench.run("tiny.toml", methods=["conv"], settings=changed)
+    assert list(table["steps"]) == [steps]
+"""
+
+
+def test_a_script_may_run_one_suite_after_another_and_every_process_gets_the_table(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = started(tmp_path, "script.py")
+    _, said = command.communicate(timeout=250)
+    assert command.returncode == 0, said
+    assert "Warning" not in said
+
+
+def test_commands_whose_work_is_not_shared_are_refused_under_torchrun(tmp_path: Path) -> None:
+    done = run_kitbench(tmp_path, "status", ".", code=2, LOCAL_RANK="0", WORLD_SIZE="2", RANK="0")
+    assert "give `kitbench status` without it" in done.stderr
 
 
 @pytest.mark.parametrize(("count", "size"), [(6, 4), (16, 3), (4, 4), (7, 1), (0, 2)])
