@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -99,6 +101,8 @@ class RunOptions(TypedDict, total=False):
     gpus: str | None
 
 
+LEAST = {"workers": 0, "micro_batch": 1, "jobs": 1}
+"""The lowest number that the command takes for an option that is a number."""
 DEFAULTS: dict[str, Any] = {"data": None, "device": "auto", "workers": 0, "lpips_weights": None, "jobs": 1}
 
 
@@ -122,8 +126,7 @@ def run_from_python(
     Returns one row per run, test set, condition and protocol: the columns of `results_table`.
     Raises InputError before anything is written, and RunError where runs failed or were interrupted (state saved).
     """
-    if isinstance(methods, str):
-        raise InputError(f"methods is the text {methods!r}; give a list, as in methods=[{methods!r}].")
+    _check(methods, seeds, options)
     changed = [f"{key}={_toml(key, value)}" for key, value in (settings or {}).items()]
     names = [str(method) for method in methods]
     resolved = load_suite(suite, preset, changed, names, seeds, method_kinds() if names else {})
@@ -132,11 +135,6 @@ def run_from_python(
     from kitbench.runs.prepare import Options
     from kitbench.runs.queue import run_suite
 
-    unknown = options.keys() - RunOptions.__annotations__.keys()
-    if unknown:
-        raise InputError(
-            f"run has no option {', '.join(sorted(unknown))}; known: {', '.join(RunOptions.__annotations__)}."
-        )
     chosen: dict[str, Any] = DEFAULTS | options
     chosen["data"] = None if chosen["data"] is None else Path(chosen["data"])
     words = ["run", "--suite", suite, *(["--preset", preset] if preset else [])]
@@ -150,6 +148,30 @@ def run_from_python(
     if failed:
         raise RunError(f"{len(failed)} of the suite's runs failed: " + "; ".join(failed))
     return _table(complete, None, per_image=False)
+
+
+def _check(methods: object, seeds: object, options: Mapping[str, Any]) -> None:
+    """Raises InputError for what Python lets pass where the command line would refuse it, and in another thread than
+    the main one, in which nobody can wait for Ctrl-C.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise InputError(
+            f"kitbench.run was called in the thread {threading.current_thread().name!r}, where it could not answer "
+            f"Ctrl-C; call it in the main thread, or in a process of its own."
+        )
+    if isinstance(methods, str):
+        raise InputError(f"methods is the text {methods!r}; give a list, as in methods=[{methods!r}].")
+    if not isinstance(seeds, Iterable):
+        raise InputError(f"seeds is {seeds!r}; give a list, as in seeds=[{seeds!r}].")
+    unknown = options.keys() - RunOptions.__annotations__.keys()
+    if unknown:
+        raise InputError(
+            f"run has no option {', '.join(sorted(unknown))}; known: {', '.join(RunOptions.__annotations__)}."
+        )
+    for name, least in LEAST.items():
+        found = options.get(name)
+        if found is not None and (not isinstance(found, Integral) or int(found) < least):
+            raise InputError(f"{name} is {found!r}; give a whole number that is {least} or more.")
 
 
 def _toml(key: str, value: Any) -> str:

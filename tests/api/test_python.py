@@ -7,6 +7,7 @@ import math
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +202,12 @@ def test_a_run_that_is_not_understood_is_refused_before_anything_is_written(tmp_
         ({"methods": ["kitt"]}, "has no method 'kitt'"),
         ({"job": 2}, "run has no option job; known: data, device"),
         ({"methods": "conv"}, r"methods is the text 'conv'; give a list, as in methods=\['conv'\]"),
+        ({"seeds": 3}, r"seeds is 3; give a list, as in seeds=\[3\]"),
+        ({"jobs": 0}, "jobs is 0; give a whole number that is 1 or more"),
+        ({"jobs": "2"}, "jobs is '2'; give a whole number"),
+        ({"workers": -1}, "workers is -1; give a whole number that is 0 or more"),
+        ({"workers": 1.5}, "workers is 1.5; give a whole number"),
+        ({"micro_batch": 0}, "micro_batch is 0; give a whole number that is 1 or more"),
         ({"settings": {"recipe.steps": np.int64(0)}}, "recipe.steps is 0"),
         ({"settings": {"recipe.lr": np.ones(2)}}, r"settings\['recipe.lr'\] is .*; give text, a number, True or"),
         ({"settings": {"recipe": {"steps": 3}}}, r"settings\['recipe'\] is {'steps': 3}; give text"),
@@ -208,6 +215,12 @@ def test_a_run_that_is_not_understood_is_refused_before_anything_is_written(tmp_
     ):
         with pytest.raises(InputError, match=sentence):
             kitbench.run("denoise", preset="smoke", out=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_in_another_thread_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1, "mine") as threads, pytest.raises(InputError, match="in the thread 'mine_0', where it"):
+        threads.submit(kitbench.run, "denoise", preset="smoke", out=tmp_path / "out").result()
     assert not (tmp_path / "out").exists()
 
 
