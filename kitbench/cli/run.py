@@ -310,12 +310,17 @@ def reproduce(
     from kitbench.apply import reproduce as job
     from kitbench.runs.prepare import Options
     from kitbench.store.folder import find
+    from kitbench.system.environment import how_to_go_on
 
     runs, console, different = find(paths), make_console(), []
     for group in job.groups(runs):
         with job.folder_for(out) as place:
             options = Options(place, data, device, workers, None, jobs=jobs)
-            outcomes = job.reproduce(group, options, method_file, console)
+            try:
+                outcomes = job.reproduce(group, options, method_file, console)
+            except RunError as error:
+                lost = "The new runs are deleted; with --out FOLDER they are kept, and the same command goes on there"
+                raise RunError(f"{error}. {lost if out is None else how_to_go_on()}") from error
         for folder, outcome in zip(group, outcomes, strict=True):
             colour = {"bit-identical": "green", "different": "red"}.get(outcome.verdict)
             click.secho(f"{folder.path.name}: {outcome.verdict}: {outcome.why}", fg=colour)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from real_commands import RUN, Done, folder, kitbench
+from real_commands import RUN, SUITE, Done, folder, kitbench
 
 from kitbench.apply.reproduce import compare_runs
 from kitbench.store.folder import RunFolder
@@ -62,6 +66,28 @@ def test_a_stored_run_made_again_is_bit_identical(
     before = sorted(path for path in finished.rglob("*") if "__pycache__" not in path.parts)
     assert f": bit-identical: {what}" in again(finished, name, *arguments).text.replace("\n", " ")
     assert sorted(path for path in finished.rglob("*") if "__pycache__" not in path.parts) == before
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_stopped_command_says_whether_it_can_go_on(kept: bool, tmp_path: Path) -> None:
+    with folder(SUITE.replace("steps = 24", "steps = 300")) as place:
+        assert kitbench(place, *RUN, "--set", "references=[]").code == 0
+        command = subprocess.Popen(
+            [sys.executable, "-m", "kitbench", "reproduce", "results", *(["--out", str(tmp_path / "kitbench-o")] * kept)],
+            cwd=place, env=os.environ | {"TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+        deadline = time.monotonic() + 100
+        while not list(tmp_path.glob("kitbench-*/*/progress.json")):
+            assert command.poll() is None, command.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        command.terminate()
+        _, said = command.communicate(timeout=60)
+    assert command.returncode == 3
+    assert ("Go on with the same command: python -m kitbench reproduce" in said) is kept
+    assert ("The new runs are deleted; with --out FOLDER they are kept" in said) is not kept
+    assert bool(list(tmp_path.glob("kitbench-*/*/checkpoint.safetensors"))) is kept
 
 
 def test_a_committed_reference_run_is_reproduced() -> None:
