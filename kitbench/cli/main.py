@@ -66,7 +66,8 @@ def cli(context: click.Context) -> None:
     Trains and evaluates KiT (k-NN local attention) against global, window and local attention under identical recipes.
     Exit codes: 0 fine, 1 a check failed, 2 usage or bad input, 3 failed or interrupted.
     """
-    if {"LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys() and context.invoked_subcommand not in SHARED:
+    several = "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    if several and context.invoked_subcommand not in SHARED:
         raise InputError(
             f"torchrun has started this process, but processes share the work of {' and '.join(SHARED)} alone; give "
             f"`kitbench {context.invoked_subcommand}` without it."
