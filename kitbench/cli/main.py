@@ -15,7 +15,7 @@ import click
 from kitbench import __version__
 from kitbench.cli import data, exchange, reach, results, run, scale, score
 from kitbench.cli.group import Group
-from kitbench.cli.options import TRACEBACK, traceback_option
+from kitbench.cli.options import TRACEBACK, shared_by_torchrun, traceback_option
 from kitbench.errors import ExitCode, InputError, Interrupted, RunError, describe_error, is_disk_full, own_place
 
 SHARED = ("run", "tune")
@@ -66,8 +66,7 @@ def cli(context: click.Context) -> None:
     Trains and evaluates KiT (k-NN local attention) against global, window and local attention under identical recipes.
     Exit codes: 0 fine, 1 a check failed, 2 usage or bad input, 3 failed or interrupted.
     """
-    several = "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
-    if several and context.invoked_subcommand not in SHARED:
+    if shared_by_torchrun() and context.invoked_subcommand not in SHARED:
         raise InputError(
             f"torchrun has started this process, but processes share the work of {' and '.join(SHARED)} alone; give "
             f"`kitbench {context.invoked_subcommand}` without it."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -178,3 +179,8 @@ def traceback_option() -> click.Option:
         ["--traceback"], is_flag=True, expose_value=False, callback=keep,
         help="Print the Python traceback of an error too.",
     )  # fmt: skip
+
+
+def shared_by_torchrun() -> bool:
+    """Whether torchrun has started this process and others beside it."""
+    return "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"

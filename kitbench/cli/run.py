@@ -24,6 +24,7 @@ from kitbench.cli.options import (
     TEST_SET,
     TRAIN_SET,
     overrides_of,
+    shared_by_torchrun,
 )
 from kitbench.cli.output import make_console, show_tables, show_tracebacks, wants_traceback
 from kitbench.errors import ExitCode, InputError, RunError
@@ -101,6 +102,7 @@ def run(
 
     if launcher and started_by_torchrun():
         raise InputError("--launcher slurm starts processes of its own; give the same command without torchrun.")
+    _check_spread(given["jobs"], given["gpus"])
     options, console, again = Options(out, **given), _console(), _again(context)
     parts = tuned_suites(resolved, out) if tuned else [resolved]
     if only:
@@ -116,6 +118,16 @@ def run(
     else:
         # The table of a Slurm job would show one run.
         _run_here(parts, options, console, shown=not only and leads())
+
+
+def _check_spread(jobs: int | None, gpus: str | None) -> None:
+    """Raises InputError where processes of torchrun share each run, and several runs at a time are asked for too."""
+    for name, value, silent in (("--jobs", jobs, (None, 1)), ("--gpus", gpus, (None,))):
+        if shared_by_torchrun() and value not in silent:
+            raise InputError(
+                f"{name} {value} spreads runs over processes of their own, but torchrun has started some that share "
+                f"each run; leave out {name}, or give the command without torchrun."
+            )
 
 
 def _console() -> Console:
@@ -221,6 +233,7 @@ def tune(
 
     resolved = _suite(suite, preset, overrides_of(overrides, train_set, test_set), method)
     search = job.Search(_rates(rates) or job.rate_grid(resolved.recipe.lr, 5), seed)
+    _check_spread(jobs, gpus)
     options = Options(out, data, device, workers, None, jobs=jobs, gpus=gpus)
     if dry_run:
         trials = job.planned_trials(resolved, options, search, _console())

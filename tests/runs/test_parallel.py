@@ -263,6 +263,18 @@ def test_a_script_may_run_one_suite_after_another_and_every_process_gets_the_tab
 def test_commands_whose_work_is_not_shared_are_refused_under_torchrun(tmp_path: Path) -> None:
     done = run_kitbench(tmp_path, "status", ".", code=2, LOCAL_RANK="0", WORLD_SIZE="2", RANK="0")
     assert "give `kitbench status` without it" in done.stderr
+    done = run_kitbench(tmp_path, "status", ".", code=2, LOCAL_RANK="0", WORLD_SIZE="1", RANK="0")
+    assert "torchrun" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "tune"])
+@pytest.mark.parametrize("option", [("--jobs", "2"), ("--gpus", "0,1")])
+def test_what_spreads_runs_over_processes_is_refused_where_processes_share_each_run(
+    command: str, option: tuple[str, str], tmp_path: Path
+) -> None:
+    asked = (command, "--suite", "denoise", "--preset", "smoke", *option)
+    done = run_kitbench(tmp_path, *asked, code=2, LOCAL_RANK="0", WORLD_SIZE="2", RANK="0")
+    assert f"leave out {option[0]}, or give the command without torchrun" in done.stderr
 
 
 @pytest.mark.parametrize(("count", "size"), [(6, 4), (16, 3), (4, 4), (7, 1), (0, 2)])
