@@ -260,19 +260,18 @@ def choose_sets(suite: Suite, root: Path | None) -> tuple[dict[Mode, SetNames], 
     absent: dict[str, str] = {}
     chosen: dict[Mode, SetNames] = {}
     for mode, sets in named.items():
-        # Clean images will do to train for any task; pairs have inputs of their own.
         for name in (*sets.train, *sets.test, *sets.validation):
-            if mode == "colour" and not card_of_set(name).colour:
+            card = card_of_set(name)
+            if mode == "colour" and not card.colour:
                 raise InputError(
                     f"Data set {name} is gray and cannot be used in mode 'colour'; choose a colour set, or run gray "
                     "alone with --set data.modes=gray."
                 )
-        paired = (name for name in (*sets.train, *sets.validation) if card_of_set(name).pairs)
-        for name in (*sets.test, *paired):
-            if suite.task.kind not in card_of_set(name).tasks:
+            # Clean images will do for any task, degraded by the task's own model; pairs have inputs of their own.
+            if card.pairs and suite.task.kind not in card.tasks:
                 raise InputError(
-                    f"Data set {name} is made for {' and '.join(card_of_set(name).tasks)}, the suite's task is "
-                    f"{suite.task.kind}; choose another set."
+                    f"Data set {name} is made for {' and '.join(card.tasks)}, the suite's task is {suite.task.kind}; "
+                    "choose another set."
                 )
         there = {}
         for part in ("test", "validation"):

@@ -182,7 +182,8 @@ def _of_search(evaluation: Evaluation, trial: Suite, mode: Mode) -> bool:
     """Whether an evaluation belongs to this search: its folder may hold those of other validation sets."""
     sigmas = trial.task.sigma_test if isinstance(trial.task, Denoise) else (None,)
     sets: SetNames = getattr(trial.data.folder, mode)
-    return evaluation.data_set in sets.test and evaluation.sigma in sigmas and evaluation.stamp == trial.protocol.stamp
+    protocol = sets.protocol or trial.protocol
+    return evaluation.data_set in sets.test and evaluation.sigma in sigmas and evaluation.stamp == protocol.stamp
 
 
 def _source(suite: Suite, options: Options) -> dict[Mode, SetNames]:

@@ -18,8 +18,9 @@ from kitbench.errors import InputError, RunError
 from kitbench.model.methods import load_method
 from kitbench.runs import tune
 from kitbench.runs.cell import decisive
-from kitbench.runs.prepare import Options
+from kitbench.runs.prepare import Options, choose_sets
 from kitbench.spec import loading
+from kitbench.spec.shipped import suite_names
 from kitbench.spec.suite import Suite
 from kitbench.store.records import Tuning, read_record
 from kitbench.verdict.tuning import tuning_caption
@@ -171,7 +172,8 @@ def test_the_commands_plan_search_and_use_what_they_found(kitbench: Kitbench, tm
     for folder, photograph in (("tested", photographs.astronaut()), ("validated", photographs.chelsea())):
         (tmp_path / folder).mkdir()
         Image.fromarray(photograph[100:164, 200:264]).save(tmp_path / folder / "a.png")
-    sets = 'test = ["./tested/"], validation = ["./validated/"]'
+    # The mode has a protocol of its own, as the gray images of `deblur` have.
+    sets = 'test = ["./tested/"], validation = ["./validated/"], protocol = "awgn8-seed0"'
     (tmp_path / "tiny.toml").write_text(TINY.replace('test = ["skimage-test"]', sets))
     recipe = ("--suite", "tiny.toml", "--method", "conv", "--set", "recipe.steps=3")
     search = ("tune", *recipe, "--rates", "1e-3,2e-3")
@@ -188,3 +190,13 @@ def test_the_commands_plan_search_and_use_what_they_found(kitbench: Kitbench, tm
     kitbench("run", *recipe, "--tuned")
     [run] = (tmp_path / "results").glob("*-conv-s0-*/run.json")
     assert json.loads(run.read_text())["recipe"]["lr"] == record.best["conv"]
+
+
+@pytest.mark.parametrize("name", suite_names())
+def test_the_validation_images_of_a_shipped_suite_will_do_for_its_trials(tmp_path: Path, name: str) -> None:
+    """They are clean photographs, which the model of the suite's own task degrades."""
+    (tmp_path / "BSDS500").mkdir()
+    suite = loading.load_suite(name)
+    sets = tune._source(suite, Options(tmp_path, tmp_path, "cpu", 0, None))
+    names, _ = choose_sets(tune.trial_suite(suite, sets, 1e-3, 1000), tmp_path)
+    assert {mode: chosen.test for mode, chosen in names.items()} == {mode: own.validation for mode, own in sets.items()}
