@@ -19,7 +19,7 @@ import kitbench
 from kitbench.errors import InputError
 from kitbench.spec.suite import Recipe
 from kitbench.store.records import Environment, Numerics
-from kitbench.system.processes import own_gpus
+from kitbench.system.processes import own_gpus, started_by_torchrun
 
 _PACKAGES = ("torch", "numpy", "scipy", "scikit-image", "opencv-python-headless", "pillow", "pandas", "fvcore", "lpips")
 
@@ -118,8 +118,12 @@ def numerics(source: dict[str, str]) -> Numerics:
 
 
 def command_line() -> str:
-    """The command that was given, as one would type it."""
-    return shlex.join(["python", "-m", "kitbench", *sys.argv[1:]])
+    """The command that was given, as one would type it; of several machines' torchrun without their rendezvous."""
+    program = ["python"]
+    if started_by_torchrun():
+        several = [f"--nnodes={count}"] if (count := os.environ.get("GROUP_WORLD_SIZE", "1")) != "1" else []
+        program = ["torchrun", *several, f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', '1')}"]
+    return shlex.join([*program, "-m", "kitbench", *sys.argv[1:]])
 
 
 def commit() -> str | None:

@@ -203,6 +203,7 @@ def test_processes_that_a_signal_finds_at_different_places_stop_and_none_calls_i
     _, said = command.communicate(timeout=60)
     assert "Connection" not in said
     assert said.count("kitbench: stopped") == 2
+    assert said.count("Go on with the same command: torchrun --nproc-per-node=2 -m kitbench run --suite tiny") == 2
     assert not list(tmp_path.glob("results/*/failed.json"))
     assert "1 stopped" in run_kitbench(tmp_path, "status", "results").stdout
 
