@@ -19,7 +19,7 @@ from kitbench.verdict.entries import scored_under
 from kitbench.verdict.page.report import report
 from kitbench.verdict.render import render
 from kitbench.verdict.rows import rows
-from tests.stored import store
+from tests.stored import rewrite, store
 
 
 def test_rows_are_means_over_images_and_seeds(tmp_path: Path) -> None:
@@ -136,6 +136,26 @@ def test_a_block_of_references_is_titled_by_its_own_mode(tmp_path: Path) -> None
         file.write_text(json.dumps(record | {"mode": mode, "key": mode}))
     text = render(find([tmp_path / "gray", tmp_path / "colour"]), "markdown")
     assert re.findall(r"denoise, (\w+): training-free methods", text) == ["colour", "gray"]
+
+
+def test_references_stand_beside_trained_rows_in_their_columns_alone_with_what_differs_there(tmp_path: Path) -> None:
+    """A folder of each set: the reference was scored in both, once by the torch of the one and once by another."""
+    for out, torch, data_set, lr in (("a", "2", "Set_A", 1e-3), ("b", "3", "Set_B", 1e-4)):
+        for method in ("kit", "window"):
+            folder = store(tmp_path / out, method, 30.0, lr=lr, data_set=data_set)
+            rewrite(
+                folder.path / "run.json", lambda raw, torch=torch: raw["environment"]["versions"].update(torch=torch)
+            )
+    for data_set in ("Set_A", "Set_B", "Set_C"):
+        store(tmp_path / "b", "input", 20.0, seed=None, data_set=data_set)
+    text = render(find([tmp_path / "a", tmp_path / "b"]), "markdown")
+    blocks = text.split("**denoise, ")[1:]
+    of_set = {name: next(block for block in blocks if f"{name} " in block) for name in ("Set_A", "Set_B", "Set_C")}
+    assert [name for name in of_set for other in of_set if other != name and other in of_set[name]] == []
+    assert ["n/a / n/a" in block for block in blocks] == [False] * 3
+    assert "Runs of input were made differently from most: torch 2 instead of 3." in of_set["Set_B"]
+    assert "¶" not in of_set["Set_A"]
+    assert "training-free methods" in of_set["Set_C"]
 
 
 def test_rows_of_two_protocols_are_refused_until_one_is_chosen(tmp_path: Path) -> None:

@@ -31,8 +31,7 @@ from kitbench.verdict.layout import caption_of, detects, layout_of
 from kitbench.verdict.page import pictures
 from kitbench.verdict.page.figures import Figure, curves_of, galleries_of, ladder_of, pictures_of, scaling, tuning_of
 from kitbench.verdict.page.tables import Grid, ablation, differences_of, table_cell, table_of
-from kitbench.verdict.render import split
-from kitbench.verdict.rows import rows
+from kitbench.verdict.rows import rows, split
 
 
 def report(
