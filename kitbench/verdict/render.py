@@ -44,7 +44,7 @@ def render(runs: Sequence[RunFolder], form: Format, protocol: str | None = None,
         if form == "csv":
             parts = ((own, True), (printed, False))
             return "".join(
-                part.to_csv(header=head, index=False, lineterminator="\n", float_format="%.6g") for part, head in parts
+                part.to_csv(header=head, index=False, lineterminator="\n", float_format="%.10g") for part, head in parts
             )
         records = [
             r for part in (own, printed) for r in json.loads(part.to_json(orient="records", double_precision=10))
@@ -180,8 +180,8 @@ def _broken(title: str) -> str:
 
 
 def _latex(caption: str, header: list[str], lines: list[list[str]], notes: list[str], aligned: str) -> str:
-    """A booktabs table; needs \\usepackage{booktabs} and \\usepackage{graphicx}."""
-    body = [" & ".join(line[:1] + [cell.replace("%", r"\%") for cell in line[1:]]) + r" \\" for line in lines]
+    """A booktabs table of escaped cells; needs \\usepackage{booktabs} and \\usepackage{graphicx}."""
+    body = [" & ".join(line) + r" \\" for line in lines]
     below = [rf"\par {{\footnotesize {_tex(note)}}}" for note in notes]
     return "\n".join(
         [

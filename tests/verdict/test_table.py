@@ -17,7 +17,7 @@ from kitbench.errors import InputError
 from kitbench.store.folder import find
 from kitbench.verdict.entries import scored_under
 from kitbench.verdict.page.report import report
-from kitbench.verdict.render import render
+from kitbench.verdict.render import _latex, render
 from kitbench.verdict.rows import rows
 from tests.stored import rewrite, store
 
@@ -235,6 +235,19 @@ def test_latex_is_escaped_and_balanced(tmp_path: Path) -> None:
     )
     body = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert {line.count(" & ") for line in body} == {columns}
+
+
+def test_a_per_cent_sign_is_escaped_once(tmp_path: Path) -> None:
+    r"""`\\%` would end the line, and comment out the rest of it."""
+    assert r"a & 50 \% \\" in _latex("", ["Method", "x"], [["a", r"50 \%"]], [], "lr").splitlines()
+
+
+def test_csv_has_every_digit_of_a_large_integer(tmp_path: Path) -> None:
+    folder = store(tmp_path, "kit", 30.0, peak=123_456_789)
+    rewrite(folder.path / "training.json", lambda raw: raw["cost"].update(parameters=26_134_567))
+    store(tmp_path, "input", 20.0, seed=None)  # pandas turns a column of integers with a gap into fractions
+    [row] = [row for row in csv.DictReader(io.StringIO(render(find([tmp_path]), "csv"))) if row["method"] == "kit"]
+    assert (row["parameters"], row["train_peak_bytes"]) == ("26134567", "123456789")
 
 
 def test_seconds_a_step_that_other_work_slowed_are_not_shown_but_named(tmp_path: Path) -> None:
