@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kitbench.cli.options import MARKDOWN_OUT, PATHS, PROTOCOL, FiniteRange, RunPath, form_of
-from kitbench.cli.output import give, one_run
+from kitbench.cli.output import check_failed, give, one_run
 from kitbench.errors import ExitCode, InputError
 
 if TYPE_CHECKING:
@@ -108,6 +108,8 @@ def check(
         if path is not None:
             write_atomic(path, data)
     failed = [line for line in lines if line.failed]
+    if failed:
+        check_failed()
     for line in failed:
         click.secho(f"FAILED {line}", fg="red")
     click.echo(f"{len(lines) - len(failed)} of {len(lines)} comparisons with {against} passed")

@@ -315,3 +315,10 @@ def test_a_closed_pipe_is_no_failed_check(tiny_runs: Path, tmp_path: Path, words
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode == 3
     assert done.stderr == ""
+
+
+def test_a_check_that_failed_says_so_in_its_exit_code_through_a_closed_pipe(tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_text("no picture")
+    command = f"set -o pipefail; {sys.executable} -m kitbench data check {tmp_path} | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
