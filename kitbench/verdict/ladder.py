@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from kitbench.spec.fields import digest
 from kitbench.store.records import Run
 from kitbench.verdict.claims import QUESTIONS
-from kitbench.verdict.compare import Compared, adjusted
-from kitbench.verdict.contrasts import ComparedRuns, compare_methods
+from kitbench.verdict.compare import Column, Compared, adjusted, compare
+from kitbench.verdict.contrasts import ComparedRuns
 from kitbench.verdict.sheets import Sheet
 
 
@@ -97,10 +97,7 @@ def _budget(block: ComparedRuns) -> tuple[int, int]:
 def _ladder(group: Sequence[ComparedRuns]) -> Ladder:
     methods = dict.fromkeys(method for block in group for method in block.methods)
     pairs = [(a, b) for a, b, _ in QUESTIONS.values()] + [(method, "conv") for method in methods if method != "conv"]
-    measured = {
-        pair: {_budget(block): c for block in group if (c := compare_methods(block, *pair)) is not None}
-        for pair in pairs
-    }
+    measured = {pair: _measured(group, *pair) for pair in pairs}
     places = [(pair, budget) for pair, rungs in measured.items() if len(rungs) > 1 for budget in rungs]
     corrected = dict(zip(places, adjusted([measured[pair][budget] for pair, budget in places]), strict=True))
     lines = tuple(
@@ -116,6 +113,23 @@ def _ladder(group: Sequence[ComparedRuns]) -> Ladder:
     )
     name = f"{run.suite}-{run.mode}-{run.recipe.batch}x{run.recipe.crop}-lr{run.recipe.lr:g}"
     return Ladder(name, title, lines, tuple(dict.fromkeys(note for block in group for note in block.unlike())))
+
+
+def _measured(group: Sequence[ComparedRuns], a: str, b: str) -> dict[tuple[int, int], Compared]:
+    """Method a minus method b by budget, on the same test sets at every budget: on others, a difference could be due to
+    the images. The budgets are as many as share a set."""
+    of = {_budget(block): (block.methods[a], block.methods[b]) for block in group if {a, b} <= block.methods.keys()}
+    budgets: dict[Column, set[tuple[int, int]]] = {}
+    for budget, (one, other) in of.items():
+        for column in one.keys() & other.keys():
+            budgets.setdefault(column, set()).add(budget)
+    most = max(budgets.values(), key=lambda own: (len(own), sorted(own)), default=set())
+    columns = [column for column, own in budgets.items() if most <= own]
+    compared = {
+        budget: compare(a, b, *({column: methods[column] for column in columns} for methods in of[budget]))
+        for budget in sorted(most)
+    }
+    return {budget: found for budget, found in compared.items() if found is not None}
 
 
 def ladder_sheet(ladder: Ladder) -> Sheet:
@@ -135,7 +149,7 @@ def ladder_sheet(ladder: Ladder) -> Sheet:
     tested = sum(c.p is not None for c in compared)
     reasons = "; ".join(dict.fromkeys(c.note for c in compared if c.note))
     notes = [
-        f"Mean over all test images{interval}; {seeds}, {images}.",
+        f"Mean over the test images that all budgets have{interval}; {seeds}, {images}.",
         f"The order is decided at 5 %, with Holm's correction over {tested} differences of this table; one interval is "
         "not corrected.",
         f"Not decided: {reasons}.",
