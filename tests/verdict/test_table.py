@@ -194,6 +194,15 @@ def test_runs_of_different_recipes_never_stand_in_one_block(tmp_path: Path) -> N
     assert text.count("**30.00**") == text.count("**35.00**") == 1
 
 
+def test_seeds_that_a_method_has_on_some_of_its_sets_alone_are_stated_with_these(tmp_path: Path) -> None:
+    for seed in (0, 1, 2):
+        store(tmp_path, "kit", 30.0, seed)
+        store(tmp_path, "kit", 30.0, seed, sigma=50)
+    store(tmp_path, "kit", 31.0, 1, data_set="Set_B")
+    assert "| 0,1,2; 1 on Set_B σ25 |" in render(find([tmp_path]), "markdown")
+    assert "0, 1, 2; 1 on Set_B σ25" in report(find([tmp_path]), [])
+
+
 def test_a_row_that_is_ranked_beside_no_other_is_not_the_best_of_its_column(tmp_path: Path) -> None:
     for seed in (0, 1):
         store(tmp_path, "kit", 30.0, seed)
