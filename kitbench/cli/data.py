@@ -186,6 +186,7 @@ def _presence(card: Any, present: bool) -> str:
 @DATA
 def list_(data: Path | None) -> None:
     """Show suites, methods, data sets (present or not), recipes and protocols."""
+    from rich.markup import escape
     from rich.table import Table
 
     from kitbench.data.cards import cards
@@ -215,7 +216,7 @@ def list_(data: Path | None) -> None:
     )
     where = {name: present(card, data) for name, card in cards().items()}
     show(
-        f"Data sets (data folder: {data or 'none; give one with --data or KITBENCH_DATA'})",
+        f"Data sets (data folder: {escape(str(data or 'none; give one with --data or KITBENCH_DATA'))})",
         ["name", "images", "present", "about"],
         [[n, str(c.count), _presence(c, where[n] is not None), c.title] for n, c in cards().items()],
     )

@@ -299,6 +299,11 @@ def test_list_shows_suites_methods_data_sets_and_recipes(kitbench: Kitbench, dat
     assert "Set12" in kitbench("list", "--data", str(data_root)).stdout
 
 
+def test_the_name_of_a_folder_is_no_markup(kitbench: Kitbench, tmp_path: Path) -> None:
+    (tmp_path / "[red]images").mkdir()
+    assert "data folder: [red]images)" in kitbench("list", "--data", "[red]images").stdout
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = "import sys; from kitbench.cli.main import cli; print(sorted({'torch', 'pandas', 'skimage', 'pydantic', 'cv2'} & set(sys.modules)))"
     assert (
