@@ -199,20 +199,25 @@ def with_correction(compared: Compared, p_holm: float, family: int) -> Compared:
 
 
 def equal_seeds(methods: Mapping[str, Columns]) -> list[str]:
-    """The methods that can be ranked: trained ones with the same seeds in every column.
+    """The methods that can be ranked: trained ones with the same seeds in every column that all of them have, or where
+    they share none, in every column.
 
     Where methods have several sets of seeds, the ranked ones are those of one set: a set of several seeds before a
     single seed, then the set that most methods have, then the larger one.
     """
-    by_seeds: dict[tuple[int, ...], list[str]] = {}
+    shared = sorted(set.intersection(*map(set, methods.values()))) if methods else []
+    by_seeds: dict[tuple[tuple[int, ...], ...], list[str]] = {}
     for method, columns in methods.items():
-        in_columns = {tuple(sorted(e.run.seed for e in group if e.run.seed is not None)) for group in columns.values()}
-        if len(in_columns) == 1 and (seeds := in_columns.pop()):
-            by_seeds.setdefault(seeds, []).append(method)
-    best = max(
-        by_seeds, default=None,
-        key=lambda seeds: (len(by_seeds[seeds]) > 1, len(seeds) > 1, len(by_seeds[seeds]), len(seeds), seeds),
-    )  # fmt: skip
+        groups = [columns[column] for column in shared] or list(columns.values())
+        seeds = tuple(tuple(sorted(e.run.seed for e in group if e.run.seed is not None)) for group in groups)
+        if all(seeds) and (shared or len(set(seeds)) == 1):
+            by_seeds.setdefault(seeds if shared else seeds[:1], []).append(method)
+
+    def order(seeds: tuple[tuple[int, ...], ...]) -> tuple[bool, bool, int, int, tuple[tuple[int, ...], ...]]:
+        most = max(map(len, seeds))
+        return len(by_seeds[seeds]) > 1, most > 1, len(by_seeds[seeds]), most, seeds
+
+    best = max(by_seeds, default=None, key=order)
     return [] if best is None else by_seeds[best]
 
 
@@ -234,7 +239,7 @@ def against_best(tables: Mapping[K, Mapping[str, Columns]]) -> dict[K, list[Comp
             with_correction(
                 Compared(
                     name, names[place], difference(found.values[number] - found.values[place]),
-                    _runs(found, tables[key][name], tables[key][names[place]]),
+                    _runs(found, tables[key][name], tables[key][names[place]]), left_out=found.left_out,
                 ),
                 float(p[number]), family,
             )

@@ -171,7 +171,8 @@ def _verdict(
     level = [c.a for c, _ in compared if not c.decided and c.p_holm is not None]
     undecided = [c for c, _ in compared if c.p_holm is None]
     alike = " with the same seeds" * (len(compared) + 1 < len(trained.methods))
-    sentences = [f"Over all test images, {best} has the highest mean PSNR of the trained methods{alike}."]
+    without = f", {compared[0][0].without}," if compared[0][0].without else ","
+    sentences = [f"Over all test images{without} {best} has the highest mean PSNR of the trained methods{alike}."]
     if worse:
         sentences.append(f"It is significantly better than {', '.join(worse)}.")
     if level:
