@@ -246,22 +246,27 @@ def _check_training(folder: RunFolder, run: Run) -> None:
 
 
 def _check_recipe(run: Run, name: str, known: Known) -> None:
-    """The recipe must be a shipped one of its name but for MAY_DIFFER, or that of a run that is here."""
+    """The recipe must be a shipped one of its name but for MAY_DIFFER, or that of a run that is here.
+
+    A refusal compares it with the nearest of these.
+    """
     if run.recipe is None or (found := decisive(run.recipe)) in known.recipes:
         return
     shipped = _shipped_recipes(run.recipe.name)
-    others = shipped or known.recipes
+    others: list[tuple[dict[str, Any], tuple[str, ...]]] = [(other, MAY_DIFFER) for other in shipped]
+    others += [(other, ()) for other in known.recipes]
     if not others:
         raise InputError(
             f"{name} was trained by recipe {run.recipe.name}, which neither kitbench nor a run here has; run a method "
             f"by it into this folder first."
         )
-    differing = [[k for k in dict.fromkeys([*other, *found]) if found.get(k) != other.get(k)] for other in others]
-    allowed = MAY_DIFFER if shipped else ()
-    parted = [[key for key in keys if key not in allowed] for keys in differing]
+    parted = [
+        [key for key in dict.fromkeys([*other, *found]) if found.get(key) != other.get(key) and key not in allowed]
+        for other, allowed in others
+    ]
     nearest = min(range(len(others)), key=lambda number: len(parted[number]))
     if parted[nearest]:
-        listed = "; ".join(f"{key} {found.get(key)}, here {others[nearest].get(key)}" for key in parted[nearest])
+        listed = "; ".join(f"{key} {found.get(key)}, here {others[nearest][0].get(key)}" for key in parted[nearest])
         raise InputError(
             f"{name} was trained by another recipe {run.recipe.name}: {listed}; run a method by that recipe into this "
             f"folder first, or ask its author for runs by yours."

@@ -40,8 +40,8 @@ def pictures_named(arguments: Sequence[Path]) -> tuple[list[Path], int, list[Pat
     """The pictures that the arguments name: files, folders (not their subfolders), and wildcards like `photos/*.jpg`.
 
     Of folders and wildcards two kinds of files are left out: pictures that an earlier call wrote, whose number is
-    returned second, and files that are no pictures, which are returned third. Raises InputError for an argument that
-    names no picture.
+    returned second, and files that are no pictures, which are returned third. A picture that is named twice counts
+    once. Raises InputError for an argument that names no picture.
     """
     found: list[Path] = []
     others: list[Path] = []
@@ -69,7 +69,7 @@ def pictures_named(arguments: Sequence[Path]) -> tuple[list[Path], int, list[Pat
         others += [
             path for path in named if not path.is_dir() and (path.suffix.lower() not in SUFFIXES or not path.is_file())
         ]
-    return found, left_out, others
+    return list({path.resolve(): path for path in reversed(found)}.values())[::-1], left_out, others
 
 
 def targets_of(images: Sequence[Path], out: Path | None, overwrite: bool, beside: bool = False) -> list[Path]:

@@ -31,6 +31,8 @@ SPACE = slice(16, 20)
 """Where an ICC profile names its colour space (ICC.1:2022, 7.2.8)."""
 EXTRA_SAMPLES, UNASSOCIATED = 338, 2
 """The tag of a TIFF that says what its alpha is, and its value for one that no colour was multiplied by."""
+CIELAB = (8, 9, 10)
+"""Colour spaces of a TIFF that OpenCV turns into another RGB than they mean: its grays come out yellowish."""
 UNREADABLE = (OSError, struct.error, ValueError, SyntaxError)
 """What Pillow and tifffile raise at a damaged file."""
 
@@ -73,7 +75,8 @@ def read_picture(path: Path) -> Picture:
 
 
 def _with_alpha(path: Path, data: bytes, image: np.ndarray) -> np.ndarray:
-    """A decoded picture with the alpha of a TIFF of 8 bits. Raises InputError for one of gray with another alpha.
+    """A decoded picture with the alpha of a TIFF of 8 bits. Raises InputError for one of gray with another alpha, and
+    for one in CIELAB.
 
     OpenCV drops the alpha of gray, and multiplies colours by an alpha that the file keeps apart from them.
     """
@@ -85,7 +88,10 @@ def _with_alpha(path: Path, data: bytes, image: np.ndarray) -> np.ndarray:
             picture.load()  # turns it upright; given a path, Pillow 13 would mix up the pixels of an uncompressed file
             return np.asarray(picture)[..., [2, 1, 0, 3] if picture.mode == "RGBA" else [0, 1]]
     with suppress(*UNREADABLE), tifffile.TiffFile(io.BytesIO(data)) as file:
-        if file.pages[0].aspage().samplesperpixel == 2:
+        page = file.pages[0].aspage()
+        if page.photometric in CIELAB:
+            raise InputError(f"{path} is a TIFF in CIELAB, whose colours are not read; convert it to RGB.")
+        if page.samplesperpixel == 2:
             raise InputError(f"{path} is a TIFF of gray with alpha that is not read; give a PNG, or leave out alpha.")
     return image
 

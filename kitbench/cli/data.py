@@ -11,7 +11,7 @@ import click
 
 from kitbench.cli.group import Group
 from kitbench.cli.options import DATA
-from kitbench.cli.output import make_console
+from kitbench.cli.output import check_failed, make_console
 from kitbench.errors import ExitCode, InputError, Interrupted
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def data_check(names: tuple[str, ...], data: Path | None) -> None:
         if folder is None:
             if names:
                 place = data or "any data folder: give one with --data"
+                check_failed()
                 click.secho(f"{card.name}: not in {place} (looked for {', '.join(card.folders)})", fg="red")
                 failed = True
             continue
@@ -101,6 +102,7 @@ def data_check(names: tuple[str, ...], data: Path | None) -> None:
         what = "pairs" if card.pairs else "images"
         proof = f"checksums of {card.checksum.removesuffix('s')}s" if card.sha256 else "number and size only"
         if problems:
+            check_failed()
             faults = f"{len(problems)} fault{'s' * (len(problems) > 1)}"
             click.secho(f"{card.name}: {faults} in {folder}", fg="red")
             click.echo("\n".join(f"  {problem}" for problem in problems))
@@ -184,6 +186,7 @@ def _presence(card: Any, present: bool) -> str:
 @DATA
 def list_(data: Path | None) -> None:
     """Show suites, methods, data sets (present or not), recipes and protocols."""
+    from rich.markup import escape
     from rich.table import Table
 
     from kitbench.data.cards import cards
@@ -213,7 +216,7 @@ def list_(data: Path | None) -> None:
     )
     where = {name: present(card, data) for name, card in cards().items()}
     show(
-        f"Data sets (data folder: {data or 'none; give one with --data or KITBENCH_DATA'})",
+        f"Data sets (data folder: {escape(str(data or 'none; give one with --data or KITBENCH_DATA'))})",
         ["name", "images", "present", "about"],
         [[n, str(c.count), _presence(c, where[n] is not None), c.title] for n, c in cards().items()],
     )

@@ -15,7 +15,7 @@ import click
 from kitbench import __version__
 from kitbench.cli import data, exchange, reach, results, run, scale, score
 from kitbench.cli.group import Group
-from kitbench.cli.options import TRACEBACK, shared_by_torchrun, traceback_option
+from kitbench.cli.options import CHECK, TRACEBACK, shared_by_torchrun, traceback_option
 from kitbench.errors import ExitCode, InputError, Interrupted, RunError, describe_error, is_disk_full, own_place
 
 SHARED = ("run", "tune")
@@ -32,7 +32,7 @@ class Cli(Group):
             raise  # click's own
         except BrokenPipeError:  # `| head`: to click this is 1, the code of a failed check
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails when it closes the pipe
-            ctx.exit(ExitCode.RUN_FAILED)
+            ctx.exit(ctx.meta.get(CHECK, ExitCode.RUN_FAILED))
         except InputError as error:
             _leave(ctx, error, str(error), ExitCode.BAD_INPUT)
         except RunError as error:

@@ -168,6 +168,9 @@ METHOD_FILE = click.option(
 TRACEBACK = "kitbench.traceback"
 """Key of click's `meta` under which it is kept whether tracebacks are wanted."""
 
+CHECK = "kitbench.check"
+"""Key of click's `meta` under which a check that failed keeps its exit code, though nobody may read what it prints."""
+
 
 def traceback_option() -> click.Option:
     """The option --traceback, which every command has."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kitbench.cli.options import TRACEBACK
-from kitbench.errors import InputError
+from kitbench.cli.options import CHECK, TRACEBACK
+from kitbench.errors import ExitCode, InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,6 +30,11 @@ def show_tables(complete: list[Any], stamps: list[str], out: Path, console: Cons
     for stamp in shown:
         again = shlex.join(["python", "-m", "kitbench", "table", str(out), "--protocol", stamp])
         click.echo(f"To print this table again: {again}")
+
+
+def check_failed() -> None:
+    """Decide the exit code before the failure is printed: it is that of a failed check in a closed pipe too."""
+    click.get_current_context().meta[CHECK] = ExitCode.CHECK_FAILED
 
 
 def wants_traceback() -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kitbench.cli.options import MARKDOWN_OUT, PATHS, PROTOCOL, FiniteRange, RunPath, form_of
-from kitbench.cli.output import give, one_run
+from kitbench.cli.output import check_failed, give, one_run
 from kitbench.errors import ExitCode, InputError
 
 if TYPE_CHECKING:
@@ -99,15 +99,13 @@ def check(
             (junit, regression.junit_error(str(error))),
             (summary, f"## kitbench check: not possible\n\n{error}\n".encode()),
         )
-        for path, data in said:
-            if path is not None:
-                write_atomic(path, data)
+        _write(*said)
         raise
     unlike = regression.made_differently(runs, stored)
-    for path, data in ((junit, regression.junit(lines)), (summary, regression.check_summary(lines, unlike).encode())):
-        if path is not None:
-            write_atomic(path, data)
+    _write((junit, regression.junit(lines)), (summary, regression.check_summary(lines, unlike).encode()))
     failed = [line for line in lines if line.failed]
+    if failed:
+        check_failed()
     for line in failed:
         click.secho(f"FAILED {line}", fg="red")
     click.echo(f"{len(lines) - len(failed)} of {len(lines)} comparisons with {against} passed")
@@ -120,6 +118,15 @@ def check(
         click.echo(f"not checked, because {against} has no such row: {', '.join(others)}")
     if failed:
         raise SystemExit(ExitCode.CHECK_FAILED)
+
+
+def _write(*files: tuple[Path | None, bytes]) -> None:
+    """Write those files that were asked for."""
+    from kitbench.store.files import write_atomic
+
+    for path, data in files:
+        if path is not None:
+            write_atomic(path, data)
 
 
 def _apart(against: Path, update: bool, *outputs: Path | None) -> None:

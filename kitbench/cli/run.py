@@ -26,7 +26,7 @@ from kitbench.cli.options import (
     overrides_of,
     shared_by_torchrun,
 )
-from kitbench.cli.output import make_console, show_tables, show_tracebacks, wants_traceback
+from kitbench.cli.output import check_failed, make_console, show_tables, show_tracebacks, wants_traceback
 from kitbench.errors import ExitCode, InputError, RunError
 
 if TYPE_CHECKING:
@@ -335,14 +335,15 @@ def reproduce(
                 lost = "The new runs are deleted; with --out FOLDER they are kept, and the same command goes on there"
                 raise RunError(f"{error}. {lost if out is None else how_to_go_on()}") from error
         for folder, outcome in zip(group, outcomes, strict=True):
+            if outcome.verdict == "different":
+                check_failed()
+                different.append(folder.path.name)
             colour = {"bit-identical": "green", "different": "red"}.get(outcome.verdict)
             click.secho(f"{folder.path.name}: {outcome.verdict}: {outcome.why}", fg=colour)
             for note in outcome.notes:
                 click.echo(f"  {note}")
             if outcome.verdict != "bit-identical":
                 click.echo(f"  the first thing that differs: {outcome.first or 'nothing that is recorded'}")
-            if outcome.verdict == "different":
-                different.append(folder.path.name)
     if different:
         click.echo(f"{len(different)} of {len(runs)} runs are different: {', '.join(different)}")
         raise SystemExit(ExitCode.CHECK_FAILED)

@@ -132,10 +132,10 @@ def write_results(found: Sequence[Result], path: Path) -> None:
     table = pd.DataFrame([row.model_dump() for row in found], columns=list(Result.model_fields))
     table = table.astype(dict.fromkeys(INTEGERS, "Int64"))
     table = table.astype(dict.fromkeys(_fractions(), "Float64"))
-    if path.suffix == ".csv":
+    if path.suffix.lower() == ".csv":
         replace_with(path, lambda temporary: table.to_csv(temporary, index=False, lineterminator="\n"))
         return
-    if path.suffix != ".parquet":
+    if path.suffix.lower() != ".parquet":
         raise InputError(f"{path} is not the name of a results file; give one that ends in .csv or .parquet.")
     _require_pyarrow()
     replace_with(path, lambda temporary: table.to_parquet(temporary, engine="pyarrow", index=False))
@@ -144,7 +144,7 @@ def write_results(found: Sequence[Result], path: Path) -> None:
 def read_results(path: Path) -> list[Result]:
     """The rows of a results file. Raises InputError where it is none, or has another version."""
     try:
-        rows = _parquet(path) if path.suffix == ".parquet" else _csv(path)
+        rows = _parquet(path) if path.suffix.lower() == ".parquet" else _csv(path)
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as a results file ({error}); give another file.") from error
     for number, row in enumerate(rows, 1):

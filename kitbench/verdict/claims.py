@@ -267,6 +267,7 @@ def in_words(compared: Compared) -> str:
             needed = seeds_to_find(found.spread, compared.family)
             more = f"takes {needed} seeds" if needed else f"is out of reach of {MOST_SEEDS} seeds"
             text += f"; to find a difference of {shown(abs(found.mean), 3)} dB {more}"
+    text += f"; {compared.without}" if compared.without else ""
     return text + (f" ({found.note})" if found.note else "")
 
 

@@ -11,7 +11,17 @@ from typing import TypeVar
 import numpy as np
 
 from kitbench.verdict.entries import Entry
-from kitbench.verdict.statistics import ALPHA, Array, Difference, detectable, difference, holm, testable, to_best
+from kitbench.verdict.statistics import (
+    ALPHA,
+    FEWEST_SEEDS,
+    Array,
+    Difference,
+    detectable,
+    difference,
+    holm,
+    testable,
+    to_best,
+)
 
 Column = tuple[str, str]
 """Data set and condition (`σ25`, or nothing)."""
@@ -66,6 +76,14 @@ class Compared:
     """The smallest true difference in dB that would be found with 80 % power after that correction."""
     family: int = 1
     """How many comparisons were corrected together: those with a p value."""
+    left_out: tuple[Column, ...] = ()
+    """As in `Scores`."""
+
+    @property
+    def without(self) -> str:
+        """What was left out, in words; empty where nothing was."""
+        names = ", ".join(map(heading, self.left_out))
+        return f"without {names}, which fewer than {FEWEST_SEEDS} of these seeds were scored on" if names else ""
 
     @property
     def decided(self) -> bool:
@@ -81,18 +99,24 @@ class Scores:
     seeds: tuple[int, ...]
     images: tuple[tuple[str, str], ...]
     """Data set and image, or scene."""
+    left_out: tuple[Column, ...] = ()
+    """Columns that all methods have, but on so few seeds that with them nothing could be decided."""
 
 
 def paired_scores(methods: Sequence[Columns]) -> Scores | None:
     """Scores of methods over the columns, seeds and images that all have; None where there are none.
 
+    All columns count, unless these share fewer than FEWEST_SEEDS seeds and some of them share more.
+
     The conditions (noise levels) of an image are averaged, because they are no independent images; so are the images of
     one scene (`SCENES`), in one set or in two (`SAME_SCENES`), which stand for one image. An image that any method
     restored exactly has no finite PSNR and is left out.
     """
-    columns = sorted(set.intersection(*(set(columns) for columns in methods)))
-    tables = [{column: _by_seed(of[column]) for column in columns} for of in methods]
-    seeds = sorted(set.intersection(*(set(t) for of in tables for t in of.values()))) if columns else []
+    shared = sorted(set.intersection(*(set(columns) for columns in methods)))
+    tables = [{column: _by_seed(of[column]) for column in shared} for of in methods]
+    columns, seeds = _columns_and_seeds(
+        {c: frozenset.intersection(*(frozenset(of[c]) for of in tables)) for c in shared}
+    )
     if not seeds:
         return None
     averaged: dict[tuple[str, str], list[Array]] = {}
@@ -107,7 +131,20 @@ def paired_scores(methods: Sequence[Columns]) -> Scores | None:
         if np.isfinite(mean).all():
             by_scene.setdefault((SAME_SCENES.get(data_set, data_set), scene(data_set, image)), []).append(mean)
     stacked = [np.mean(values, 0) for values in by_scene.values()]
-    return Scores(np.stack(stacked, -1), tuple(seeds), tuple(by_scene)) if stacked else None
+    left_out = tuple(column for column in shared if column not in columns)
+    return Scores(np.stack(stacked, -1), tuple(seeds), tuple(by_scene), left_out) if stacked else None
+
+
+def _columns_and_seeds(seeds_of: Mapping[Column, frozenset[int]]) -> tuple[list[Column], list[int]]:
+    """The columns and the seeds to compare over: as many columns as leave FEWEST_SEEDS seeds, else as many seeds as can
+    be, whatever the scores are.
+    """
+    if not seeds_of:
+        return [], []
+    known = {*seeds_of.values(), frozenset.intersection(*seeds_of.values())}
+    found = {seeds: [column for column, own in seeds_of.items() if seeds <= own] for seeds in known}
+    seeds = max(found, key=lambda one: (min(len(one), FEWEST_SEEDS), len(found[one]), len(one), sorted(one)))
+    return found[seeds], sorted(seeds)
 
 
 def scene(data_set: str, image: str) -> str:
@@ -138,7 +175,8 @@ def compare(a: str, b: str, left: Columns, right: Columns) -> Compared | None:
     scores = paired_scores([left, right])
     if scores is None:
         return None
-    return Compared(a, b, difference(scores.values[0] - scores.values[1]), _runs(scores, left, right))
+    found = difference(scores.values[0] - scores.values[1])
+    return Compared(a, b, found, _runs(scores, left, right), left_out=scores.left_out)
 
 
 def _runs(scores: Scores, *methods: Columns) -> tuple[str, ...]:
@@ -161,20 +199,25 @@ def with_correction(compared: Compared, p_holm: float, family: int) -> Compared:
 
 
 def equal_seeds(methods: Mapping[str, Columns]) -> list[str]:
-    """The methods that can be ranked: trained ones with the same seeds in every column.
+    """The methods that can be ranked: trained ones with the same seeds in every column that all of them have, or where
+    they share none, in every column.
 
     Where methods have several sets of seeds, the ranked ones are those of one set: a set of several seeds before a
     single seed, then the set that most methods have, then the larger one.
     """
-    by_seeds: dict[tuple[int, ...], list[str]] = {}
+    shared = sorted(set.intersection(*map(set, methods.values()))) if methods else []
+    by_seeds: dict[tuple[tuple[int, ...], ...], list[str]] = {}
     for method, columns in methods.items():
-        in_columns = {tuple(sorted(e.run.seed for e in group if e.run.seed is not None)) for group in columns.values()}
-        if len(in_columns) == 1 and (seeds := in_columns.pop()):
-            by_seeds.setdefault(seeds, []).append(method)
-    best = max(
-        by_seeds, default=None,
-        key=lambda seeds: (len(by_seeds[seeds]) > 1, len(seeds) > 1, len(by_seeds[seeds]), len(seeds), seeds),
-    )  # fmt: skip
+        groups = [columns[column] for column in shared] or list(columns.values())
+        seeds = tuple(tuple(sorted(e.run.seed for e in group if e.run.seed is not None)) for group in groups)
+        if all(seeds) and (shared or len(set(seeds)) == 1):
+            by_seeds.setdefault(seeds if shared else seeds[:1], []).append(method)
+
+    def order(seeds: tuple[tuple[int, ...], ...]) -> tuple[bool, bool, int, int, tuple[tuple[int, ...], ...]]:
+        most = max(map(len, seeds))
+        return len(by_seeds[seeds]) > 1, most > 1, len(by_seeds[seeds]), most, seeds
+
+    best = max(by_seeds, default=None, key=order)
     return [] if best is None else by_seeds[best]
 
 
@@ -196,7 +239,7 @@ def against_best(tables: Mapping[K, Mapping[str, Columns]]) -> dict[K, list[Comp
             with_correction(
                 Compared(
                     name, names[place], difference(found.values[number] - found.values[place]),
-                    _runs(found, tables[key][name], tables[key][names[place]]),
+                    _runs(found, tables[key][name], tables[key][names[place]]), left_out=found.left_out,
                 ),
                 float(p[number]), family,
             )

@@ -22,15 +22,13 @@ from kitbench.store.records import Run, Tuning, shared_with_search
 from kitbench.verdict.compare import Column, Compared, compare, paired_scores, with_correction
 from kitbench.verdict.entries import Entry, bare_label, labels
 from kitbench.verdict.provenance import unlike_notes
-from kitbench.verdict.statistics import ALPHA, holm
+from kitbench.verdict.statistics import ALPHA, FEWEST_SEEDS, holm
 
 Verdict = Literal["supported", "not supported", "depends on the learning rate", "not decided"]
 UNDECIDED: Verdict = "not decided"
 RateChoice = Literal["one recipe", "each at its own best rate"]
 ONE: RateChoice = "one recipe"
 OWN: RateChoice = "each at its own best rate"
-FEWEST_SEEDS = 3
-"""Of two, the p value rests on normally distributed seed effects alone."""
 SMOKE = "smoke"
 """The preset that only proves that everything works: its runs settle no claim."""
 K = TypeVar("K")

@@ -20,10 +20,12 @@ KINDS: tuple[Kind, ...] = ("data", "code", "setting", "device", "version", "flag
 
 @dataclass(frozen=True)
 class Scored:
-    """PSNR (dB) and SSIM, of an image or a mean over images."""
+    """PSNR (dB), SSIM and LPIPS, of an image or a mean over images."""
 
     psnr: float
     ssim: float
+    lpips: float | None = None
+    """None where an image has none."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ def _pair(a: object, b: object) -> str:
         there, absent = ("second", "first") if a is None else ("first", "second")
         return f"{_short(b if a is None else a)} in the {there} run, not stated in the {absent}"
     if isinstance(a, Scored) and isinstance(b, Scored):
-        return f"{_moved(a.psnr, b.psnr, 2)} dB, SSIM {_moved(a.ssim, b.ssim, 4)}"
+        text = f"{_moved(a.psnr, b.psnr, 2)} dB, SSIM {_moved(a.ssim, b.ssim, 4)}"
+        return text if a.lpips is None or b.lpips is None else f"{text}, LPIPS {_moved(a.lpips, b.lpips, 4)}"
     return _both(a, b)
 
 
@@ -144,14 +147,19 @@ def _scores(a: Evaluation, b: Evaluation) -> list[RunDifference]:
 def _mean(scores: Sequence[Score]) -> Scored:
     """Means of scores; an image that was restored exactly has infinite PSNR."""
     psnr = math.fsum(math.inf if score.psnr is None else score.psnr for score in scores) / len(scores)
-    return Scored(psnr, math.fsum(score.ssim for score in scores) / len(scores))
+    lpips = [score.lpips for score in scores if score.lpips is not None]
+    return Scored(
+        psnr, math.fsum(score.ssim for score in scores) / len(scores),
+        math.fsum(lpips) / len(lpips) if len(lpips) == len(scores) else None,
+    )  # fmt: skip
 
 
-def _distance(a: Score, b: Score) -> float:
-    """Of two PSNR values, dB; infinite where one alone is."""
-    if a.psnr is None or b.psnr is None:
-        return 0.0 if a.psnr == b.psnr else math.inf
-    return abs(a.psnr - b.psnr)
+def _distance(a: Score, b: Score) -> tuple[float, float, float]:
+    """Of two scores in PSNR, dB (infinite where one alone is), then in SSIM, then in LPIPS where both have it."""
+    known = None not in (a.psnr, b.psnr)
+    psnr = abs((a.psnr or 0) - (b.psnr or 0)) if known else 0.0 if a.psnr == b.psnr else math.inf
+    lpips = 0.0 if a.lpips is None or b.lpips is None else abs(a.lpips - b.lpips)
+    return psnr, abs(a.ssim - b.ssim), lpips
 
 
 def scores_differ(a: Score, b: Score) -> bool:

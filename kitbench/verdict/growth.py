@@ -82,7 +82,7 @@ def _exponents(
 
     verdict: of the ends of one interval.
     """
-    found = _curve(sweeps, method)
+    found = _curve(sweeps, method, quantities)
     fits: dict[str, Exponent] = {}
     if found is not None:
         every = {name: exponent(found[1], QUANTITIES[name]) for name in quantities}
@@ -110,15 +110,24 @@ def _sizes(points: Sequence[Point], quantity: str) -> str:
     return f"{len(sizes)} sizes from {sizes[0]} to {sizes[-1]} px"
 
 
-def _curve(sweeps: Sequence[Sweep], method: str) -> tuple[Sweep, list[Point]] | None:
-    """The longest inference curve of a method: of the attention alone, with the default settings, in any form."""
+def _curve(
+    sweeps: Sequence[Sweep], method: str, quantities: Sequence[str] = ("multiply-adds",)
+) -> tuple[Sweep, list[Point]] | None:
+    """The inference curve of a method, of the attention alone, with the default settings, in any form.
+
+    Of several, that which has the quantities at most sizes, then the longest.
+    """
     found = [
         (sweep, sweep.curve(label, "infer"))
         for sweep in sweeps
         for label, (name, settings) in sweep.methods.items()
         if name == method and settings.keys() <= {"form"} and sweep.scope == "attention"
     ]
-    return max(found, key=lambda pair: len(pair[1]), default=None)
+
+    def known(pair: tuple[Sweep, list[Point]]) -> tuple[int, int]:
+        return min(sum(QUANTITIES[name](p) is not None for p in pair[1]) for name in quantities), len(pair[1])
+
+    return max(found, key=known, default=None)
 
 
 def costly_part(sweeps: Sequence[Sweep]) -> Part:

@@ -7,15 +7,18 @@ learning.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from kitbench.spec.fields import digest
 from kitbench.store.records import Run
 from kitbench.verdict.claims import QUESTIONS
-from kitbench.verdict.compare import Compared, adjusted
-from kitbench.verdict.contrasts import ComparedRuns, compare_methods
+from kitbench.verdict.compare import Column, Columns, Compared, adjusted, compare
+from kitbench.verdict.contrasts import ComparedRuns
 from kitbench.verdict.sheets import Sheet
+
+_Budget = tuple[int, int]
+"""Steps, and steps of warm-up."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def _without_budget(run: Run) -> str:
     return digest({k: v for k, v in run.identity.items() if k not in left_out} | {"recipe": recipe})
 
 
-def _budget(block: ComparedRuns) -> tuple[int, int]:
+def _budget(block: ComparedRuns) -> _Budget:
     recipe = block.first.run.recipe
     assert recipe is not None
     return recipe.steps, recipe.warmup
@@ -97,10 +100,7 @@ def _budget(block: ComparedRuns) -> tuple[int, int]:
 def _ladder(group: Sequence[ComparedRuns]) -> Ladder:
     methods = dict.fromkeys(method for block in group for method in block.methods)
     pairs = [(a, b) for a, b, _ in QUESTIONS.values()] + [(method, "conv") for method in methods if method != "conv"]
-    measured = {
-        pair: {_budget(block): c for block in group if (c := compare_methods(block, *pair)) is not None}
-        for pair in pairs
-    }
+    measured = {pair: _measured(group, *pair) for pair in pairs}
     places = [(pair, budget) for pair, rungs in measured.items() if len(rungs) > 1 for budget in rungs]
     corrected = dict(zip(places, adjusted([measured[pair][budget] for pair, budget in places]), strict=True))
     lines = tuple(
@@ -116,6 +116,36 @@ def _ladder(group: Sequence[ComparedRuns]) -> Ladder:
     )
     name = f"{run.suite}-{run.mode}-{run.recipe.batch}x{run.recipe.crop}-lr{run.recipe.lr:g}"
     return Ladder(name, title, lines, tuple(dict.fromkeys(note for block in group for note in block.unlike())))
+
+
+def _measured(group: Sequence[ComparedRuns], a: str, b: str) -> dict[_Budget, Compared]:
+    """Method a minus method b by budget, on the same test sets at every budget: on others, a difference could be due to
+    the images. The budgets are as many as share a set."""
+    of = {_budget(block): (block.methods[a], block.methods[b]) for block in group if {a, b} <= block.methods.keys()}
+    budgets: dict[Column, set[_Budget]] = {}
+    for budget, (one, other) in of.items():
+        for column in one.keys() & other.keys():
+            budgets.setdefault(column, set()).add(budget)
+    most = max(budgets.values(), key=lambda own: (len(own), sorted(own)), default=set())
+    columns = [column for column, own in budgets.items() if most <= own]
+    found = _on(columns, of, sorted(most), (a, b))
+    # What has too few seeds at one budget is left out at all of them.
+    left_out = tuple(sorted({column for one in found.values() for column in one.left_out}))
+    if left_out:
+        found = _on([column for column in columns if column not in left_out], of, sorted(found), (a, b))
+    return {budget: replace(one, left_out=left_out) for budget, one in found.items()}
+
+
+def _on(
+    columns: Sequence[Column], of: Mapping[_Budget, tuple[Columns, Columns]], budgets: Sequence[_Budget],
+    names: tuple[str, str],
+) -> dict[_Budget, Compared]:  # fmt: skip
+    """The differences on these columns at these budgets, where there is something to pair."""
+    compared = {
+        budget: compare(*names, *({column: methods[column] for column in columns} for methods in of[budget]))
+        for budget in budgets
+    }
+    return {budget: one for budget, one in compared.items() if one is not None}
 
 
 def ladder_sheet(ladder: Ladder) -> Sheet:
@@ -135,12 +165,14 @@ def ladder_sheet(ladder: Ladder) -> Sheet:
     tested = sum(c.p is not None for c in compared)
     reasons = "; ".join(dict.fromkeys(c.note for c in compared if c.note))
     notes = [
-        f"Mean over all test images{interval}; {seeds}, {images}.",
+        f"Mean over the test images that all budgets have{interval}; {seeds}, {images}.",
         f"The order is decided at 5 %, with Holm's correction over {tested} differences of this table; one interval is "
         "not corrected.",
         f"Not decided: {reasons}.",
     ]
     chosen = [note for note, holds in zip(notes, (True, tested, reasons), strict=True) if holds]
+    left_out = dict.fromkeys((f"{line.a} - {line.b}", line.rungs[0].compared.without) for line in ladder.lines)
+    chosen += [f"{name}: {without}." for name, without in left_out if without]
     return Sheet(
         f"Budget ladder: {ladder.title}", ("Difference, dB", *heads, "Order"), tuple(lines), (*chosen, *ladder.unlike)
     )

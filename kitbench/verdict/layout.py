@@ -67,10 +67,9 @@ def layout_of(block: pd.DataFrame, caption: str) -> Layout:
     runs = {str(method): list(dict.fromkeys(",".join(own["runs"]).split(","))) for method, own in rows.items()}
     firsts = [own.iloc[0] for own in rows.values()]
     names = TableColumn("Method", tuple(TableValue(row_name(row), row_name(row)) for row in firsts))
-    return Layout(
-        caption, (names, *_score_columns(block, list(rows.values())), *_cost_columns(block, firsts)),
-        tuple(notes_of(block)), runs,
-    )  # fmt: skip
+    own = list(rows.values())
+    columns = (names, *_score_columns(block, own), *_cost_columns(block, firsts), *_origin_columns(own))
+    return Layout(caption, columns, tuple(notes_of(block)), runs)
 
 
 def _score_columns(block: pd.DataFrame, rows: list[pd.DataFrame]) -> Iterator[TableColumn]:
@@ -99,7 +98,7 @@ def _score(match: pd.DataFrame, metric: str, digits: int, best: tuple[str, str |
 
 
 def _cost_columns(block: pd.DataFrame, firsts: list[pd.Series]) -> Iterator[TableColumn]:
-    """The columns behind the scores. firsts: a row of each method."""
+    """What each method costs. firsts: a row of each."""
     resolution = block["resolution"].dropna()
     at = f" at {resolution.iloc[0]:.0f} px" if len(resolution) else ""
     yield TableColumn("Parameters", tuple(_amount(row["parameters"], 0) for row in firsts))
@@ -112,8 +111,20 @@ def _cost_columns(block: pd.DataFrame, firsts: list[pd.Series]) -> Iterator[Tabl
         _amount(None, 3, "‡") if slowed(row) else _amount(row["seconds_per_step"], 3) for row in firsts
     )  # fmt: skip
     yield TableColumn("s per step", tuple(steps))
-    for title, key in (("Seeds", "seeds"), ("Protocol", "protocol")):
-        yield TableColumn(title, tuple(TableValue(str(row[key]), str(row[key])) for row in firsts))
+
+
+def _origin_columns(rows: list[pd.DataFrame]) -> Iterator[TableColumn]:
+    yield TableColumn("Seeds", tuple(TableValue(seeds, seeds) for seeds in map(_seeds, rows)))
+    yield TableColumn("Protocol", tuple(TableValue(str(p), str(p)) for p in (own["protocol"].iloc[0] for own in rows)))
+
+
+def _seeds(own: pd.DataFrame) -> str:
+    """The seeds of a method: `0,1,2`, or `0,1,2; 0 on Set12 σ25` where it has others on some of its sets."""
+    on: dict[str, list[str]] = {}
+    for seeds, data_set, condition in zip(own["seeds"], own["data_set"], own["condition"], strict=True):
+        on.setdefault(str(seeds), []).append(heading((data_set, condition)))
+    usual, *others = sorted(on, key=lambda seeds: -len(on[seeds]))  # the first of equally frequent ones
+    return "; ".join([usual, *(f"{seeds} on {', '.join(on[seeds])}" for seeds in others)])
 
 
 def _amount(value: Any, digits: int, sign: str = "") -> TableValue:

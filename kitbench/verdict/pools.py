@@ -137,7 +137,8 @@ def _scores(group: Sequence[Entry]) -> dict[int, dict[str, float]]:
 
 def _sheet(caption: str, rows: Sequence[PoolRow], unlike: Sequence[str]) -> Sheet:
     sizes = sorted({size for row in rows for size in row.by_size}, key=by_width)
-    leaders = {size: max(round(row.mean(size), 2) for row in rows if size in row.by_size) for size in sizes}
+    means = {size: [round(row.mean(size), 2) for row in rows if size in row.by_size] for size in sizes}
+    leaders = {size: max(values) for size, values in means.items() if len(values) > 1}
     ranking = "**bold** is the best of a column"
     if len({row.seeds for row in rows}) > 1:
         leaders, ranking = {}, "no column is ranked, because the methods have different seeds"

@@ -11,8 +11,8 @@ from kitbench.spec.loading import load_suite
 from kitbench.spec.shipped import suite_names
 from kitbench.spec.suite import SetNames
 from kitbench.store.records import Run
-from kitbench.verdict.contrasts import FEWEST_SEEDS, ONE, OWN, SMOKE, ComparedRuns, Contrast, Runs
-from kitbench.verdict.statistics import FEWEST_IMAGES
+from kitbench.verdict.contrasts import ONE, OWN, SMOKE, ComparedRuns, Contrast, Runs
+from kitbench.verdict.statistics import FEWEST_IMAGES, FEWEST_SEEDS
 
 SEEDS = 5
 """Seeds that a first proposal asks for."""

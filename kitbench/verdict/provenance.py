@@ -39,8 +39,8 @@ class Deviation:
 
 
 def deviations(entries: Sequence[Entry], names: Mapping[tuple[str, str], str]) -> list[Deviation]:
-    """What differs among these entries from the value that most of them have, and who made imported runs; by run, in
-    order.
+    """What differs among these entries from the value that most of their runs have, and who made imported runs; by
+    run, in order. A run counts once, on however many sets it was scored.
 
     names: of the runs' rows, by the key and the method of the run. An attention's own source is compared with that of
     the same method alone. Another commit is no deviation where the digests of all source that decides numbers are
@@ -48,9 +48,8 @@ def deviations(entries: Sequence[Entry], names: Mapping[tuple[str, str], str]) -
     """
     facts = [(entry, _facts(entry, names[entry.run.key, entry.run.method])) for entry in entries]
     counted: dict[str, Counter[str]] = {}
-    for _, own in facts:
-        for what, value in own.items():
-            counted.setdefault(what, Counter())[value] += 1
+    for what, value, _ in {(what, value, entry.run.key): None for entry, own in facts for what, value in own.items()}:
+        counted.setdefault(what, Counter())[value] += 1
     usual = {what: min(values, key=lambda value: (-values[value], value)) for what, values in counted.items()}
     found = {}
     for entry, own in facts:

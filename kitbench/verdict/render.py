@@ -19,11 +19,10 @@ import pandas as pd
 from tabulate import tabulate
 
 from kitbench.store.folder import RunFolder
-from kitbench.store.records import Run
 from kitbench.verdict import published
-from kitbench.verdict.entries import Entry, entries
+from kitbench.verdict.entries import entries
 from kitbench.verdict.layout import Layout, TableColumn, TableValue, caption_of, layout_of
-from kitbench.verdict.rows import rows
+from kitbench.verdict.rows import rows, split
 
 Format = Literal["markdown", "latex", "csv", "json", "terminal"]
 NARROW = 100
@@ -45,7 +44,7 @@ def render(runs: Sequence[RunFolder], form: Format, protocol: str | None = None,
         if form == "csv":
             parts = ((own, True), (printed, False))
             return "".join(
-                part.to_csv(header=head, index=False, lineterminator="\n", float_format="%.6g") for part, head in parts
+                part.to_csv(header=head, index=False, lineterminator="\n", float_format="%.10g") for part, head in parts
             )
         records = [
             r for part in (own, printed) for r in json.loads(part.to_json(orient="records", double_precision=10))
@@ -59,15 +58,6 @@ def render(runs: Sequence[RunFolder], form: Format, protocol: str | None = None,
     if figures:
         blocks.append(_published(figures, form))
     return "\n".join(blocks)
-
-
-def split(table: pd.DataFrame, found: Sequence[Entry]) -> Iterator[tuple[pd.DataFrame, Run]]:
-    """The rows that may be compared, block by block, each with a run that shares what the block shares."""
-    described = {(entry.run.mode, entry.run.comparison[:10]): entry.run for entry in found}
-    for mode in dict.fromkeys(table["mode"]):
-        here = table[table["mode"] == mode]
-        for comparison in [name for name in dict.fromkeys(here["comparison"]) if name] or [""]:
-            yield here[here["comparison"].isin([comparison, ""])], described[mode, comparison]
 
 
 def _published(figures: list[list[str]], form: Format) -> str:
@@ -190,8 +180,8 @@ def _broken(title: str) -> str:
 
 
 def _latex(caption: str, header: list[str], lines: list[list[str]], notes: list[str], aligned: str) -> str:
-    """A booktabs table; needs \\usepackage{booktabs} and \\usepackage{graphicx}."""
-    body = [" & ".join(line[:1] + [cell.replace("%", r"\%") for cell in line[1:]]) + r" \\" for line in lines]
+    """A booktabs table of escaped cells; needs \\usepackage{booktabs} and \\usepackage{graphicx}."""
+    body = [" & ".join(line) + r" \\" for line in lines]
     below = [rf"\par {{\footnotesize {_tex(note)}}}" for note in notes]
     return "\n".join(
         [

@@ -7,13 +7,14 @@ comparison that have the same seeds are ranked; rows with other seeds, and refer
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
 from kitbench.store.folder import RunFolder
-from kitbench.verdict.compare import Columns, Compared, against_best, equal_seeds
+from kitbench.store.records import Run
+from kitbench.verdict.compare import Column, Columns, Compared, against_best, equal_seeds
 from kitbench.verdict.entries import Entry, entries, labels, mean_psnr, mean_ssim
 from kitbench.verdict.provenance import Deviation, deviation_text, deviations
 from kitbench.verdict.retrieval import noted
@@ -56,6 +57,47 @@ def rows(runs: Sequence[RunFolder], protocol: str | None = None) -> pd.DataFrame
         .drop(columns=["_order", "_trained", "_weakest"])
         .reset_index(drop=True)
     )
+
+
+def split(table: pd.DataFrame, found: Sequence[Entry]) -> Iterator[tuple[pd.DataFrame, Run]]:
+    """The rows that may be compared, block by block, each with a run that shares what the block shares.
+
+    References stand in every block, in the columns that its trained rows have; those of other columns in a block of
+    their own.
+    """
+    described = {(entry.run.mode, entry.run.comparison[:10]): entry.run for entry in found}
+    for mode in dict.fromkeys(table["mode"]):
+        here = table[table["mode"] == mode]
+        places = pd.Series(list(zip(here["data_set"], here["condition"], strict=True)), here.index)
+        free = here["comparison"] == ""
+        shown: set[Column] = set()
+        for comparison in dict.fromkeys(here["comparison"][~free]):
+            trained = here["comparison"] == comparison
+            columns = set(places[trained])
+            shown |= columns
+            block, references = here[trained], here[free & places.isin(columns)]
+            marks = _marks_beside(found, (mode, comparison), columns)
+            marked = references.assign(deviation=[marks.get(method) for method in references["method"]])
+            yield pd.concat([marked.astype(block.dtypes), block]), described[mode, comparison]
+        left = here[free & ~places.isin(shown)]
+        if len(left):
+            yield left, described[mode, ""]
+
+
+def _marks_beside(found: Sequence[Entry], block: tuple[str, str], columns: set[Column]) -> dict[str, str | None]:
+    """By reference, what made it unlike the rows of a block (mode and comparison) that has these columns."""
+    mode, comparison = block
+    beside = [
+        entry
+        for entry in found
+        if (entry.run.mode == mode and entry.run.comparison[:10] in (comparison, ""))
+        and (entry.evaluation.data_set, entry.evaluation.condition) in columns
+    ]
+    unlike: dict[str, list[Deviation]] = {}
+    for deviation in deviations(beside, labels(found)):
+        if not deviation.trained:
+            unlike.setdefault(deviation.method, []).append(deviation)
+    return {method: deviation_text(own) for method, own in unlike.items()}
 
 
 def _deviations(

@@ -38,6 +38,8 @@ ALPHA = 1 - LEVEL
 POWER = 0.8
 FEWEST_IMAGES = 6
 """Fewer images decide nothing: with so few, a p value would rest on normally distributed image effects alone."""
+FEWEST_SEEDS = 3
+"""Of two, the p value rests on normally distributed seed effects alone."""
 EXACT = 1e-9
 """dB; a spread below it is rounding."""
 

@@ -257,6 +257,18 @@ def test_a_recipe_of_a_users_own_must_be_that_of_a_run_that_is_here(tmp_path: Pa
     assert "1 runs imported" in imported(tmp_path / "theirs", tmp_path / "ours").output
 
 
+def test_a_refused_recipe_is_compared_with_the_nearest_one_shipped_or_of_a_run_that_is_here(tmp_path: Path) -> None:
+    smoke = load_suite("denoise", "smoke")
+    ours, theirs = (
+        smoke.model_copy(update={"recipe": smoke.recipe.model_copy(update={"batch": 8, "clip": clip})})
+        for clip in (0.5, 0.25)
+    )
+    store_whole(tmp_path / "ours", "local", of=ours)
+    store_whole(tmp_path / "theirs", "kit", of=theirs)
+    said = imported(tmp_path / "theirs", tmp_path / "ours", code=2).stderr
+    assert "was trained by another recipe smoke: clip 0.25, here 0.5; run a method by that recipe" in said
+
+
 def test_what_is_damaged_in_an_archive_is_not_for_the_importer_to_restore(
     stranger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,3 +105,14 @@ def test_a_picture_is_turned_upright_as_its_exif_says(suffix, orientation, tmp_p
     read = read_picture(tmp_path / f"turned.{suffix}").pixels
     assert read.shape == shown.shape
     assert np.abs(read - shown).max() <= 6  # two decoders of JPEG
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_tiff_in_cielab_is_refused(dtype, tmp_path) -> None:
+    """OpenCV would show its gray as yellowish: (142, 131, 115)."""
+    lab = np.full((16, 24, 3), (137, 128, 128), dtype) * (257 if dtype is np.uint16 else 1)
+    tifffile.imwrite(tmp_path / "one.tif", lab.astype(dtype), photometric="cielab")
+    with pytest.raises(
+        InputError, match=r"one\.tif is a TIFF in CIELAB, whose colours are not read; convert it to RGB"
+    ):
+        read_picture(tmp_path / "one.tif")

@@ -269,6 +269,13 @@ def test_methods_of_other_seeds_are_not_ranked(tmp_path: Path) -> None:
     assert "different seeds" in sheet.notes[0]
 
 
+def test_a_method_that_is_alone_at_a_size_is_not_the_best_there(tmp_path: Path) -> None:
+    stored_at(tmp_path, "kit", 0, {64: [28.0, 29.0], 128: [28.2, 29.2], WHOLE: [28.4, 29.4]})
+    stored_at(tmp_path, "conv", 0, {64: [27.0, 28.0], WHOLE: [27.2, 28.4]})
+    [sheet] = pool_sheets(find([tmp_path]))
+    assert [line[1:4] for line in sheet.lines] == [("27.50", "n/a", "27.80"), ("**28.50**", "28.70", "**28.90**")]
+
+
 def test_one_size_is_no_table(tmp_path: Path) -> None:
     store(tmp_path, "kit", 30.0)
     done = run(tmp_path, "--stored")

@@ -134,9 +134,10 @@ def test_gray_and_colour_pass_through_a_network_of_the_other_kind(tiny_runs, cha
 
 def test_the_command_restores_beside_the_input_and_refuses_to_overwrite(tiny_runs, tmp_path) -> None:
     cv2.imwrite(str(tmp_path / "a.png"), photograph(40, 40, 3))
-    for folder in ("empty", "phone"):
+    for folder in ("empty", "other", "phone"):
         (tmp_path / folder).mkdir()
     (tmp_path / "phone" / "b.heic").touch()
+    cv2.imwrite(str(tmp_path / "other" / "a.png"), photograph(40, 40, 3))
     os.mkfifo(tmp_path / "pipe")
     run = str(run_of(tiny_runs, "kit").path)
     assert "wrote a-restored.png" in run_kitbench(tmp_path, "restore", "a.png", "--run", run).stdout
@@ -152,10 +153,11 @@ def test_the_command_restores_beside_the_input_and_refuses_to_overwrite(tiny_run
         (["pipe", "--run", run], "pipe is neither a file nor a folder; give pictures"),
         (["a.png", "--run", str(tiny_runs)], "give one"),
         (["a.png", "--overwrite", "--run", str(next(tiny_runs.glob("*input*")))], "training-free"),
-        (["a.png", "a.png", "--run", run], "Two pictures"),
+        (["a.png", "a.png", "--run", run], "a-restored.png exists"),  # named twice, it is one
+        (["a.png", "other/a.png", "--run", run, "--out", "o"], "Two pictures would be written to o/a-restored.png"),
     ):
         assert sentence in refused(tmp_path, "restore", *arguments)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a-restored.png", "a.png", "empty", "phone", "pipe"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a-restored.png", "a.png", "empty", "other", "phone", "pipe"]
 
 
 def names(folder: Path) -> set[str]:

@@ -299,6 +299,11 @@ def test_list_shows_suites_methods_data_sets_and_recipes(kitbench: Kitbench, dat
     assert "Set12" in kitbench("list", "--data", str(data_root)).stdout
 
 
+def test_the_name_of_a_folder_is_no_markup(kitbench: Kitbench, tmp_path: Path) -> None:
+    (tmp_path / "[red]images").mkdir()
+    assert "data folder: [red]images)" in kitbench("list", "--data", "[red]images").stdout
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = "import sys; from kitbench.cli.main import cli; print(sorted({'torch', 'pandas', 'skimage', 'pydantic', 'cv2'} & set(sys.modules)))"
     assert (
@@ -315,3 +320,10 @@ def test_a_closed_pipe_is_no_failed_check(tiny_runs: Path, tmp_path: Path, words
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode == 3
     assert done.stderr == ""
+
+
+def test_a_check_that_failed_says_so_in_its_exit_code_through_a_closed_pipe(tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_text("no picture")
+    command = f"set -o pipefail; {sys.executable} -m kitbench data check {tmp_path} | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "")

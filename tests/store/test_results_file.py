@@ -104,3 +104,9 @@ def test_a_run_that_is_in_two_folders_has_one_row_each_or_is_refused(runs: list[
     store(tmp_path / "copy", "conv", 29.5, 1)
     with pytest.raises(InputError, match=r"is in two of these folders, with unequal scores on Set_A; give one of them"):
         results(both)
+
+
+def test_the_suffix_may_be_in_upper_case(tmp_path: Path) -> None:
+    found = results([store(tmp_path, "kit", 30.0)])
+    write_results(found, tmp_path / "R.CSV")
+    assert read_results(tmp_path / "R.CSV") == found

@@ -367,9 +367,12 @@ def test_curves_without_a_common_size_decide_nothing_about_cost(tmp_path: Path) 
     assert cost.words == "not decided: no sweep of both global and window attention is stored"
 
 
-def test_predicted_points_decide_no_time(tmp_path: Path) -> None:
-    measured = page(sweep(tmp_path / "scale", {"kit": 1.0, "global": 2.0}, status="predicted"))[4].parts[4]
-    assert measured.words == "not decided: no sweep with the memory and time of kit at three sizes is stored"
+def test_predicted_points_decide_no_time_and_a_longer_sweep_of_them_hides_none(tmp_path: Path) -> None:
+    predicted = sweep(tmp_path / "predicted", {"kit": 1.0, "global": 2.0}, (64, 128, 256, 512, 1024), "predicted")
+    words = page(predicted)[4].parts[4].words
+    assert words == "not decided: no sweep with the memory and time of kit at three sizes is stored"
+    measured = sweep(tmp_path / "measured", {"kit": 1.0})
+    assert {page(*both)[4].parts[4].words for both in ((measured, predicted), (predicted, measured))} == {"supported"}
 
 
 def test_the_command_prints_and_writes_all_six(kitbench: Kitbench, tmp_path: Path) -> None:

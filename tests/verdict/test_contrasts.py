@@ -12,6 +12,7 @@ import pytest
 from kitbench.spec import loading
 from kitbench.store.folder import RunFolder, find
 from kitbench.store.records import Tuning, shared_with_search
+from kitbench.verdict.claims import in_words
 from kitbench.verdict.compare import Compared
 from kitbench.verdict.contrasts import ONE, OWN, UNDECIDED, Setup, combined, decide, decide_contrasts, select
 from kitbench.verdict.entries import Entry, entries, labels
@@ -138,6 +139,19 @@ def test_the_reason_names_the_setup_that_lacks_seeds_and_no_other(tmp_path: Path
     for steps, seeds in ((700, (0,)), (3000, range(5))):
         tuned(runs(tmp_path, BETTER, seeds, steps), BETTER, steps=steps)
     assert verdict(tmp_path) == (UNDECIDED, "no difference is shown by one recipe, 700 steps")
+
+
+def test_a_set_that_one_seed_was_scored_on_takes_no_seed_from_the_others_and_is_named(tmp_path: Path) -> None:
+    """As `kitbench eval --run` leaves it: with that set, the contrast would have one seed, and decide nothing."""
+    runs(tmp_path, BETTER)
+    runs(tmp_path, WORSE, seeds=(0,), data_set="Set_B")
+    [compared] = select(entries(find([tmp_path]), None), []).compare("kit", "local").values()
+    assert (compared.found.seeds, compared.found.images) == (5, 12)
+    assert "12 images" in in_words(compared)
+    assert "; without Set_B σ25, which fewer than 3 of these seeds were scored on" in in_words(compared)
+    runs(tmp_path, WORSE, seeds=(1, 2), data_set="Set_B")
+    [compared] = select(entries(find([tmp_path]), None), []).compare("kit", "local").values()
+    assert (compared.found.seeds, compared.found.images, compared.without) == (3, 24, "")
 
 
 def test_two_seeds_decide_nothing_however_much_they_agree(tmp_path: Path) -> None:

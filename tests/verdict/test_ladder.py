@@ -136,4 +136,32 @@ def test_why_nothing_is_decided_is_stated(tmp_path: Path) -> None:
     sheet = ladder_sheet(ladder)
     assert sheet.lines == (("kit - conv", "+0.000", "+0.000", "not decided"),)
     assert "Not decided: one seed: no interval." in sheet.notes
-    assert sheet.notes[0] == "Mean over all test images; 1 seed, 6 images."
+    assert sheet.notes[0] == "Mean over the test images that all budgets have; 1 seed, 6 images."
+
+
+def test_a_set_that_one_budget_alone_has_moves_no_difference(tmp_path: Path) -> None:
+    for steps in (700, 3000):
+        rung(tmp_path, steps, {"kit": 0.5})
+    rung(tmp_path, 3000, {"kit": -2.0}, data_set="Set_B")
+    [ladder] = found(tmp_path)
+    [line] = ladder.lines
+    assert [one.compared.found.mean for one in line.rungs] == pytest.approx([0.5, 0.5])
+    assert line.order == "holds: kit is better at every budget"
+    assert "test images that all budgets have" in ladder_sheet(ladder).notes[0]
+    rung(tmp_path, 12000, {"kit": 0.5}, data_set="Set_C")
+    [ladder] = found(tmp_path)
+    assert [budget[0] for budget in ladder.budgets] == [700, 3000]
+
+
+def test_a_set_of_too_few_seeds_at_one_budget_is_left_out_at_all_and_named(tmp_path: Path) -> None:
+    for steps in (700, 3000):
+        rung(tmp_path, steps, {"kit": 0.5})
+    rung(tmp_path, 3000, {"kit": -2.0}, data_set="Set_B")
+    for method in ("conv", "kit"):
+        store(tmp_path, method, np.linspace(28, 33, 6), 0, steps=700, of=QUICK, data_set="Set_B")
+    [ladder] = found(tmp_path)
+    [line] = ladder.lines
+    assert [one.compared.found.mean for one in line.rungs] == pytest.approx([0.5, 0.5])
+    assert (
+        "kit - conv: without Set_B σ25, which fewer than 3 of these seeds were scored on." in ladder_sheet(ladder).notes
+    )

@@ -149,3 +149,14 @@ def test_a_shipped_name_stands_for_its_attention_only(tmp_path: Path) -> None:
     store(tmp_path, "kit-exact", 30.0, attention="kit")
     store(tmp_path, "own", 30.0, attention="global")
     assert set(labels(entries(find([tmp_path]), None)).values()) == {"local (attention global)", "kit-exact", "own"}
+
+
+def test_a_run_counts_once_on_however_many_sets_it_was_scored(tmp_path: Path) -> None:
+    for data_set in ("Set_A", "Set_B", "Set_C"):
+        folder = store(tmp_path, "kit", [30.0, 31.0], data_set=data_set)
+    alter(folder, {"environment.versions.torch": "1.9"})
+    for method in ("window", "local"):
+        store(tmp_path, method, [30.0, 31.0])
+    text = render(find([tmp_path]), "markdown")
+    assert "Runs of kit were made differently from most: torch 1.9 instead of 2." in text
+    assert text.count("were made differently from most") == 1

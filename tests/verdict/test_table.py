@@ -17,9 +17,9 @@ from kitbench.errors import InputError
 from kitbench.store.folder import find
 from kitbench.verdict.entries import scored_under
 from kitbench.verdict.page.report import report
-from kitbench.verdict.render import render
+from kitbench.verdict.render import _latex, render
 from kitbench.verdict.rows import rows
-from tests.stored import store
+from tests.stored import rewrite, store
 
 
 def test_rows_are_means_over_images_and_seeds(tmp_path: Path) -> None:
@@ -138,6 +138,26 @@ def test_a_block_of_references_is_titled_by_its_own_mode(tmp_path: Path) -> None
     assert re.findall(r"denoise, (\w+): training-free methods", text) == ["colour", "gray"]
 
 
+def test_references_stand_beside_trained_rows_in_their_columns_alone_with_what_differs_there(tmp_path: Path) -> None:
+    """A folder of each set: the reference was scored in both, once by the torch of the one and once by another."""
+    for out, torch, data_set, lr in (("a", "2", "Set_A", 1e-3), ("b", "3", "Set_B", 1e-4)):
+        for method in ("kit", "window"):
+            folder = store(tmp_path / out, method, 30.0, lr=lr, data_set=data_set)
+            rewrite(
+                folder.path / "run.json", lambda raw, torch=torch: raw["environment"]["versions"].update(torch=torch)
+            )
+    for data_set in ("Set_A", "Set_B", "Set_C"):
+        store(tmp_path / "b", "input", 20.0, seed=None, data_set=data_set)
+    text = render(find([tmp_path / "a", tmp_path / "b"]), "markdown")
+    blocks = text.split("**denoise, ")[1:]
+    of_set = {name: next(block for block in blocks if f"{name} " in block) for name in ("Set_A", "Set_B", "Set_C")}
+    assert [name for name in of_set for other in of_set if other != name and other in of_set[name]] == []
+    assert ["n/a / n/a" in block for block in blocks] == [False] * 3
+    assert "Runs of input were made differently from most: torch 2 instead of 3." in of_set["Set_B"]
+    assert "¶" not in of_set["Set_A"]
+    assert "training-free methods" in of_set["Set_C"]
+
+
 def test_rows_of_two_protocols_are_refused_until_one_is_chosen(tmp_path: Path) -> None:
     store(tmp_path, "kit", 30.0)
     store(tmp_path, "kit", 31.0, protocol="awgn8-seed0")
@@ -172,6 +192,15 @@ def test_runs_of_different_recipes_never_stand_in_one_block(tmp_path: Path) -> N
     text = render(find([tmp_path]), "markdown")
     assert text.count("| Method") == 2
     assert text.count("**30.00**") == text.count("**35.00**") == 1
+
+
+def test_seeds_that_a_method_has_on_some_of_its_sets_alone_are_stated_with_these(tmp_path: Path) -> None:
+    for seed in (0, 1, 2):
+        store(tmp_path, "kit", 30.0, seed)
+        store(tmp_path, "kit", 30.0, seed, sigma=50)
+    store(tmp_path, "kit", 31.0, 1, data_set="Set_B")
+    assert "| 0,1,2; 1 on Set_B σ25 |" in render(find([tmp_path]), "markdown")
+    assert "0, 1, 2; 1 on Set_B σ25" in report(find([tmp_path]), [])
 
 
 def test_a_row_that_is_ranked_beside_no_other_is_not_the_best_of_its_column(tmp_path: Path) -> None:
@@ -215,6 +244,19 @@ def test_latex_is_escaped_and_balanced(tmp_path: Path) -> None:
     )
     body = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert {line.count(" & ") for line in body} == {columns}
+
+
+def test_a_per_cent_sign_is_escaped_once(tmp_path: Path) -> None:
+    r"""`\\%` would end the line, and comment out the rest of it."""
+    assert r"a & 50 \% \\" in _latex("", ["Method", "x"], [["a", r"50 \%"]], [], "lr").splitlines()
+
+
+def test_csv_has_every_digit_of_a_large_integer(tmp_path: Path) -> None:
+    folder = store(tmp_path, "kit", 30.0, peak=123_456_789)
+    rewrite(folder.path / "training.json", lambda raw: raw["cost"].update(parameters=26_134_567))
+    store(tmp_path, "input", 20.0, seed=None)  # pandas turns a column of integers with a gap into fractions
+    [row] = [row for row in csv.DictReader(io.StringIO(render(find([tmp_path]), "csv"))) if row["method"] == "kit"]
+    assert (row["parameters"], row["train_peak_bytes"]) == ("26134567", "123456789")
 
 
 def test_seconds_a_step_that_other_work_slowed_are_not_shown_but_named(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from kitbench.store.folder import RunFolder
 from kitbench.store.records import Run, Tuning
 from kitbench.store.sweeps import Sweep
 from kitbench.verdict.claims import QUESTIONS
-from kitbench.verdict.compare import Compared, heading
+from kitbench.verdict.compare import Column, Compared, heading
 from kitbench.verdict.contrasts import ComparedRuns
 from kitbench.verdict.curves import learning_curves, target_sheet, time_to_target
 from kitbench.verdict.entries import Entry, labels
@@ -86,8 +86,11 @@ def pictures_of(
         return []
     methods = list(trained.methods)
     records = block.to_dict("records")
-    columns = {(row["data_set"], row["condition"]): _from_25(row["sigma"]) for row in records}
-    column = min(columns, key=columns.__getitem__)
+    scored: dict[Column, list[float]] = {}
+    for row in records:
+        if row["method"] in methods:
+            scored.setdefault((row["data_set"], row["condition"]), []).append(_from_25(row["sigma"]))
+    column = min(scored, key=lambda one: (-len(scored[one]), scored[one][0]))  # the first that most methods have
     here = {row["method"]: row for row in records if (row["data_set"], row["condition"]) == column}
     name = heading(column)
     shown = []

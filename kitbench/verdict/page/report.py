@@ -31,8 +31,7 @@ from kitbench.verdict.layout import caption_of, detects, layout_of
 from kitbench.verdict.page import pictures
 from kitbench.verdict.page.figures import Figure, curves_of, galleries_of, ladder_of, pictures_of, scaling, tuning_of
 from kitbench.verdict.page.tables import Grid, ablation, differences_of, table_cell, table_of
-from kitbench.verdict.render import split
-from kitbench.verdict.rows import rows
+from kitbench.verdict.rows import rows, split
 
 
 def report(
@@ -172,7 +171,8 @@ def _verdict(
     level = [c.a for c, _ in compared if not c.decided and c.p_holm is not None]
     undecided = [c for c, _ in compared if c.p_holm is None]
     alike = " with the same seeds" * (len(compared) + 1 < len(trained.methods))
-    sentences = [f"Over all test images, {best} has the highest mean PSNR of the trained methods{alike}."]
+    without = f", {compared[0][0].without}," if compared[0][0].without else ","
+    sentences = [f"Over all test images{without} {best} has the highest mean PSNR of the trained methods{alike}."]
     if worse:
         sentences.append(f"It is significantly better than {', '.join(worse)}.")
     if level:

@@ -124,7 +124,7 @@ def differences_of(compared: Sequence[Compared], family: str = "all pairs of met
         "Paired by seed and image; an image's mean over its conditions. Interval and p hold for other seeds and other "
         f"images; p is corrected for {family}, one interval is not.",
         "Detects: the smallest true difference that these seeds and images find with 80 % power after the correction.",
-        *dict.fromkeys(f"{capitalised(c.found.note)}." for c in compared if c.found.note),
+        *dict.fromkeys(f"{capitalised(reason)}." for c in compared for reason in (c.found.note, c.without) if reason),
     ]
     return Grid("Differences from the best", header, lines, notes)
 

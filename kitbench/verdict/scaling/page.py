@@ -216,7 +216,8 @@ def _kernel_or_method(sweep: Sweep, what: What) -> list[str]:
     plain, fused = forms["materialised"], forms["sdpa"]
     sentences = []
     # One size has no slope, two have one without an interval.
-    if slope.get((plain, "memory"), 0) > 1.5 and slope.get((fused, "memory"), 9) <= LINEAR:
+    saved = slope.get((plain, "memory"), 0) > 1.5 and slope.get((fused, "memory"), 9) <= LINEAR
+    if saved and (kit, "memory") in slope:
         sentences.append(
             f"{WORDS[what]}: the memory saved over global attention comes from the kernel: with a fused kernel, memory "
             f"of global attention grows with exponent {slope[fused, 'memory']:.2f} in pixels (materialised: "

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from kitbench.store.files import write_atomic
 from kitbench.store.sweeps import BRACKET, Point, Sweep
 from kitbench.verdict.scaling.fit import WORDS, curves
 
@@ -49,7 +50,7 @@ def draw_sweep(sweep: Sweep, folder: Path) -> list[Path]:
     """Write scale.png and scale.svg into `folder`."""
     files = [folder / f"scale.{kind}" for kind in ("png", "svg")]
     for file, content in zip(files, sweep_figure(sweep, ("png", "svg")), strict=True):
-        file.write_bytes(content)
+        write_atomic(file, content)
     return files
 
 

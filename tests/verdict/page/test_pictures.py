@@ -27,6 +27,17 @@ def test_figures_of_several_comparisons_do_not_replace_each_other(tmp_path: Path
     assert set(figures(find([tmp_path]), [])) == expected
 
 
+def test_the_figure_of_costs_is_of_the_set_that_most_methods_have(tmp_path: Path) -> None:
+    """Neither a set that one run was scored on later, nor one of references alone, which sort before it."""
+    for method in ("conv", "kit"):
+        store(tmp_path, method, [30.0, 31.0], 0, data_set="Set_C")
+    store(tmp_path, "kit", [30.0, 31.0], 0, data_set="Set_B")
+    store(tmp_path, "input", [20.0, 20.0], None, data_set="Set_A")
+    [drawn] = [image.decode() for name, image in figures(find([tmp_path]), []).items() if name.endswith("psnr-memory")]
+    assert "PSNR, dB: Set_C" in drawn
+    assert all(method in drawn for method in ("conv", "kit"))
+
+
 def test_runs_without_a_figure_are_refused(tmp_path: Path) -> None:
     store(tmp_path, "input", 20.0, seed=None)
     with pytest.raises(InputError, match="These runs give no figure"):

@@ -126,6 +126,21 @@ def test_methods_that_cannot_be_compared_are_not_called_too_few(tmp_path: Path) 
     assert "With other seeds, and so not compared, these have a higher mean: window." in text
 
 
+def test_a_set_that_one_seed_was_scored_on_hides_no_verdict(tmp_path: Path) -> None:
+    """Nor does one that a single method was scored on."""
+    for seed in range(4):
+        for number, method in enumerate(("kit", "window")):
+            store(tmp_path, method, [30.0 + number + 0.01 * (seed + i) for i in range(8)], seed)
+    store(tmp_path, "kit", 20.0, data_set="Set_C")
+    assert "Over all test images, window has the highest mean PSNR" in report(find([tmp_path]), [])
+    for method in ("kit", "window"):
+        store(tmp_path, method, 20.0, data_set="Set_B")
+    text = report(find([tmp_path]), [])
+    left_out = "without Set_B σ25, which fewer than 3 of these seeds were scored on"
+    assert f"Over all test images, {left_out}, window has the highest mean PSNR of the trained methods." in text
+    assert f'<p class="note">W{left_out[1:]}.</p>' in text
+
+
 def test_the_ablation_says_what_its_p_is_corrected_for(tmp_path: Path) -> None:
     for method in ("kit", "kit-random", "kit-exact"):
         store(tmp_path, method, 30.0)

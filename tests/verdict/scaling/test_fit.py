@@ -138,3 +138,15 @@ def test_two_points_decide_no_growth():
         if "time" in s
     ]
     assert time == "inference: growth of time in pixels is not decided for m (2.00 (2 points))."
+
+
+def test_both_forms_of_global_attention_are_compared_without_a_kit_that_has_too_few_points():
+    growth = {"global:form=materialised": 4, "global:form=sdpa": 2, "kit": 2}
+    own = [
+        p.model_copy(update={"method": m})
+        for m, power in growth.items()
+        for p in points(SIZES if m != "kit" else SIZES[:2], lambda s, power=power: 3.0 * s**power)
+    ]
+    methods = {m: (m.partition(":")[0], {"form": m.partition("=")[2]} if "=" in m else {}) for m in growth}
+    sentences = words(Sweep.model_construct(budget=10**9, methods=methods, points=tuple(own)))
+    assert not any("comes from the kernel" in sentence for sentence in sentences)
