@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 
 from rich.console import Console
 
-from kitbench.errors import Interrupted, RunError
+from kitbench.errors import Interrupted, RunError, describe_error
 from kitbench.runs.announce import Expected, announce, expected
 from kitbench.runs.cell import Cell
 from kitbench.runs.display import CellReporter, Display
@@ -49,6 +49,8 @@ def run_suite(suite: Suite, options: Options, console: Console) -> tuple[list[Ru
         prepared = prepare(suite, options, console=console)
         todo = [prepared.cells[number] for number in world.agree(unfinished_cells(prepared))]
         probes, unfit = probe(prepared, todo, console)
+        for name, said in world.gather([(name, describe_error(error)) for name, error in unfit.items()]):
+            unfit.setdefault(name, RunError(f"another process of torchrun cannot train it: {said}"))
         require_space(
             prepared, [cell for cell in todo if cell.method in probes], {n: p.cost for n, p in probes.items()}
         )

@@ -253,6 +253,34 @@ for steps in (2, 3):
 """
 
 
+ONE_DEVICE_IS_FULL = """
+import os
+import kitbench
+from kitbench.errors import RunError
+from kitbench.runs import probe
+
+
+def require_memory(prepared, model, cell):
+    if os.environ["RANK"] == "1" and cell.method == "conv":
+        raise RunError("the device of this process is full")
+
+
+probe.require_memory = require_memory
+kitbench.run("tiny.toml", methods=["conv", "kit"], settings={"recipe.steps": 2, "recipe.warmup": 0, "references": []})
+"""
+
+
+def test_what_one_process_cannot_train_none_trains_and_the_others_go_on_with_the_rest(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(ONE_DEVICE_IS_FULL)
+    command = started(tmp_path, "script.py")
+    command.communicate(timeout=250)
+    assert command.returncode != 0
+    found = runs(tmp_path / "results")
+    said = json.loads((found["denoise-colour-conv-s0"] / "failed.json").read_text())["message"]
+    assert said.endswith("the device of this process is full")
+    assert len(list((found["denoise-colour-kit-s0"] / "eval").iterdir())) == 1
+
+
 def test_a_script_may_run_one_suite_after_another_and_every_process_gets_the_table(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     command = started(tmp_path, "script.py")
