@@ -101,7 +101,8 @@ def planned_trials(suite: Suite, options: Options, search: Search, console: Cons
     return [
         (rate, cell.label)
         for rate in search.rates
-        for cell in planned_cells(*_asked(suite, options, rate, search.seed), console)
+        # Sets and methods are those of every rate: checked once.
+        for cell in planned_cells(*_asked(suite, options, rate, search.seed), console, rate == search.rates[0])
     ]
 
 
