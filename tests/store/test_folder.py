@@ -35,6 +35,17 @@ def test_a_file_name_as_long_as_file_systems_allow_is_written_and_a_longer_one_r
     assert longest.read_bytes() == b"whole"
     with pytest.raises(InputError, match="is too long; give a shorter one"):
         writable_file(tmp_path / ("x" * 256))
+    with pytest.raises(InputError, match="cannot be written .File name too long.; give a file in another folder"):
+        writable_file(tmp_path / ("x" * 256) / "file.csv")
+    with pytest.raises(InputError, match="cannot be written .File name too long.; choose another with --out"):
+        writable(tmp_path / ("x" * 256))
+
+
+def test_a_device_or_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null"), Path("/dev/stdout")):
+        with pytest.raises(InputError, match="is a device or a pipe, which the new file would replace"):
+            writable_file(path)
 
 
 @pytest.mark.parametrize(
