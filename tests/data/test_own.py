@@ -45,6 +45,12 @@ def test_hidden_files_are_no_pictures(tmp_path: Path) -> None:
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
     (tmp_path / "._a.png").write_bytes(b"\0\5\x16\7")  # macOS writes these beside files that it copies
     assert pictures_in(tmp_path) == [tmp_path / "a.png"]
+    own_pairs(tmp_path, 2)
+    for half in ("input", "target"):
+        (tmp_path / "own" / half / "._0.png").write_bytes(b"\0\5\x16\7")
+    for folder, count in ((tmp_path, 1), (tmp_path / "own", 2)):
+        assert len(read(folder)) == count
+        assert audit(card_of_set(f"{folder}/"), folder) == []
 
 
 def test_pairs_are_matched_by_name_whatever_their_format(tmp_path: Path) -> None:
