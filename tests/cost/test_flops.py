@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from kitbench.attention.selection import nth_largest
 from kitbench.cost.agreement import reconcile
 from kitbench.cost.flops import Count, count, count_module
 from kitbench.cost.second_counter import count_fvcore
@@ -109,6 +110,8 @@ def test_own_operators_compute_what_their_formulas_say(name, settings, train):
     found = count_module(module, (1, 64, 40, 32), train, inside=True)
     assert reconcile(stated.macs, found.macs, found.uncounted) is None
     assert not any(operator.startswith("kitbench") for operator in found.by_operator)
+    assert stated.exponentials == found.exponentials
+    assert (stated.exponentials > 0) == (name != "conv")
 
 
 def test_counting_is_exact_at_any_size_and_computes_nothing():
@@ -156,7 +159,8 @@ def test_flex_attention_counts_the_blocks_of_its_mask():
     q, k, v = (torch.randn(2, 3, 256, 16) for _ in range(3))
     mask = create_block_mask(lambda b, h, i, j: i // 128 == j // 128, None, None, 256, 256, device="cpu")
     assert count(flex_attention, q, k, v).macs == 2 * 2 * 3 * 256 * 256 * 16
-    assert count(lambda: flex_attention(q, k, v, block_mask=mask)).macs == 2 * 2 * 3 * 256 * 128 * 16
+    found = count(lambda: flex_attention(q, k, v, block_mask=mask))
+    assert (found.macs, found.exponentials) == (2 * 2 * 3 * 256 * 128 * 16, 2 * 3 * 256 * 128)
 
 
 def test_grouped_convolutions_count_their_groups_backwards_too():
@@ -170,6 +174,8 @@ def test_sorts_and_gathers_are_listed_apart():
     x = torch.randn(10, 1024)
     assert count(lambda: x.sort(-1)).comparisons == 10 * 1024 * 10
     assert count(lambda: x.topk(8, -1)).comparisons == 10 * 1024 * 4
+    assert count(lambda: x.argmax(-1)).comparisons == 10 * 1024
+    assert count(nth_largest, x, torch.full((10, 1), 3)).comparisons == 10 * 1024 * 10
     assert count(lambda: x.index_select(1, torch.arange(4))).gathered_bytes == 10 * 4 * 4
     assert count(lambda: x.sort(-1)).macs == 0
 
