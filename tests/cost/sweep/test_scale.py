@@ -222,6 +222,16 @@ def test_a_child_of_a_training_free_method_is_refused():
         build(Spec("nlm", {}, "attention", "infer", 16, 16, 1))
 
 
+def test_a_method_that_cannot_be_counted_is_refused_with_the_line_that_says_so(tmp_path, quiet):
+    file = method_file(tmp_path, "bare", "pass")
+    text = (tmp_path / "bare.py").read_text().replace("return self.proj(x)", "raise NotImplementedError")
+    (tmp_path / "bare.py").write_text(text)
+    with pytest.raises(
+        InputError, match=r"\(NotImplementedError: no message at .*bare.py:\d+ in forward\); its forward"
+    ):
+        run_scale(options(tmp_path / "out", (file,)), quiet)
+
+
 def test_an_error_in_a_child_reaches_the_parent_as_words():
     spec = Spec("kit", {"patch": 0}, "attention", "infer", 16, 16, 1)
     with Child(spec, torch.device("cpu"), 1, 1 << 30) as child, pytest.raises(Failed, match="patch") as caught:
