@@ -87,6 +87,22 @@ def test_only_one_process_works_on_a_run_and_the_others_are_told_which(tmp_path:
         assert killed is None
 
 
+def test_whether_another_users_run_is_held_is_told_without_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, real = RunFolder(tmp_path / "run"), os.open
+
+    def read_only(path: str, flags: int, *more: int, **others: int) -> int:
+        if str(path).endswith(".lock") and flags & (os.O_RDWR | os.O_WRONLY):
+            raise PermissionError(13, "Permission denied")
+        return real(path, flags, *more, **others)
+
+    with folder.lock():
+        monkeypatch.setattr(os, "open", read_only)
+        assert folder.held()
+    assert not folder.held()
+
+
 def test_what_a_killed_process_left_is_recognised_and_removed(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     (folder.path / "eval").mkdir(parents=True)
