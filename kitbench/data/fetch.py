@@ -9,6 +9,7 @@ get it.
 from __future__ import annotations
 
 import errno
+import lzma
 import shutil
 import stat
 import tarfile
@@ -205,13 +206,24 @@ def _is_page(response: requests.Response, head: bytes) -> bool:
     return kind.startswith("text/html") or head.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html"))
 
 
+class _Damaged(InputError):
+    """An archive cannot be unpacked; it is not kept."""
+
+    def __init__(self, archive: str, error: Exception) -> None:
+        super().__init__(f"{archive} cannot be unpacked ({error}), and was deleted; fetch the set again, or by hand.")
+
+
 def _install(card: Card, files: list[Path], unpacked: Path, root: Path) -> Path:
     """Unpack, find the set inside, check it, and move it to its place. Leaves nothing behind where that fails."""
     shutil.rmtree(unpacked, ignore_errors=True)
     unpacked.mkdir()
     try:
         for file in files:
-            unpack(file, unpacked)
+            try:
+                unpack(file, unpacked)
+            except _Damaged:
+                file.unlink()
+                raise
         found, problems = _find(card, unpacked)
         if found is None or problems:
             for file in files:
@@ -252,8 +264,8 @@ def _find(card: Card, unpacked: Path) -> tuple[Path | None, list[str]]:
 def unpack(archive: Path, into: Path) -> None:
     """Unpack a .zip or .tar archive, or put a file that is neither in the folder. Raises InputError.
 
-    No member may be outside the folder, be a link, or lead through one out of it; together they may not take more than
-    is free on the disk, nor more than GROWTH times the size of the archive plus 1 GiB.
+    No member may be outside the folder, or lead out of it through a link; a .zip may hold no links at all. Together
+    they may not take more than is free on the disk, nor more than GROWTH times the size of the archive plus 1 GiB.
     """
     room = min(shutil.disk_usage(into).free, GROWTH * archive.stat().st_size + (1 << 30))
     try:
@@ -263,8 +275,12 @@ def unpack(archive: Path, into: Path) -> None:
             _untar(archive, into, room)
         else:
             shutil.copy2(archive, into / archive.name)
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError) as error:
-        raise InputError(f"{archive.name} cannot be unpacked ({error}); delete it and fetch it again.") from error
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, NotImplementedError) as error:
+        raise _Damaged(archive.name, error) from error
+    except OSError as error:
+        if error.errno is None:  # of gzip or bz2: what is wrong is the archive, not the disk
+            raise _Damaged(archive.name, error) from error
+        raise
 
 
 def _unzip(archive: Path, into: Path, room: int) -> None:

@@ -229,6 +229,21 @@ def test_a_damaged_archive_is_named(server: Server, tmp_path: Path) -> None:
         get(own(server), tmp_path)
     assert not (tmp_path / "Own").exists()
     assert not (tmp_path / ".fetch-Own" / "unpacked").exists()
+    server.body = ARCHIVE
+    get(own(server), tmp_path)  # the damaged one is not met again
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_damage_is_told_from_a_disk_that_cannot_be_written(method: int, tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        archive.writestr("0.png", PAIRS["input/0.png"])
+    data = bytearray(buffer.getvalue())
+    data[60:90] = bytes(30)
+    (tmp_path / "own.zip").write_bytes(data)
+    with pytest.raises(InputError, match=r"^own\.zip cannot be unpacked \(.*\), and was deleted; fetch the set again"):
+        unpack(tmp_path / "own.zip", tmp_path)
 
 
 def test_a_full_disk_while_unpacking_leaves_nothing_half_unpacked(
