@@ -89,8 +89,8 @@ def fetch(card: Card, root: Path, report: Report, patience: Patience | None = No
             placed = _install(card, files, work / "unpacked", root)
             shutil.rmtree(work)
         finally:
+            Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: afterwards it may be another's
             lock.release()
-            Path(lock.lock_file).unlink(missing_ok=True)
     return placed, True
 
 
@@ -239,6 +239,8 @@ def _install(card: Card, files: list[Path], unpacked: Path, root: Path) -> Path:
         if target.is_dir() and next(target.iterdir(), None) is None:
             target.rmdir()
         if target.exists():
+            if (there := locate(card, root)) is not None and fits(card, there):
+                return there  # it came meanwhile, with another set of the same archive
             raise InputError(f"{target} exists and contains other files; move it away to fetch {card.name}.")
         target.parent.mkdir(parents=True, exist_ok=True)
         source.replace(target)
