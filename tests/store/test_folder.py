@@ -14,7 +14,7 @@ from kitbench.store.files import writable, writable_file, write_atomic
 from kitbench.store.folder import RunFolder, RunLocked, find
 from kitbench.store.records import Evaluation, Owner
 from kitbench.verdict.rows import rows
-from tests.stored import store
+from tests.stored import rewrite, store
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
@@ -137,6 +137,14 @@ def test_a_strangers_record_leads_to_no_file_outside_its_folder(stamp: str, tmp_
     [evaluation] = [Evaluation.model_validate(record | {"data_set": "../../secret/.."})]
     crop = folder.crop_path(evaluation.data_set, evaluation.sigma, evaluation.stamp, 0)
     assert crop.resolve().parent == folder.path.resolve() / "crops"
+
+
+def test_an_evaluation_without_images_is_no_record(tmp_path: Path) -> None:
+    folder = store(tmp_path, "kit", 30.25)
+    [path] = (folder.path / "eval").iterdir()
+    rewrite(path, lambda raw: raw.update(scores=[]))
+    with pytest.raises(InputError, match="is not a valid record: scores: Tuple should have at least 1 item"):
+        rows([folder])
 
 
 def test_a_number_changed_by_hand_is_noticed(tmp_path: Path) -> None:
