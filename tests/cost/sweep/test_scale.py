@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 
 import pytest
@@ -127,8 +128,12 @@ def test_a_sweep_is_stored_drawn_and_resumed(tmp_path, quiet, monkeypatch):
 
     monkeypatch.setattr(run, "measure", never)
     assert run_scale(wanted, quiet).points == first.points
+    screen = io.StringIO()
     with pytest.raises(AssertionError, match="measured again"):
-        run_scale(options(tmp_path, ("kit", "window"), heads=2), quiet)  # another heads, another sweep
+        run_scale(options(tmp_path, ("kit", "window"), heads=2), Console(file=screen))  # another heads, another sweep
+    kept = tmp_path / "scale-previous.json"
+    assert Sweep.model_validate_json(kept.read_bytes()).points == first.points
+    assert f"it is now {kept}\n" in screen.getvalue()
 
 
 def test_a_half_done_sweep_goes_on_where_it_stopped(tmp_path, quiet, monkeypatch):
