@@ -14,7 +14,7 @@ from kitbench.cli.main import cli
 from kitbench.cost.agreement import reconcile
 from kitbench.cost.flops import count_module
 from kitbench.cost.sweep import points as measuring
-from kitbench.cost.sweep import run
+from kitbench.cost.sweep import run, worker
 from kitbench.cost.sweep.options import SweepOptions, parse_bytes, parse_method, parse_sizes
 from kitbench.cost.sweep.points import guess_seconds
 from kitbench.cost.sweep.run import run_scale  # fmt: skip
@@ -235,6 +235,16 @@ def test_a_method_that_cannot_be_counted_is_refused_with_the_line_that_says_so(t
         InputError, match=r"\(NotImplementedError: no message at .*bare.py:\d+ in forward\); its forward"
     ):
         run_scale(options(tmp_path / "out", (file,)), quiet)
+
+
+def test_where_the_resident_set_cannot_be_read_the_point_is_still_measured(monkeypatch):
+    def missing(call):
+        raise FileNotFoundError(2, "No such file or directory", "/proc/self/clear_refs")
+
+    monkeypatch.setattr(worker, "resident_peak_bytes", missing)
+    bench = worker.Bench(Spec("window", {}, "attention", "infer", 16, 16, 1), torch.device("cpu"), 1 << 60)
+    monkeypatch.setattr(worker, "_limit", lambda device, limit: None)  # of this process
+    assert bench.answer("resident") is None
 
 
 def test_an_error_in_a_child_reaches_the_parent_as_words():
