@@ -182,6 +182,8 @@ def _write(response: requests.Response, part: Path, start: int, report: Report) 
     mark = response.headers.get("Last-Modified", "") if mark.startswith("W/") or not mark else mark
     if mark:
         _tag(part).write_text(mark, "utf-8")
+    elif not start:  # a tag that is there is of a file that this one takes the place of
+        _tag(part).unlink(missing_ok=True)
     length = response.headers.get("Content-Length")
     total = start + int(length) if length else None
     if total is not None and total - start > shutil.disk_usage(part.parent).free:

@@ -131,6 +131,26 @@ def test_a_file_that_changed_meanwhile_is_fetched_anew(server: Server, tmp_path:
     get(own(server, archive=hashlib.sha256(ARCHIVE).hexdigest()), tmp_path)
 
 
+def test_a_file_of_unknown_version_does_not_go_on_as_the_one_before_it(server: Server, tmp_path: Path) -> None:
+    """A mirror that states no version sends another file, and breaks off; then the first server answers again."""
+
+    def mirrors(handler: BaseHTTPRequestHandler, number: int) -> bool:
+        if number == 1:
+            server.send(handler, stop_after=3000)
+        elif number == 2:
+            handler.send_response(200)
+            handler.send_header("Content-Length", str(len(ARCHIVE)))
+            handler.end_headers()
+            handler.wfile.write(bytes(range(256)) * 20)
+            handler.wfile.flush()
+            handler.close_connection = True
+        return number < 3
+
+    server.behave = mirrors
+    get(own(server), tmp_path)
+    assert "Range" not in server.requests[-1]
+
+
 def test_a_server_without_ranges_sends_all_again(server: Server, tmp_path: Path) -> None:
     server.behave = lambda handler, number: server.send(handler, 4000 if number == 1 else None, ranges=False) is None
     get(own(server, archive=hashlib.sha256(ARCHIVE).hexdigest()), tmp_path)
