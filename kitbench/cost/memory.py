@@ -13,6 +13,7 @@ What each method includes:
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import logging
 import os
@@ -171,7 +172,7 @@ class LiveStorages(TorchDispatchMode):
         known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
         # The engine adds up gradients in place, except under a mode; then the sum takes the place of its first term.
-        summed = func is torch.ops.aten.add.Tensor and _between_autograd_nodes()
+        summed = func is torch.ops.aten.add.Tensor and _called_by_autograd()
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
@@ -191,8 +192,21 @@ class LiveStorages(TorchDispatchMode):
         self.live -= self._sizes.pop(key, 0)
 
 
-def _between_autograd_nodes() -> bool:
-    return torch._C._current_graph_task_id() != -1 and torch._C._current_autograd_node() is None
+def _called_by_autograd() -> bool:
+    """Whether the operator that is dispatched now was called by the engine of autograd, and by no Python code in it.
+
+    That is its addition of gradients. A node in C++ whose backward pass adds two tensors looks alike; few do.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name in _FRAMES_OF_DISPATCH:
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_name == "_engine_run_backward"
+
+
+_FRAMES_OF_DISPATCH = ("_called_by_autograd", "__torch_dispatch__", "__call__", "inner", "_fn")
+"""Functions between an operator's caller and a mode: the modes' own, and torch's around them."""
 
 
 def predict_peak_bytes(
