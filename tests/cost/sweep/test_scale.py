@@ -261,6 +261,29 @@ def test_the_time_of_a_point_is_guessed_from_the_last_smaller_one():
     assert guess_seconds(points((64,), lambda s: 1.0)[0], sweep) is None
 
 
+def test_a_prediction_is_corrected_by_what_both_of_the_next_smaller_sizes_measured_beyond_theirs():
+    """A buffer of a fixed size raises the ratio of the smaller one alone, and is ignored."""
+    spec = Spec("window", {}, "attention", "infer", 64, 16, 1)
+
+    def sweep(*peaks):
+        sizes = (16, 32, 48)[: len(peaks)]
+        made = [p.model_copy(update={"method": "m", "raw_bytes": 100}) for p in points(sizes, lambda s: 1)]
+        stored = [p.model_copy(update={"peak_bytes": peak}) for p, peak in zip(made, peaks, strict=True)]
+        return Sweep.model_construct(points=tuple(stored), memory_limit=1000)
+
+    found = [
+        measuring._correction("m", spec, sweep(*peaks)) for peaks in ((200,), (300, 150, 120), (90, 150), (150, 90))
+    ]
+    assert found == [1.0, 1.2, 1.0, 1.0]
+
+
+def test_a_point_needs_a_margin_over_its_prediction_to_be_tried(tmp_path):
+    sweep = Sweep.model_construct(points=(), memory_limit=1000)
+    tried, refused = points((64,), lambda s: 909)[0], points((64,), lambda s: 910)[0]
+    assert measuring._not_to_be_run(tried, None, sweep, options(tmp_path, ("window",))) is None
+    assert measuring._not_to_be_run(refused, None, sweep, options(tmp_path, ("window",)))["status"] == "oom"
+
+
 def test_sizes_memory_and_methods_are_parsed():
     assert parse_sizes("64:600") == [64, 128, 256, 512]
     assert parse_sizes("96,64") == [64, 96]
