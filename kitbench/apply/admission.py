@@ -312,8 +312,8 @@ def _check_evaluation(evaluation: Evaluation, run: Run, name: str) -> None:
 def _check_data(evaluation: Evaluation, run: Run, name: str, known: Known) -> None:
     """The images must be those that the other runs were scored on, each of them once."""
     found, data_set, images = evaluation.data_sha256, evaluation.data_set, [s.image for s in evaluation.scores]
-    if not images or len(set(images)) < len(images):
-        raise InputError(f"{name} has no image of {data_set}, or one of them twice; {ASK}.")
+    if len(set(images)) < len(images):
+        raise InputError(f"{name} has an image of {data_set} twice; {ASK}.")
     version = known.data.get(_scored_on(run, evaluation), found)
     if found != version:
         raise InputError(

@@ -53,7 +53,8 @@ def pictures_named(arguments: Sequence[Path]) -> tuple[list[Path], int, list[Pat
         if argument.exists() and not argument.is_dir():
             raise InputError(f"{argument} is neither a file nor a folder; give pictures, folders or wildcards.")
         if argument.is_dir():
-            there, nothing = pictures_in(argument), no_pictures(argument)
+            there = pictures_in(argument)
+            nothing = "" if there else no_pictures(argument)
             named = sorted(path for path in argument.iterdir() if not path.name.startswith("."))
         elif glob.has_magic(str(argument)):
             named = [Path(name) for name in sorted(glob.glob(str(argument), recursive=True))]  # noqa: PTH207 - absolute ones too

@@ -40,9 +40,9 @@ class Count:
     comparisons: int = 0
     """Of sorts (n log2 n per row), top-k (n log2 2k per row) and arg-max (n per row)."""
     exponentials: int = 0
-    """Of softmaxes, fused ones included."""
+    """Of softmaxes, fused ones included; a fused backward pass computes them again."""
     gathered_bytes: int = 0
-    """Bytes written by gathers and indexed selections."""
+    """Bytes written by gathers and indexed selections; by those inside own operators only where these are followed."""
     uncounted: Mapping[str, int] = field(default_factory=dict)
     """Operators without a formula that may multiply: name -> numbers written. Products never summed are among them."""
 
@@ -70,7 +70,7 @@ def count(fn: Callable[..., object], *args: Any, inside: bool = False) -> Count:
         torch.compiler.set_stance("force_eager"),
         observer,
         counter,
-        _Flex(observer.contractions),
+        _Flex(observer),
         OpenOperators() if inside else nullcontext(),
     ):
         fn(*args)
@@ -115,6 +115,7 @@ _FUSED_ATTENTION = {
     "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_cudnn_attention",
 }
+_FUSED_BACKWARD = {f"{name}_backward" for name in _FUSED_ATTENTION}
 
 
 class _Observer(TorchDispatchMode):
@@ -173,11 +174,17 @@ class _Observer(TorchDispatchMode):
             self.exponentials += args[0].numel()
         elif name in _FUSED_ATTENTION:
             self.exponentials += args[0].shape[:-1].numel() * args[1].shape[-2]
-        elif name in ("sort", "argsort", "argmax", "argmin", "topk"):
+        elif name in _FUSED_BACKWARD:
+            self.exponentials += args[1].shape[:-1].numel() * args[2].shape[-2]
+        elif name in ("patch_attention", "patch_attention_backward"):  # our own: kitbench/attention/operator.py
+            q, k, neighbours = (args[0], args[1], args[3]) if name == "patch_attention" else (*args[1:3], args[6])
+            keys = k.shape[1] * (1 if neighbours is None else neighbours.shape[1])
+            self.exponentials += q.shape[:3].numel() * keys
+        elif name in ("sort", "argsort", "argmax", "argmin", "topk", "nth_largest"):
             values = args[0]
             # sort.stable(self, *, stable, dim): the dimension that matters is all that differs
             row = max(1, values.shape[_dim(name, args)]) if values.dim() else 1
-            steps = {"sort": row, "argsort": row, "topk": 2 * args[1] if name == "topk" else 2}.get(name, 2)
+            steps = {"topk": 2 * args[1] if name == "topk" else 2, "argmax": 2, "argmin": 2}.get(name, row)
             self.comparisons += math.ceil(values.numel() * math.log2(max(2, steps)))
 
 
@@ -189,9 +196,9 @@ class _Flex(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, macs: Counter[str]) -> None:
+    def __init__(self, observer: _Observer) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.macs = macs
+        self.observer = observer
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.ops.higher_order.flex_attention:
@@ -199,7 +206,8 @@ class _Flex(TorchDispatchMode):
         query, key, value, _, mask = args[:5]
         with _disable_current_modes():
             pairs = _flex_pairs(query, key, mask)
-        self.macs["flex_attention"] += pairs * (query.shape[-1] + value.shape[-1])
+        self.observer.contractions["flex_attention"] += pairs * (query.shape[-1] + value.shape[-1])
+        self.observer.exponentials += pairs
         rows = query.new_empty(query.shape[:-1], dtype=torch.float32)
         return query.new_empty((*query.shape[:-1], value.shape[-1])), rows, rows.clone()
 

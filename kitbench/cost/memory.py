@@ -13,6 +13,7 @@ What each method includes:
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import logging
 import os
@@ -104,16 +105,36 @@ def _status(key: str) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of the device in bytes; on the CPU at most what the control group (cgroup) allows."""
+    """Free memory of the device in bytes; on the CPU at most what control groups (cgroups) leave."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    free: int = psutil.virtual_memory().available
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        file = Path(name)
-        if file.is_file() and (text := file.read_text().strip()).isdigit():
-            free = min(free, int(text))
-    return free
+    return min(psutil.virtual_memory().available, *_left_by_cgroups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")))
+
+
+_CGROUP_FILES = (("memory.max", "memory.current", "inactive_file"),
+                 ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))  # fmt: skip
+"""Of version 2 and of version 1: the limit, what is used, and the line of memory.stat with what of it is only cache."""
+
+
+def _left_by_cgroups(own: Path, root: Path) -> list[int]:
+    """Bytes that each memory control group of this process leaves, from its own up to the topmost that is mounted.
+
+    own: the file that names the groups. root: where they are mounted; version 1 has a folder for memory in it.
+    """
+    left = [2**63]
+    for line in own.read_text().splitlines() if own.is_file() else ():
+        _, controllers, place = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top, (limit, used, cache) = (root / "memory", _CGROUP_FILES[1]) if controllers else (root, _CGROUP_FILES[0])
+        group = top / place.lstrip("/")
+        for folder in (group, *group.parents[: len(group.parts) - len(top.parts)]):
+            if (folder / limit).is_file() and (text := (folder / limit).read_text().strip()).isdigit():
+                stat = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
+                taken = int((folder / used).read_text()) - int(stat.get(cache, 0))
+                left.append(max(0, int(text) - taken))
+    return left
 
 
 class OpenOperators(TorchDispatchMode):
@@ -151,7 +172,7 @@ class LiveStorages(TorchDispatchMode):
         known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
         # The engine adds up gradients in place, except under a mode; then the sum takes the place of its first term.
-        summed = func is torch.ops.aten.add.Tensor and _between_autograd_nodes()
+        summed = func is torch.ops.aten.add.Tensor and _called_by_autograd()
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
@@ -171,8 +192,21 @@ class LiveStorages(TorchDispatchMode):
         self.live -= self._sizes.pop(key, 0)
 
 
-def _between_autograd_nodes() -> bool:
-    return torch._C._current_graph_task_id() != -1 and torch._C._current_autograd_node() is None
+def _called_by_autograd() -> bool:
+    """Whether the operator that is dispatched now was called by the engine of autograd, and by no Python code in it.
+
+    That is its addition of gradients. A node in C++ whose backward pass adds two tensors looks alike; few do.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name in _FRAMES_OF_DISPATCH:
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_name == "_engine_run_backward"
+
+
+_FRAMES_OF_DISPATCH = ("_called_by_autograd", "__torch_dispatch__", "__call__", "inner", "_fn")
+"""Functions between an operator's caller and a mode: the modes' own, and torch's around them."""
 
 
 def predict_peak_bytes(

@@ -6,6 +6,7 @@ A cause is a missing, extra or altered file, half of a pair without the other, o
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ def audit(card: Card, folder: Path) -> list[str]:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         files = list(pool.map(lambda path: _inspect(card, folder, path), paths))
     lines = [f"altered: {file.fault}" for file in files if file.fault]
-    if len(lines) == len(files) > 1:
+    if len(files) > 1 and len({_cause(file.fault, [file.path]) for file in files}) == 1 and lines:
         return [_alike(lines)]
     if card.sha256:
         if _of_another_set(card, files):
@@ -67,8 +68,10 @@ def _whole(card: Card, folder: Path) -> list[str]:
     try:
         found = files_of_set(card, folder)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            lines = [line for line in pool.map(lambda entry: _verify(card, folder, entry), found) if line]
-        if len(lines) == len(found) > 1:
+            faults = list(pool.map(lambda entry: _verify(card, folder, entry), found))
+        lines = [fault for fault in faults if fault]
+        causes = {_cause(fault, entry.paths) for fault, entry in zip(faults, found, strict=True)}
+        if len(found) > 1 and len(causes) == 1 and lines:
             return [_alike(lines)]
         if not card.blind:
             check_averaging(card, (load_pixels(card, entry) for entry in sample(found)))
@@ -92,8 +95,17 @@ def _of_another_set(card: Card, files: Sequence[File]) -> bool:
 
 
 def _alike(lines: Sequence[str]) -> str:
-    """One line, where every file of the folder has one: its cause is not in the files."""
+    """One line, where every file of the folder has one of the same wording: its cause is not in the files."""
     return f"{lines[0].rstrip('.')} (and so on for all {len(lines)})"
+
+
+def _cause(fault: str | None, paths: Iterable[Path]) -> str | None:
+    """A fault without the names and the numbers in its sentence."""
+    if fault is None:
+        return None
+    for path in paths:
+        fault = fault.replace(str(path), "")
+    return re.sub(r"\d+", "", fault)
 
 
 def _each(kind: str, names: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ get it.
 from __future__ import annotations
 
 import errno
+import lzma
 import shutil
 import stat
 import tarfile
@@ -88,8 +89,8 @@ def fetch(card: Card, root: Path, report: Report, patience: Patience | None = No
             placed = _install(card, files, work / "unpacked", root)
             shutil.rmtree(work)
         finally:
+            Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: afterwards it may be another's
             lock.release()
-            Path(lock.lock_file).unlink(missing_ok=True)
     return placed, True
 
 
@@ -181,6 +182,8 @@ def _write(response: requests.Response, part: Path, start: int, report: Report) 
     mark = response.headers.get("Last-Modified", "") if mark.startswith("W/") or not mark else mark
     if mark:
         _tag(part).write_text(mark, "utf-8")
+    elif not start:  # a tag that is there is of a file that this one takes the place of
+        _tag(part).unlink(missing_ok=True)
     length = response.headers.get("Content-Length")
     total = start + int(length) if length else None
     if total is not None and total - start > shutil.disk_usage(part.parent).free:
@@ -205,13 +208,24 @@ def _is_page(response: requests.Response, head: bytes) -> bool:
     return kind.startswith("text/html") or head.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html"))
 
 
+class _Damaged(InputError):
+    """An archive cannot be unpacked; it is not kept."""
+
+    def __init__(self, archive: str, error: Exception) -> None:
+        super().__init__(f"{archive} cannot be unpacked ({error}), and was deleted; fetch the set again, or by hand.")
+
+
 def _install(card: Card, files: list[Path], unpacked: Path, root: Path) -> Path:
     """Unpack, find the set inside, check it, and move it to its place. Leaves nothing behind where that fails."""
     shutil.rmtree(unpacked, ignore_errors=True)
     unpacked.mkdir()
     try:
         for file in files:
-            unpack(file, unpacked)
+            try:
+                unpack(file, unpacked)
+            except _Damaged:
+                file.unlink()
+                raise
         found, problems = _find(card, unpacked)
         if found is None or problems:
             for file in files:
@@ -227,6 +241,8 @@ def _install(card: Card, files: list[Path], unpacked: Path, root: Path) -> Path:
         if target.is_dir() and next(target.iterdir(), None) is None:
             target.rmdir()
         if target.exists():
+            if (there := locate(card, root)) is not None and fits(card, there):
+                return there  # it came meanwhile, with another set of the same archive
             raise InputError(f"{target} exists and contains other files; move it away to fetch {card.name}.")
         target.parent.mkdir(parents=True, exist_ok=True)
         source.replace(target)
@@ -252,8 +268,8 @@ def _find(card: Card, unpacked: Path) -> tuple[Path | None, list[str]]:
 def unpack(archive: Path, into: Path) -> None:
     """Unpack a .zip or .tar archive, or put a file that is neither in the folder. Raises InputError.
 
-    No member may be outside the folder, be a link, or lead through one out of it; together they may not take more than
-    is free on the disk, nor more than GROWTH times the size of the archive plus 1 GiB.
+    No member may be outside the folder, or lead out of it through a link; a .zip may hold no links at all. Together
+    they may not take more than is free on the disk, nor more than GROWTH times the size of the archive plus 1 GiB.
     """
     room = min(shutil.disk_usage(into).free, GROWTH * archive.stat().st_size + (1 << 30))
     try:
@@ -263,8 +279,12 @@ def unpack(archive: Path, into: Path) -> None:
             _untar(archive, into, room)
         else:
             shutil.copy2(archive, into / archive.name)
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError) as error:
-        raise InputError(f"{archive.name} cannot be unpacked ({error}); delete it and fetch it again.") from error
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, NotImplementedError) as error:
+        raise _Damaged(archive.name, error) from error
+    except OSError as error:
+        if error.errno is None:  # of gzip or bz2: what is wrong is the archive, not the disk
+            raise _Damaged(archive.name, error) from error
+        raise
 
 
 def _unzip(archive: Path, into: Path, room: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +30,17 @@ class ImageFiles:
 
 def matches(folder: Path, patterns: Iterable[str]) -> bool:
     """Whether any file in the folder matches any of the patterns."""
-    return any(next(folder.glob(pattern), None) is not None for pattern in patterns)
+    return any(next(_matching(folder, pattern), None) is not None for pattern in patterns)
 
 
 def glob(folder: Path, patterns: Iterable[str]) -> list[Path]:
     """The files that match any of the patterns, sorted by path."""
-    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    return sorted({path for pattern in patterns for path in _matching(folder, pattern)})
+
+
+def _matching(folder: Path, pattern: str) -> Iterator[Path]:
+    """The files that match a pattern; without hidden ones, which macOS writes beside files that it copies."""
+    return (path for path in folder.glob(pattern) if path.name[0] != "." and path.is_file())
 
 
 def unnumbered(card: Card, found: Iterable[ImageFiles]) -> list[str]:
@@ -111,8 +116,8 @@ def _starred(folder: Path, patterns: tuple[str, ...], only: str) -> dict[Path, t
     found: dict[Path, tuple[str, ...]] = {}
     for pattern in patterns:
         stars = re.compile("".join("([^/]*)" if c == "*" else re.escape(c) for c in pattern))
-        for path in folder.glob(pattern):
-            if path.is_file() and (match := stars.fullmatch(path.relative_to(folder).as_posix())):
+        for path in _matching(folder, pattern):
+            if match := stars.fullmatch(path.relative_to(folder).as_posix()):
                 found[path] = match.groups()
     if named is not None:
         ends = {tuple(name.split("/")[-4:]) for name in named}

@@ -54,11 +54,19 @@ def pictures_in(folder: Path) -> list[Path]:
 
 def no_pictures(folder: Path) -> str:
     """The sentence for a folder without pictures, naming a subfolder that has some."""
-    inside = next((path for path in sorted(folder.iterdir()) if path.is_dir() and pictures_in(path)), None)
+    inside = next((path for path in sorted(folder.iterdir()) if path.is_dir() and _has_pictures(path)), None)
     hint = f"; its subfolder {inside} has some: name that" if inside else f"; put some there ({', '.join(SUFFIXES)})"
     others = [path.name for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
     hint = f" of a format that is read (found {', '.join(others[:3])}){hint}" if others and not inside else hint
     return f"Folder {folder} has no pictures{hint}."
+
+
+def _has_pictures(folder: Path) -> bool:
+    """Whether a folder has pictures; not, as far as can be told, where it cannot be read (lost+found of a disk)."""
+    try:
+        return bool(pictures_in(folder))
+    except InputError:
+        return False
 
 
 def require_eight_bits(path: Path) -> None:

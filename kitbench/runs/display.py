@@ -80,7 +80,7 @@ class Display:
         title = self._titles[cell] + (" scoring" if phase == "scoring" else "")
         if self._bars is None:
             if (cell, phase) not in self._lines:
-                self._lines[cell, phase] = lines_of(self.console, escape(title), total, self.slots)
+                self._lines[cell, phase] = lines_of(self.console, title, total, self.slots)
             self._lines[cell, phase](done, text)
             return
         left = f"{found} left in all" if (found := self.time_left()) else ""

@@ -34,7 +34,7 @@ class Protocol(Frozen):
     """Pixels cut from each side before scoring."""
     space: Literal["native", "y", "y-unrounded"] = "native"
     """native: all channels (RGB or gray) together; y: luma of MATLAB's rgb2ycbcr of 8-bit images, rounded to 8 bits;
-    y-unrounded: of the same images converted to floating point."""
+    y-unrounded: of the same images converted to floating point. Where the prediction is not rounded, neither is y."""
     ssim: Literal["gaussian11", "matlab-rgb"] = "gaussian11"
     """gaussian11: 11 x 11 Gaussian window, sigma 1.5, valid region, each channel alone, then averaged. matlab-rgb:
     MATLAB's ssim of the RGB array as a volume, borders replicated."""

@@ -21,8 +21,8 @@ def writable(folder: Path) -> None:
 
 def _refusal(folder: Path) -> OSError | None:
     """What the operating system says to a file in a folder, which need not exist yet; None where it takes one."""
-    existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
     try:
+        existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
         with tempfile.TemporaryFile(dir=existing):
             return None
     except OSError as error:
@@ -31,12 +31,14 @@ def _refusal(folder: Path) -> OSError | None:
 
 def writable_file(path: Path) -> None:
     """Raises InputError where a file of this path cannot be written; creates nothing."""
+    if error := _refusal(path.parent):
+        raise InputError(f"{path} cannot be written ({error.strerror}); give a file in another folder.") from error
     if path.parent.is_dir() and len(os.fsencode(path.name)) > os.pathconf(path.parent, "PC_NAME_MAX"):
         raise InputError(f"The file name {path.name[:40]}... is too long; give a shorter one.")
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the path of a file.")
-    if error := _refusal(path.parent):
-        raise InputError(f"{path} cannot be written ({error.strerror}); give a file in another folder.") from error
+    if path.absolute().parent == Path("/dev") or (path.exists() and not path.is_file()):
+        raise InputError(f"{path} is a device or a pipe, which the new file would replace; give the path of a file.")
 
 
 def write_atomic(path: Path, data: bytes, previous: Path | None = None) -> None:

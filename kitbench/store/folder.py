@@ -11,6 +11,8 @@
         failed.json           why the run failed, if it did
         origin.json           who made the run, if it was imported
         crops/SET-sigma-PROTOCOL-NUMBER.png   pictures of the first images of the set: whole, input, restored, clean
+        progress.json         how far a running cell is, for `kitbench status`; deleted when it is done
+        .lock, .owner         the lock of the process that works on the run, and which process that is
 
 A file is written under another name, synced and renamed: a reader sees the old file or the new one, never part of one.
 """
@@ -18,6 +20,7 @@ A file is written under another name, synced and renamed: a reader sees the old 
 from __future__ import annotations
 
 import csv
+import fcntl
 import hashlib
 import json
 import os
@@ -200,6 +203,17 @@ class RunFolder:
                 return False
         except Timeout:
             return True
+        except PermissionError:  # another user's run
+            return self._held_by_another()
+
+    def _held_by_another(self) -> bool:
+        """`held`, by a lock for which the file need not be writable."""
+        with (self.path / ".lock").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
 
 
 def _owner(folder: Path) -> Owner | None:

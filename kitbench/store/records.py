@@ -45,7 +45,8 @@ class Environment(Frozen):
 
     kitbench: str
     commit: str | None
-    """Of kitbench's own source, followed by `+dirty` where files differ from it; None for an installed package."""
+    """Of kitbench's own source, followed by `+dirty` where files differ from it; None for an installed package,
+    and where git tells nothing."""
     command: tuple[str, ...]
     started: str
     host: str
@@ -186,7 +187,7 @@ class Evaluation(Frozen):
     """Of the scoring; None in evaluations made before it was recorded."""
     lpips_note: str | None
     """Why LPIPS was not computed; None where it was, or was not requested."""
-    scores: tuple[Score, ...]
+    scores: Annotated[tuple[Score, ...], Field(min_length=1)]
 
     @property
     def condition(self) -> str:

@@ -147,6 +147,8 @@ def read_results(path: Path) -> list[Result]:
         rows = _parquet(path) if path.suffix.lower() == ".parquet" else _csv(path)
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as a results file ({error}); give another file.") from error
+    if not rows:
+        raise InputError(f"{path} has no row of results; give another file.")
     for number, row in enumerate(rows, 1):
         if (version := str(row.get("schema_version"))) != "1":
             raise InputError(
@@ -164,7 +166,7 @@ def read_results(path: Path) -> list[Result]:
 def _csv(path: Path) -> list[dict[str, Any]]:
     """The rows as text; None for what is empty and may be."""
     may_be_empty = {name for name, field in Result.model_fields.items() if "None" in str(field.annotation)}
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a mark of the encoding first
         return [
             {key: None if value == "" and key in may_be_empty else value for key, value in row.items()}
             for row in csv.DictReader(file)

@@ -127,7 +127,7 @@ def command_line() -> str:
 
 
 def commit() -> str | None:
-    """The commit of kitbench's own checkout, `+dirty` where its code differs from it; None where there is none.
+    """The commit of kitbench's own checkout, `+dirty` where its code differs from it; None where git tells none.
 
     A copy of a checkout without its .git has what KITBENCH_COMMIT says.
     """
@@ -141,11 +141,11 @@ def commit() -> str | None:
                 ["git", "-C", root, *arguments], capture_output=True, text=True, check=True, timeout=20
             )
         except (OSError, subprocess.SubprocessError):
-            return None  # no git, or no commit yet: the record says null
+            return None  # no git, no commit yet, or no answer: the record says null
         return done.stdout.strip()
 
     head, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", "kitbench", "baselines", "datasets")
-    return None if head is None else f"{head}{'+dirty' if changes else ''}"
+    return None if head is None or changes is None else f"{head}{'+dirty' if changes else ''}"
 
 
 def _version(name: str) -> str | None:

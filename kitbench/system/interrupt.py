@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from kitbench.errors import Interrupted, RunError
+from kitbench.errors import Interrupted, describe_error
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE = 6.0
@@ -114,12 +114,14 @@ def _leave(stop: Stop, how_to_go_on: Callable[[], str]) -> None:
     if stop.state.acquire(timeout=LOCK_SECONDS) and stop.rescue is not None:
         try:
             said = stop.rescue()
-        except (OSError, RunError) as error:
-            said = f"stopped, but not saved: {error}"
+        except Exception as error:  # noqa: BLE001 - whatever it is, the process has to end
+            said = f"stopped, but not saved: {describe_error(error)}"
     _end(said, how_to_go_on)
 
 
 def _end(said: str, how_to_go_on: Callable[[], str]) -> None:
-    cursor = "\x1b[?25h\n" if sys.stdout.isatty() else ""  # a progress bar has hidden it
-    os.write(sys.stderr.fileno(), f"{cursor}kitbench: {said}. {how_to_go_on()}\n".encode())
-    os._exit(EXIT_CODE)
+    try:
+        cursor = "\x1b[?25h\n" if sys.stdout is not None and sys.stdout.isatty() else ""  # a progress bar has hidden it
+        os.write(sys.stderr.fileno(), f"{cursor}kitbench: {said}. {how_to_go_on()}\n".encode())
+    finally:  # where nobody can be told, too: stderr is closed, or a pipe that nobody reads any more
+        os._exit(EXIT_CODE)

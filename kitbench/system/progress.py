@@ -29,10 +29,10 @@ def progress(console: Console, title: str, total: int) -> Iterator[Update]:
         yield lines_of(console, title, total)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # names of files may have brackets
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[text]}"),
+        TextColumn("{task.fields[text]}", markup=False),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
@@ -61,7 +61,7 @@ def lines_of(console: Console, title: str, total: int, side_by_side: int = 1) ->
         left = ""
         if first[0] < done < total:
             left = f"  {duration((now - first[1]) / (done - first[0]) * (total - done))} left"
-        console.print(f"{title}  {done}/{total}  {text}{left}", highlight=False)
+        console.print(f"{title}  {done}/{total}  {text}{left}", markup=False, highlight=False)
 
     return update
 

@@ -150,9 +150,8 @@ ALTERED: dict[str, tuple[Callable[[RunFolder], object], str]] = {
     "psnr": (of_scores(lambda raw: raw["scores"][0].update(psnr=1e300)), "has PSNR 1e+300 on image 0 of Set_A"),
     "ssim": (of_scores(lambda raw: raw["scores"][0].update(ssim=5)), "has SSIM 5 on image 0 of Set_A"),
     "one image twice": (
-        of_scores(lambda raw: raw.update(scores=raw["scores"][:1] * 5)), "has no image of Set_A, or one of them twice",
+        of_scores(lambda raw: raw.update(scores=raw["scores"][:1] * 5)), "has an image of Set_A twice",
     ),
-    "no image": (of_scores(lambda raw: raw.update(scores=[])), "has no image of Set_A"),
     "fewer images": (
         of_scores(lambda raw: raw["scores"].pop()), "was scored on 1 images of Set_A (without 1), the others on 2",
     ),

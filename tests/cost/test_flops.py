@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from kitbench.cost.agreement import reconcile, state_macs
+from kitbench.attention.selection import nth_largest
+from kitbench.cost.agreement import reconcile
 from kitbench.cost.flops import Count, count, count_module
 from kitbench.cost.second_counter import count_fvcore
 from kitbench.model import methods
@@ -110,6 +110,8 @@ def test_own_operators_compute_what_their_formulas_say(name, settings, train):
     found = count_module(module, (1, 64, 40, 32), train, inside=True)
     assert reconcile(stated.macs, found.macs, found.uncounted) is None
     assert not any(operator.startswith("kitbench") for operator in found.by_operator)
+    assert stated.exponentials == found.exponentials
+    assert (stated.exponentials > 0) == (name != "conv")
 
 
 def test_counting_is_exact_at_any_size_and_computes_nothing():
@@ -157,7 +159,8 @@ def test_flex_attention_counts_the_blocks_of_its_mask():
     q, k, v = (torch.randn(2, 3, 256, 16) for _ in range(3))
     mask = create_block_mask(lambda b, h, i, j: i // 128 == j // 128, None, None, 256, 256, device="cpu")
     assert count(flex_attention, q, k, v).macs == 2 * 2 * 3 * 256 * 256 * 16
-    assert count(lambda: flex_attention(q, k, v, block_mask=mask)).macs == 2 * 2 * 3 * 256 * 128 * 16
+    found = count(lambda: flex_attention(q, k, v, block_mask=mask))
+    assert (found.macs, found.exponentials) == (2 * 2 * 3 * 256 * 128 * 16, 2 * 3 * 256 * 128)
 
 
 def test_grouped_convolutions_count_their_groups_backwards_too():
@@ -171,6 +174,8 @@ def test_sorts_and_gathers_are_listed_apart():
     x = torch.randn(10, 1024)
     assert count(lambda: x.sort(-1)).comparisons == 10 * 1024 * 10
     assert count(lambda: x.topk(8, -1)).comparisons == 10 * 1024 * 4
+    assert count(lambda: x.argmax(-1)).comparisons == 10 * 1024
+    assert count(nth_largest, x, torch.full((10, 1), 3)).comparisons == 10 * 1024 * 10
     assert count(lambda: x.index_select(1, torch.arange(4))).gathered_bytes == 10 * 4 * 4
     assert count(lambda: x.sort(-1)).macs == 0
 
@@ -229,34 +234,6 @@ def test_a_wrong_closed_form_is_said_to_be_wrong():
     assert reconcile(1000, 989, {}) is not None
 
 
-def test_a_wrong_closed_form_of_a_cheap_attention_is_found_in_its_network():
-    """Its multiply-adds are a thousandth of the network's, so that any error is less than 1 % of those."""
-    method = methods.load_method("channel")
-    config = Backbone(width=16, head_dim=8, blocks=(1, 1), attention_levels=(1,))
-    model = UNet(3, config, method, method.resolve({}), seed=0).eval()
-    assert state_macs(model, 3, 64, model.macs(64, 64)).note is None
-    for _, attention in model.attentions():
-        true = attention.macs
-        attention.macs = lambda height, width, true=true: true(height, width) + true(height, width) // 50
-    assert state_macs(model, 3, 64, model.macs(64, 64)).note.startswith("closed form 61.5 MMAC, counted 61.2")
-
-
-class PlainTensor(nn.Module):
-    """Its tensor is no buffer, so that it has data where all else is fake."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.factor = torch.ones(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.factor[0, 0].expand(x.shape[-1], x.shape[-1])
-
-
-def test_what_cannot_be_counted_is_a_note_and_no_traceback_of_torch(caplog):
-    assert state_macs(PlainTensor(), 3, 64, 0).note.startswith("closed form only: it could not be counted")
-    assert caplog.text == ""
-
-
 def test_macs_and_flops_are_told_apart():
     assert Count(macs=5_000_000_000).gmacs == 5
     assert Count(macs=5_000_000_000).gflops == 10
@@ -305,47 +282,6 @@ def test_importing_fvcore_warns_of_nothing():
     code = "from kitbench.cost.second_counter import count_fvcore; from torch import nn, zeros; "
     code += "assert count_fvcore(nn.Linear(2, 3), zeros(1, 2))[0] == 6"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
-
-
-class AddedProducts(nn.Module):
-    """[1, C, N, N] to [N, N] by an operator that torch's counter has a formula for, and fvcore has not."""
-
-    def forward(self, x):
-        return torch.addbmm(x[0, 0], x[0], x[0])
-
-
-class Untraceable(nn.Module):
-    def forward(self, x):
-        if torch.jit.is_tracing():
-            raise TypeError("not while tracing")
-        return x
-
-
-def test_a_row_says_where_the_two_counters_disagree():
-    found = state_macs(AddedProducts(), 3, 64, 3 * 64**3)
-    assert found.counted == 3 * 64**3
-    assert found.note == (
-        f"at 256 px torch's counter finds {3 * 256**3 / 1e6:.1f} MMAC, fvcore 0.0: in fvcore, no formula for aten::addbmm"
-    )
-    assert state_macs(AddedProducts(), 3, 64, None).note.endswith("no formula for aten::addbmm")
-
-
-def test_a_row_says_where_fvcore_cannot_trace():
-    note = state_macs(Untraceable(), 3, 64, 0).note
-    assert note == "checked by one counter only: fvcore could not trace it (TypeError)"
-
-
-@pytest.mark.parametrize(("name", "side"), [("window", 256), ("global", 64)])
-def test_the_counters_are_compared_once_at_a_size_that_takes_a_moment(name, side):
-    method = methods.load_method(name)
-    config = Backbone(width=16, head_dim=8, blocks=(1, 1), attention_levels=(1,))
-    model = UNet(3, config, method, method.resolve({}), seed=0).eval()
-    sides = []
-    model.register_forward_hook(
-        lambda module, inputs, output: None if isinstance(output, FakeTensor) else sides.append(output.shape[-1])
-    )
-    assert state_macs(model, 3, 256, model.macs(256, 256)).note is None
-    assert sides == [side]
 
 
 class SwinBlock(nn.Module):

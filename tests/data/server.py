@@ -7,6 +7,7 @@ import threading
 import zipfile
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,3 +85,8 @@ def own(server: Server, name: str = "own.zip", archive: str = "", **fields: Any)
     pairs = [{"inputs": ["input/*.png"], "targets": ["target/*.png"]}]
     given = {"citation": "c", "pairs": pairs, "count": 3, "folders": ["Own/test"]}
     return Card.model_validate(required | given | {"urls": [{"url": server.url(name), "sha256": archive}]} | fields)
+
+
+def left(root: Path) -> list[str]:
+    """All files below a folder."""
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())

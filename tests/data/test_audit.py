@@ -78,10 +78,20 @@ def test_a_cause_that_concerns_every_file_takes_one_line(folder: Path) -> None:
     assert line.endswith("is colour, expected gray; replace the file (and so on for all 6)")
 
 
+def test_two_causes_are_named_where_they_are_all_files(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", image(0))
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    write(tmp_path / "b.png", image(1, colour=False))
+    lines = audit(own_card(2, pairs=[], layouts=[["*.png"]]), tmp_path)
+    assert [line.partition("/b.png ")[2] for line in lines] == ["", "is gray, expected colour; replace the file."]
+    assert "a.png is not a readable image" in lines[0]
+
+
 def test_whole_kodak_pictures_in_place_of_the_crops_take_one_line(tmp_path: Path) -> None:
     """The set of the issue: 24 pictures of 768 x 512, named otherwise than the crops."""
     for number in range(24):
-        write(tmp_path / "Kodak24" / f"picture{number}.png", np.zeros((512, 768, 3), np.uint8))
+        shape = (768, 512, 3) if number == 23 else (512, 768, 3)
+        write(tmp_path / "Kodak24" / f"picture{number}.png", np.zeros(shape, np.uint8))
     [line] = audit(card("Kodak24"), tmp_path / "Kodak24")
     assert "is 768 x 512 px, expected 500 x 500; the folder contains Kodak24-full" in line
     done = CliRunner().invoke(cli, ["data", "check", "Kodak24", "--data", str(tmp_path)])

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kitbench.apply.folders import pictures_named
 from kitbench.data.audit import audit
 from kitbench.data.cards import cards
 from kitbench.data.images import decode, to_gray
-from kitbench.data.own import card_of_set, pictures_in
+from kitbench.data.own import card_of_set, no_pictures, pictures_in
 from kitbench.data.photograph import read_set
 from kitbench.data.repetition import images_of
 from kitbench.errors import InputError
@@ -45,6 +46,27 @@ def test_hidden_files_are_no_pictures(tmp_path: Path) -> None:
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
     (tmp_path / "._a.png").write_bytes(b"\0\5\x16\7")  # macOS writes these beside files that it copies
     assert pictures_in(tmp_path) == [tmp_path / "a.png"]
+    own_pairs(tmp_path, 2)
+    for half in ("input", "target"):
+        (tmp_path / "own" / half / "._0.png").write_bytes(b"\0\5\x16\7")
+    for folder, count in ((tmp_path, 1), (tmp_path / "own", 2)):
+        assert len(read(folder)) == count
+        assert audit(card_of_set(f"{folder}/"), folder) == []
+
+
+def test_a_subfolder_that_cannot_be_read_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lost+found").mkdir()
+    listing = Path.iterdir
+
+    def refused(folder: Path):
+        if folder.name == "lost+found":
+            raise PermissionError(13, "Permission denied")
+        return listing(folder)
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    assert no_pictures(tmp_path).startswith(f"Folder {tmp_path} has no pictures; put some there")
+    write(tmp_path / "a.png", image(0))
+    assert pictures_named([tmp_path])[0] == [tmp_path / "a.png"]
 
 
 def test_pairs_are_matched_by_name_whatever_their_format(tmp_path: Path) -> None:

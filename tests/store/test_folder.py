@@ -14,7 +14,7 @@ from kitbench.store.files import writable, writable_file, write_atomic
 from kitbench.store.folder import RunFolder, RunLocked, find
 from kitbench.store.records import Evaluation, Owner
 from kitbench.verdict.rows import rows
-from tests.stored import store
+from tests.stored import rewrite, store
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
@@ -35,6 +35,17 @@ def test_a_file_name_as_long_as_file_systems_allow_is_written_and_a_longer_one_r
     assert longest.read_bytes() == b"whole"
     with pytest.raises(InputError, match="is too long; give a shorter one"):
         writable_file(tmp_path / ("x" * 256))
+    with pytest.raises(InputError, match="cannot be written .File name too long.; give a file in another folder"):
+        writable_file(tmp_path / ("x" * 256) / "file.csv")
+    with pytest.raises(InputError, match="cannot be written .File name too long.; choose another with --out"):
+        writable(tmp_path / ("x" * 256))
+
+
+def test_a_device_or_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null"), Path("/dev/stdout")):
+        with pytest.raises(InputError, match="is a device or a pipe, which the new file would replace"):
+            writable_file(path)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +87,22 @@ def test_only_one_process_works_on_a_run_and_the_others_are_told_which(tmp_path:
         assert killed is None
 
 
+def test_whether_another_users_run_is_held_is_told_without_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, real = RunFolder(tmp_path / "run"), os.open
+
+    def read_only(path: str, flags: int, *more: int, **others: int) -> int:
+        if str(path).endswith(".lock") and flags & (os.O_RDWR | os.O_WRONLY):
+            raise PermissionError(13, "Permission denied")
+        return real(path, flags, *more, **others)
+
+    with folder.lock():
+        monkeypatch.setattr(os, "open", read_only)
+        assert folder.held()
+    assert not folder.held()
+
+
 def test_what_a_killed_process_left_is_recognised_and_removed(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     (folder.path / "eval").mkdir(parents=True)
@@ -110,6 +137,14 @@ def test_a_strangers_record_leads_to_no_file_outside_its_folder(stamp: str, tmp_
     [evaluation] = [Evaluation.model_validate(record | {"data_set": "../../secret/.."})]
     crop = folder.crop_path(evaluation.data_set, evaluation.sigma, evaluation.stamp, 0)
     assert crop.resolve().parent == folder.path.resolve() / "crops"
+
+
+def test_an_evaluation_without_images_is_no_record(tmp_path: Path) -> None:
+    folder = store(tmp_path, "kit", 30.25)
+    [path] = (folder.path / "eval").iterdir()
+    rewrite(path, lambda raw: raw.update(scores=[]))
+    with pytest.raises(InputError, match="is not a valid record: scores: Tuple should have at least 1 item"):
+        rows([folder])
 
 
 def test_a_number_changed_by_hand_is_noticed(tmp_path: Path) -> None:

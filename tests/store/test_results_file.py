@@ -97,6 +97,17 @@ def test_another_table_is_refused(old: str, new: str, expected: str, runs: list[
         read_results(tmp_path / "none.csv")
 
 
+def test_a_table_from_a_spreadsheet_is_read_and_an_empty_one_refused(runs: list[RunFolder], tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    write_results(results(runs), path)
+    path.write_text(path.read_text("utf-8"), "utf-8-sig")
+    assert read_results(path) == results(runs)
+    for text in ("", "a,b\n"):
+        path.write_text(text)
+        with pytest.raises(InputError, match=r"x\.csv has no row of results; give another file\."):
+            read_results(path)
+
+
 def test_a_run_that_is_in_two_folders_has_one_row_each_or_is_refused(runs: list[RunFolder], tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "r", tmp_path / "copy")
     both = [*runs, *find([tmp_path / "copy"])]

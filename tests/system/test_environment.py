@@ -9,9 +9,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kitbench.system.environment import STATE, gpu_state
+import kitbench
+from kitbench.system.environment import STATE, commit, gpu_state
 
 CUDA = torch.device("cuda", 0)
+
+
+def test_a_checkout_that_git_tells_nothing_of_is_not_recorded_as_clean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(kitbench, "__file__", str(tmp_path / "kitbench" / "__init__.py"))
+    (tmp_path / ".git").mkdir()
+    for status, expected in (("true", "0123abc"), ("echo ' M kitbench/x.py'", "0123abc+dirty"), ("exit 128", None)):
+        script(tmp_path / "git", f'case "$*" in *status*) {status} ;; *) echo 0123abc ;; esac')
+        assert commit() == expected
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from kitbench.cost.memory import predict_peak_bytes
 from kitbench.cost.sweep.options import SweepOptions
 from kitbench.cost.sweep.worker import Child, Failed, Memory, Spec, build, closed_form, needed_macs, step
 from kitbench.cost.timing import Sample, compare_times
-from kitbench.errors import InputError
+from kitbench.errors import InputError, describe_error
 from kitbench.store.sweeps import BRACKET, Point, Sweep
 from kitbench.text import byte_size, duration
 
@@ -148,7 +148,7 @@ def _predicted(label: str, spec: Spec, sweep: Sweep) -> Point:
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         raise InputError(
             f"Method {label!r} cannot run on fake tensors, which the sweep needs to count FLOPs and predict memory "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}); its forward must not depend on tensors' values."
+            f"({describe_error(error)}); its forward must not depend on tensors' values."
         ) from error
     return Point(
         method=label,

@@ -28,6 +28,8 @@ from kitbench.system.environment import choose_device, environment
 from kitbench.system.progress import progress
 from kitbench.text import byte_size
 
+PREVIOUS = "scale-previous.json"
+"""Where a sweep is put that a new one takes the place of."""
 SHARE = 0.8  # of the free memory that a child may take
 
 
@@ -50,7 +52,7 @@ def run_scale(options: SweepOptions, console: Console) -> Sweep:
             build(spec)  # raises for invalid settings before anything runs
     writable(options.out)
     path = options.out / "scale.json"
-    sweep = _resumed(sweep, path)
+    sweep = _resumed(sweep, path, console)
     console.print(
         f"{len(sweep.methods)} method{'s' * (len(sweep.methods) > 1)}, "
         f"{sweep.subject}, sides {sizes[0]} to {sizes[-1]} px, "
@@ -118,8 +120,8 @@ def _start(options: SweepOptions) -> Sweep:
     )
 
 
-def _resumed(sweep: Sweep, path: Path) -> Sweep:
-    """The stored sweep, if it is of the same key; otherwise the new one.
+def _resumed(sweep: Sweep, path: Path, console: Console) -> Sweep:
+    """The stored sweep, if it is of the same key; otherwise the new one, and the stored one is put aside.
 
     What failed is tried again, and sizes beyond those asked for are chosen anew, because the budget may differ.
     """
@@ -130,6 +132,9 @@ def _resumed(sweep: Sweep, path: Path) -> Sweep:
     except ValidationError as error:
         raise InputError(f"{path} is no sweep of this version of kitbench; move it away or change --out.") from error
     if stored.key != sweep.key:
+        path.replace(aside := path.with_name(PREVIOUS))
+        said = "has a sweep of other methods or options, of another machine or version of kitbench"
+        console.print(f"{path} {said}: it is now {aside}", markup=False, highlight=False, soft_wrap=True)
         return sweep
     points = tuple(point for point in stored.points if point.status != "failed" and point.reason != BRACKET)
     return stored.model_copy(update={"budget": sweep.budget, "points": points})

@@ -279,7 +279,10 @@ def _resident(call: Callable[[], object]) -> int | None:
         libc.mallopt(option, int(RSS_ENVIRONMENT[name]))
     call()
     libc.malloc_trim(0)
-    found = resident_peak_bytes(call)
+    try:
+        found = resident_peak_bytes(call)
+    except OSError:  # a kernel without /proc/self/clear_refs, or one that does not let it be written
+        return None
     return found if found >= _SMALL_RSS else None
 
 

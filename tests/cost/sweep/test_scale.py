@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 
 import pytest
@@ -13,7 +14,7 @@ from kitbench.cli.main import cli
 from kitbench.cost.agreement import reconcile
 from kitbench.cost.flops import count_module
 from kitbench.cost.sweep import points as measuring
-from kitbench.cost.sweep import run
+from kitbench.cost.sweep import run, worker
 from kitbench.cost.sweep.options import SweepOptions, parse_bytes, parse_method, parse_sizes
 from kitbench.cost.sweep.points import guess_seconds
 from kitbench.cost.sweep.run import run_scale  # fmt: skip
@@ -127,8 +128,12 @@ def test_a_sweep_is_stored_drawn_and_resumed(tmp_path, quiet, monkeypatch):
 
     monkeypatch.setattr(run, "measure", never)
     assert run_scale(wanted, quiet).points == first.points
+    screen = io.StringIO()
     with pytest.raises(AssertionError, match="measured again"):
-        run_scale(options(tmp_path, ("kit", "window"), heads=2), quiet)  # another heads, another sweep
+        run_scale(options(tmp_path, ("kit", "window"), heads=2), Console(file=screen))  # another heads, another sweep
+    kept = tmp_path / "scale-previous.json"
+    assert Sweep.model_validate_json(kept.read_bytes()).points == first.points
+    assert f"it is now {kept}\n" in screen.getvalue()
 
 
 def test_a_half_done_sweep_goes_on_where_it_stopped(tmp_path, quiet, monkeypatch):
@@ -222,6 +227,26 @@ def test_a_child_of_a_training_free_method_is_refused():
         build(Spec("nlm", {}, "attention", "infer", 16, 16, 1))
 
 
+def test_a_method_that_cannot_be_counted_is_refused_with_the_line_that_says_so(tmp_path, quiet):
+    file = method_file(tmp_path, "bare", "pass")
+    text = (tmp_path / "bare.py").read_text().replace("return self.proj(x)", "raise NotImplementedError")
+    (tmp_path / "bare.py").write_text(text)
+    with pytest.raises(
+        InputError, match=r"\(NotImplementedError: no message at .*bare.py:\d+ in forward\); its forward"
+    ):
+        run_scale(options(tmp_path / "out", (file,)), quiet)
+
+
+def test_where_the_resident_set_cannot_be_read_the_point_is_still_measured(monkeypatch):
+    def missing(call):
+        raise FileNotFoundError(2, "No such file or directory", "/proc/self/clear_refs")
+
+    monkeypatch.setattr(worker, "resident_peak_bytes", missing)
+    bench = worker.Bench(Spec("window", {}, "attention", "infer", 16, 16, 1), torch.device("cpu"), 1 << 60)
+    monkeypatch.setattr(worker, "_limit", lambda device, limit: None)  # of this process
+    assert bench.answer("resident") is None
+
+
 def test_an_error_in_a_child_reaches_the_parent_as_words():
     spec = Spec("kit", {"patch": 0}, "attention", "infer", 16, 16, 1)
     with Child(spec, torch.device("cpu"), 1, 1 << 30) as child, pytest.raises(Failed, match="patch") as caught:
@@ -234,6 +259,29 @@ def test_the_time_of_a_point_is_guessed_from_the_last_smaller_one():
     unknown = points((256,), lambda s: 1.0)[0].model_copy(update={"macs": 4})
     assert guess_seconds(unknown, sweep) == pytest.approx(4 * 128**2 / 1e4)
     assert guess_seconds(points((64,), lambda s: 1.0)[0], sweep) is None
+
+
+def test_a_prediction_is_corrected_by_what_both_of_the_next_smaller_sizes_measured_beyond_theirs():
+    """A buffer of a fixed size raises the ratio of the smaller one alone, and is ignored."""
+    spec = Spec("window", {}, "attention", "infer", 64, 16, 1)
+
+    def sweep(*peaks):
+        sizes = (16, 32, 48)[: len(peaks)]
+        made = [p.model_copy(update={"method": "m", "raw_bytes": 100}) for p in points(sizes, lambda s: 1)]
+        stored = [p.model_copy(update={"peak_bytes": peak}) for p, peak in zip(made, peaks, strict=True)]
+        return Sweep.model_construct(points=tuple(stored), memory_limit=1000)
+
+    found = [
+        measuring._correction("m", spec, sweep(*peaks)) for peaks in ((200,), (300, 150, 120), (90, 150), (150, 90))
+    ]
+    assert found == [1.0, 1.2, 1.0, 1.0]
+
+
+def test_a_point_needs_a_margin_over_its_prediction_to_be_tried(tmp_path):
+    sweep = Sweep.model_construct(points=(), memory_limit=1000)
+    tried, refused = points((64,), lambda s: 909)[0], points((64,), lambda s: 910)[0]
+    assert measuring._not_to_be_run(tried, None, sweep, options(tmp_path, ("window",))) is None
+    assert measuring._not_to_be_run(refused, None, sweep, options(tmp_path, ("window",)))["status"] == "oom"
 
 
 def test_sizes_memory_and_methods_are_parsed():
