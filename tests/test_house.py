@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 TOP = "kitbench"
 MAIN = "kitbench.__main__"
 ROOMS: dict[str, set[str]] = {
-    TOP: set(),  # errors, seeds, text
+    TOP: set(),  # errors, host, seeds, text
     "spec": set(),
     "store": {"spec"},
     "verdict.scaling": {"store"},

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
@@ -33,6 +32,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from kitbench.host import free_host_bytes
 
 RSS_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """Set these before the process starts: with glibc's defaults the resident set overstates the peak by up to 76 %."""
@@ -109,32 +110,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    return min(psutil.virtual_memory().available, *_left_by_cgroups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")))
-
-
-_CGROUP_FILES = (("memory.max", "memory.current", "inactive_file"),
-                 ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))  # fmt: skip
-"""Of version 2 and of version 1: the limit, what is used, and the line of memory.stat with what of it is only cache."""
-
-
-def _left_by_cgroups(own: Path, root: Path) -> list[int]:
-    """Bytes that each memory control group of this process leaves, from its own up to the topmost that is mounted.
-
-    own: the file that names the groups. root: where they are mounted; version 1 has a folder for memory in it.
-    """
-    left = [2**63]
-    for line in own.read_text().splitlines() if own.is_file() else ():
-        _, controllers, place = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        top, (limit, used, cache) = (root / "memory", _CGROUP_FILES[1]) if controllers else (root, _CGROUP_FILES[0])
-        group = top / place.lstrip("/")
-        for folder in (group, *group.parents[: len(group.parts) - len(top.parts)]):
-            if (folder / limit).is_file() and (text := (folder / limit).read_text().strip()).isdigit():
-                stat = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
-                taken = int((folder / used).read_text()) - int(stat.get(cache, 0))
-                left.append(max(0, int(text) - taken))
-    return left
+    return free_host_bytes()
 
 
 class OpenOperators(TorchDispatchMode):

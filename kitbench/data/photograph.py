@@ -23,6 +23,7 @@ from kitbench.data.layout import ImageFiles, name_in
 from kitbench.data.locate import files_of_set, instead, locate
 from kitbench.data.pixels import Images, file_sha256, load_pixels, pixel_sha256, size_of
 from kitbench.errors import InputError
+from kitbench.host import free_host_bytes
 from kitbench.spec.fields import Mode
 
 T = TypeVar("T")
@@ -105,10 +106,8 @@ class _Room:
     """How much of the free memory the images of a set may still take; processes of one machine share it."""
 
     def __init__(self) -> None:
-        import psutil
-
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        self.left = RESIDENT * psutil.virtual_memory().available / processes
+        self.left = RESIDENT * free_host_bytes() / processes
         self.lock = threading.Lock()
 
     def take(self, photo: Photograph) -> bool:
