@@ -51,7 +51,7 @@ def entries(runs: Sequence[RunFolder], protocol: str | None) -> list[Entry]:
     if len(stamps) > 1:
         raise InputError(
             f"Rows of different protocols cannot be in one table: found {' and '.join(stamps)}; "
-            f"choose one with --protocol {stamps[0]}, say."
+            f"choose one, for example with --protocol {stamps[0]}."
         )
     if not found and not runs:
         raise InputError("There are no runs in these folders; give a folder of runs.")
