@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from PIL import Image
+from skimage import data as photographs
 
 from kitbench.errors import InputError
 from kitbench.runs import workers
@@ -97,6 +99,60 @@ def test_a_killed_worker_loses_nothing_and_another_goes_on_with_its_cell(
     assert "running" in seen
     assert "was killed (SIGKILL); another goes on with it" in out
     assert made(tmp_path) == one_after_another
+
+
+def test_a_worker_that_is_killed_while_it_has_nothing_to_do_takes_nothing_along(tmp_path: Path) -> None:
+    launcher = start(tmp_path, "--jobs", "2", "--seeds", "0")
+    until(lambda: trained_by(tmp_path, launcher), launcher)
+    busy = trained_by(tmp_path, launcher)
+    assert busy is not None
+    busy.suspend()
+    workers = [
+        process for process in psutil.Process(launcher.pid).children(recursive=True) if process.ppid() != launcher.pid
+    ]
+    until(lambda: run_kitbench(tmp_path, "status", "results").stdout.count("done  ") >= 2, launcher)
+    time.sleep(1)
+    [idle] = [process for process in workers if process.pid != busy.pid]
+    idle.kill()
+    time.sleep(1)
+    busy.resume()
+    _, err = launcher.communicate(timeout=250)
+    assert launcher.returncode == 0, err
+    assert "3 done" in run_kitbench(tmp_path, "status", "results").stdout
+
+
+def test_a_cell_whose_worker_is_killed_three_times_fails_and_its_run_says_so(tmp_path: Path) -> None:
+    dies = "import os\n        os.kill(os.getpid(), 9) if os.path.exists('armed') else None\n        return self.gain"
+    (tmp_path / "dies.py").write_text(USERS_OWN.replace("return self.gain", dies))
+    launcher = start(tmp_path, "--jobs", "2", "--method", "dies.py", "--method", "conv", "--seeds", "0")
+    until(lambda: list(tmp_path.glob("results/.launch/worker-*")), launcher)
+    (tmp_path / "armed").touch()
+    _, err = launcher.communicate(timeout=250)
+    assert launcher.returncode == 3
+    assert "was killed (SIGKILL), 3 times" in err
+    status = run_kitbench(tmp_path, "status", "results").stdout
+    assert "1 failed" in status
+    assert "(SIGKILL), 3 times" in " ".join(status.split())
+    assert "2 done" in status
+
+
+@pytest.mark.parametrize("changed", ["mine.py", "pictures"])
+def test_what_is_changed_after_it_was_checked_is_not_scored_under_the_key_of_what_was(
+    changed: str, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(USERS_OWN)
+    (tmp_path / "pictures").mkdir()
+    Image.fromarray(photographs.chelsea()[:64, :64]).save(tmp_path / "pictures" / "b.png")
+    launcher = start(tmp_path, "--jobs", "2", "--method", "mine.py", "--test-set", "./pictures", "--seeds", "0,1")
+    until(lambda: list(tmp_path.glob("results/.launch/worker-*")), launcher)
+    if changed == "mine.py":  # workers import kitbench before they read it
+        (tmp_path / "mine.py").write_text(USERS_OWN + "# another method\n")
+    else:
+        Image.fromarray(photographs.astronaut()[:64, :64]).save(tmp_path / "pictures" / "a.png")
+    _, err = launcher.communicate(timeout=250)
+    assert launcher.returncode == 3
+    assert "have changed since this command checked them; give it again" in err
+    assert not list(tmp_path.glob("results/*mine*/eval/*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
