@@ -10,17 +10,23 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+import safetensors.numpy
 import torch
 from PIL import Image
 from skimage import data as photographs
 
 from kitbench.errors import InputError
 from kitbench.runs import workers
-from kitbench.runs.announce import makespan
+from kitbench.runs.announce import expected, makespan
 from kitbench.runs.prepare import Options, PreparedSuite, prepare
+from kitbench.runs.probe import Probe
+from kitbench.runs.train import validation_steps
+from kitbench.scoring.validation import validation_pixels
 from kitbench.spec import loading
+from kitbench.store.records import Cost
 from tests.cli.test_cli import USERS_OWN, numbers, runs
 from tests.conftest import TINY, Kitbench, run_kitbench
 
@@ -232,6 +238,23 @@ def test_the_longest_work_is_begun_first() -> None:
     assert makespan([1, 1, 1, 3], 2) == 3
     assert makespan([2, 2, 3], 1) == 7
     assert makespan([], 4) == 0
+
+
+def test_the_announced_time_has_the_validations_and_not_the_steps_that_are_saved(tmp_path: Path) -> None:
+    suite = prepared(tmp_path)
+    cell = next(cell for cell in suite.cells if cell.trained)
+    cost = Cost(
+        parameters=1, attention_parameters=0, resolution=256, macs=1, macs_counted=1, macs_note=None,
+        train_peak_bytes=None, memory_note=None,
+    )  # fmt: skip
+    steps, crops = suite.suite.recipe.steps, validation_pixels(suite.sets[cell.mode].validation)
+    assert crops > 0
+    whole = expected(suite, cell, Probe(cost, 1.0, 1e-6)).training
+    assert whole == pytest.approx(steps + len(validation_steps(suite.suite.recipe)) * crops * 1e-6)
+    checkpoint = suite.folder(cell).checkpoint
+    checkpoint.parent.mkdir()
+    safetensors.numpy.save_file({"a": np.zeros(1)}, checkpoint, {"steps": str(steps)})
+    assert expected(suite, cell, Probe(cost, 1.0, 1e-6)).training == 0
 
 
 def test_threads_are_part_of_the_key_and_set_before_anything_is_computed(tmp_path: Path) -> None:
