@@ -107,7 +107,7 @@ DEFAULTS: dict[str, Any] = {"data": None, "device": "auto", "workers": 0, "lpips
 
 
 def run_from_python(
-    suite: str,
+    suite: str | Path,
     *,
     preset: str | None = None,
     methods: Sequence[str] = (),
@@ -127,6 +127,7 @@ def run_from_python(
     Raises InputError before anything is written, and RunError where runs failed or were interrupted (state saved).
     """
     _check(methods, seeds, options)
+    suite = str(suite)
     changed = [f"{key}={_toml(key, value)}" for key, value in (settings or {}).items()]
     names = [str(method) for method in methods]
     resolved = load_suite(suite, preset, changed, names, seeds, method_kinds() if names else {})

@@ -104,7 +104,7 @@ def run(
         raise InputError("--launcher slurm starts processes of its own; give the same command without torchrun.")
     _check_spread(given["jobs"], given["gpus"])
     options, console, again = Options(out, **given), _console(), _again(context)
-    parts = tuned_suites(resolved, out) if tuned else [resolved]
+    parts = tuned_suites(resolved, out, options.data) if tuned else [resolved]
     if only:
         parts = [plan.restrict(parts, only)]
     if launcher == "slurm":

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -22,6 +23,7 @@ from kitbench.launch.status import survey
 from kitbench.runs.plan import Planned, write_plan
 from kitbench.runs.prepare import Options, prepare
 from kitbench.spec.suite import Suite
+from kitbench.store.folder import RunFolder
 
 GRACE_SECONDS = 120
 """How long before its time limit Slurm tells a job to save its state."""
@@ -73,6 +75,16 @@ class SlurmWorker:
         return DelayedSubmission(SlurmWorker(self.command, self.environment))
 
 
+def stored_runs(out: Path) -> dict[str, list[RunFolder]]:
+    """The trained and scored runs in a folder, of whatever device, by the digest of their work."""
+    paths = [path.parent for path in out.glob("*/run.json")]
+    found: dict[str, list[RunFolder]] = {}
+    for line in survey(paths) if paths else ():
+        if line.state == "done":
+            found.setdefault(line.work, []).append(RunFolder(out / line.name))
+    return found
+
+
 def slurm(
     suite: Suite, options: Options, spread: ClusterOptions, arguments: Sequence[str], dry_run: bool, console: Console
 ) -> list[str]:
@@ -87,9 +99,12 @@ def slurm(
     if count > suite.recipe.batch:
         raise InputError(f"--gpus {count}: a batch of {suite.recipe.batch} cannot be shared by so many; give fewer.")
     prepared = prepare(suite, options)
-    runs = [path.parent for path in options.out.glob("*/run.json")]
-    stored = {line.work for line in survey(runs) if line.state == "done"} if runs else set()
-    todo = [cell for cell in prepared.cells if Planned.of(cell).work not in stored]
+    stored = stored_runs(options.out)
+    todo = [
+        cell
+        for cell in prepared.cells
+        if not any(not prepared.missing(cell, run) for run in stored.get(Planned.of(cell).work, ()))
+    ]
     cpus, minutes = spread.cpus or 4, spread.minutes or 24 * 60
     where = {
         "name": f"kitbench-{suite.name}",

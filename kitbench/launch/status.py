@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import safetensors
-
 from kitbench.errors import InputError
 from kitbench.runs.plan import Plan, work_of
 from kitbench.store.folder import RunFolder, find
@@ -80,26 +78,19 @@ def _line(folder: RunFolder, run: Run, now: float) -> Line:
         state: State = "running" if running else "failed" if failure else "stopped"
         note = failure if state == "failed" and failure else what
         left = progress.seconds_left if running else None
-        done = progress.done if running or progress.phase == "scoring" else _saved(folder)
+        done = progress.done if running or progress.phase == "scoring" else folder.saved_steps
         return Line(folder.path.name, state, work, done, progress.total, left, note)
     if failure:
-        return Line(folder.path.name, "failed", work, steps if folder.trained else _saved(folder), steps, None, failure)
+        return Line(
+            folder.path.name, "failed", work, steps if folder.trained else folder.saved_steps, steps, None, failure
+        )
     if folder.held():
         return Line(folder.path.name, "running", work, None, steps, None, "preparing")
     if not any((folder.path / "eval").glob("*.json")):
-        done = steps if folder.trained else _saved(folder)
+        done = steps if folder.trained else folder.saved_steps
         return Line(folder.path.name, "stopped", work, done, steps, None, "not scored")
     _ = folder.evaluations(), folder.training, folder.logged()  # each refuses a damaged record
     return Line(folder.path.name, "done", work, steps, steps, None, "")
-
-
-def _saved(folder: RunFolder) -> int | None:
-    """The step that the run would go on from, by its last checkpoint; None without a readable one."""
-    try:
-        with safetensors.safe_open(folder.checkpoint, "np") as file:
-            return int((file.metadata() or {})["steps"])
-    except (safetensors.SafetensorError, OSError, KeyError, ValueError):
-        return None
 
 
 def status_rows(lines: Sequence[Line]) -> Iterator[list[str]]:

@@ -18,6 +18,7 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -124,7 +125,7 @@ def load_method(name: str, label: str | None = None) -> Loaded:
             raise InputError(
                 f"Method file {name} does not exist; give the path of a Python file with a class Attention or Network."
             )
-        module, sha256 = _import_file(path), hashlib.sha256(path.read_bytes()).hexdigest()
+        module, sha256 = _import_file(path)
     elif name in shipped():
         module, sha256 = importlib.import_module(shipped()[name]), None
     else:
@@ -147,22 +148,28 @@ def load_method(name: str, label: str | None = None) -> Loaded:
     )
 
 
-def _import_file(path: Path) -> ModuleType:
+def _import_file(path: Path) -> tuple[ModuleType, str]:
+    """The module in a file, and the SHA-256 of what was run. Raises InputError.
+
+    The file is read once, and no cached bytecode is used: Python takes it for that of a file of the same size that was
+    changed within the same second.
+    """
     name = f"kitbench_method_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
-    assert spec.loader is not None
+    assert isinstance(spec.loader, SourceFileLoader)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up there
     try:
-        spec.loader.exec_module(module)
+        source = path.read_bytes()
+        exec(spec.loader.source_to_code(source, str(spec.origin)), vars(module))
     except (Exception, SystemExit) as error:  # an import may raise anything
         del sys.modules[name]
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         beside = missing is not None and path.with_name(f"{missing}.py").is_file()
         advice = f"; move what it needs of {missing}.py into it: a method is one file" if beside else ""
         raise InputError(f"Method file {path} cannot be imported: {describe_error(error)}{advice}.") from error
-    return module
+    return module, hashlib.sha256(source).hexdigest()
 
 
 def _told(error: Exception) -> str:

@@ -15,6 +15,8 @@ from kitbench.errors import InputError
 from kitbench.runs.cell import Cell
 from kitbench.runs.prepare import PreparedSuite
 from kitbench.runs.probe import Probe
+from kitbench.runs.train import validation_steps
+from kitbench.scoring.validation import validation_pixels
 from kitbench.store.folder import without_imported
 from kitbench.store.records import Cost
 from kitbench.system.environment import device_name
@@ -30,6 +32,8 @@ class Expected:
 
     training: float
     scoring: float
+    saved_steps: int = 0
+    """Steps that were done before, which `training` leaves out."""
 
     @property
     def seconds(self) -> float:
@@ -37,12 +41,18 @@ class Expected:
 
 
 def expected(prepared: PreparedSuite, cell: Cell, probe: Probe | None) -> Expected:
-    """What is left to do of a cell, by what its method's steps and images take; training-free methods are quick."""
+    """What is left to do of a cell, by what its method's steps, validations and images take; training-free methods are
+    quick.
+    """
     photos = [photo for name, _ in prepared.missing_units(cell) for photo in prepared.sets[cell.mode].test[name]]
     pixels = sum(photo.shape[0] * photo.shape[1] for photo in photos)
     scoring = len(photos) * IMAGE_SECONDS + (probe.pixel_seconds * pixels if probe else 0.0)
-    train = probe is not None and not prepared.folder(cell).trained
-    return Expected(probe.step_seconds * prepared.suite.recipe.steps if probe and train else 0.0, scoring)
+    if probe is None or prepared.folder(cell).trained:
+        return Expected(0.0, scoring)
+    recipe, saved = prepared.suite.recipe, prepared.folder(cell).saved_steps or 0
+    validations = sum(step > saved for step in validation_steps(recipe))
+    validated = validations * validation_pixels(prepared.sets[cell.mode].validation) * probe.pixel_seconds
+    return Expected(probe.step_seconds * max(0, recipe.steps - saved) + validated, scoring, saved)
 
 
 def makespan(seconds: Sequence[float], slots: int) -> float:

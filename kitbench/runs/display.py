@@ -73,7 +73,8 @@ class Display:
     def advance(self, cell: Cell, phase: Phase, done: int, total: int, text: str) -> None:
         """So much of a phase of a cell is done."""
         expected = self._expected[cell]
-        share = done / max(1, total)
+        before = expected.saved_steps if phase == "training" else 0
+        share = max(0, done - before) / max(1, total - before)
         self._done[cell] = (
             share * expected.training if phase == "training" else expected.training + share * expected.scoring
         )

@@ -34,11 +34,10 @@ def restrict(suites: Sequence[Suite], wanted: str) -> Suite:
             if cell.seed is not None:
                 methods = {cell.method: suite.methods[cell.method]}
                 changes = {"references": (), "methods": methods, "seeds": (cell.seed,)}
-            sources = {
-                name: source.model_copy(update={"modes": (cell.mode,)})
-                for name, source in (("embedded", data.embedded), ("folder", data.folder))
-                if cell.mode in source.modes
-            }
+            # Where one of the sources has no such mode, the other stands for both: never is another mode run instead.
+            having = [source for source in (data.embedded, data.folder) if cell.mode in source.modes]
+            embedded, folder = (source.model_copy(update={"modes": (cell.mode,)}) for source in (having[0], having[-1]))
+            sources = {"embedded": embedded, "folder": folder}
             return suite.model_copy(update={**changes, "data": data.model_copy(update=sources)})
     name = suites[0].name
     raise InputError(f"Suite {name!r} has no cell {wanted!r}; give MODE/METHOD/SEED, for example colour/kit/0.")

@@ -39,6 +39,9 @@ ATTEMPTS = 3
 """How often a piece of work is begun before it counts as failed, where its worker was killed each time."""
 IMAGES = 8
 """Images that are scored in one piece, at most."""
+CHANGED = (
+    "the method's file, its initial weights or the images have changed since this command checked them; give it again"
+)
 LEAVING_SECONDS = 12.0
 """Longest wait for a worker that was asked to stop; it ends itself before."""
 
@@ -72,6 +75,7 @@ class Progressing:
 
     number: int
     cell: Cell
+    state: str
     expected: Expected
     attempts: int = 0
     began: float | None = None
@@ -97,7 +101,10 @@ class Pool:
     ) -> None:  # fmt: skip
         self.prepared, self.probes, self.display, self.stop = prepared, probes, display, stop
         numbers = {cell: number for number, cell in enumerate(prepared.cells)}
-        self.cells = {numbers[cell]: Progressing(numbers[cell], cell, expected) for cell, expected in work.items()}
+        self.cells = {
+            numbers[cell]: Progressing(numbers[cell], cell, prepared.state_of(cell), expected)
+            for cell, expected in work.items()
+        }
         self.waiting = deque(sorted(self.cells, key=self._order))
         """Cells whose next step is not begun: training, or the first look at what is to be scored."""
         self.begun, self.later = now(), 0.0
@@ -143,7 +150,7 @@ class Pool:
         """Give an idle worker its next piece of work, if there is one."""
         own = self.cells.get(worker.loaded) if worker.loaded is not None else None
         if own is not None and own.shares:
-            self._give(worker, ScoreShare(own.number, own.shares.popleft()))
+            self._give(worker, ScoreShare(own.number, own.state, own.shares.popleft()))
             return
         for _ in range(len(self.waiting)):
             progressing = self.cells[self.waiting.popleft()]
@@ -151,11 +158,12 @@ class Pool:
                 self.waiting.append(progressing.number)
                 continue
             if self._first_look(progressing):
-                self._give(worker, Train(progressing.number, self.probes.get(progressing.cell.method)))
+                probe = self.probes.get(progressing.cell.method)
+                self._give(worker, Train(progressing.number, progressing.state, probe))
                 return
         shared = max(self.cells.values(), key=lambda one: len(one.shares), default=None)
         if shared is not None and shared.shares:
-            self._give(worker, ScoreShare(shared.number, shared.shares.popleft()))
+            self._give(worker, ScoreShare(shared.number, shared.state, shared.shares.popleft()))
 
     def _give(self, worker: Worker, task: Task) -> None:
         progressing = self.cells[task.cell]
@@ -232,6 +240,8 @@ class Pool:
     def _ended(self, progressing: Progressing, task: Task, message: Ended) -> None:
         if message.locked is not None:
             self._wait_for(progressing, message.locked)
+        elif message.changed:
+            self._fail(progressing, record_failure(self.prepared, progressing.cell, RunError(CHANGED)))
         elif message.failed is not None:
             self._fail(progressing, message.failed)
         elif isinstance(task, Train):
@@ -278,13 +288,13 @@ class Pool:
         how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
         words = last_words(worker.log)
         progressing = self.cells.get(task.cell) if task is not None else None
-        if task is None and not self.stop():
+        if task is None and worker.loaded is None and not self.stop():
             raise RunError(f"a worker process {how} before it had any work: {words}; see {worker.log}")
         if progressing is not None and not self.stop():
             progressing.attempts += 1
             if progressing.attempts >= ATTEMPTS:
-                sentence = f"{progressing.cell.folder}: its worker process {how}, {ATTEMPTS} times: {words}"
-                self._fail(progressing, sentence)
+                error = RunError(f"its worker process {how}, {ATTEMPTS} times: {words}")
+                self._fail(progressing, record_failure(self.prepared, progressing.cell, error))
             else:
                 self.display.say(progressing.cell, f"its worker process {how}; another goes on with it")
                 self._take_back(progressing, task)

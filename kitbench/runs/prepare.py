@@ -156,6 +156,11 @@ class PreparedSuite(PreparedScoring):
             self.initial.put_into(model)
         return model
 
+    def state_of(self, cell: Cell) -> str:
+        """Digest of the cell's key, and of the images that it is scored on: equal where two processes read the same."""
+        sets = self.sets[cell.mode]
+        return digest([cell.key, *([n, set_sha256(own)] for n, own in (*sets.test.items(), *sets.validation.items()))])
+
     def trackers(self) -> list[Tracker]:
         """New trackers, for one run."""
         return trackers(self.options.track)

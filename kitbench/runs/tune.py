@@ -30,6 +30,8 @@ from kitbench.system.processes import leads
 
 FACTOR = 2.0
 """Between two neighbouring rates of the grid."""
+HIGHEST = 1.0
+"""What a recipe's learning rate may be at most: the record of a run with a higher one could not be read back."""
 WIDENINGS = 3
 """How often the grid is widened, at most."""
 
@@ -75,7 +77,8 @@ def tune(suite: Suite, options: Options, search: Search, console: Console) -> li
         modes = scored or _source(suite, options)
         trials = {mode: with_diverged(scored.get(mode, ()), list(suite.methods), rates) for mode in modes}
         best = {mode: best_rates(own) for mode, own in trials.items()}
-        todo = beyond(rates, [rate for own in best.values() for rate in own.values()]) if widened < WIDENINGS else ()
+        edges = [rate for own in best.values() for rate in own.values()]
+        todo = beyond(rates, edges, suite.recipe.lr_min) if widened < WIDENINGS else ()
         rates, widened = tuple(sorted((*rates, *todo))), widened + bool(todo)
     records = []
     for mode, own in trials.items():
@@ -110,6 +113,16 @@ def _checked(suite: Suite, options: Options, search: Search) -> Suite:
     """The suite with its initial weights found, which trials, in a folder of their own, would not find by a hash."""
     if search.seed in suite.seeds:
         raise InputError(f"--seed {search.seed} is one of the suite's seeds, whose runs are compared; give another.")
+    if not suite.methods:
+        raise InputError(
+            f"Nothing is to be tuned: of the methods of suite {suite.name!r} none that is trained was chosen; name one "
+            "with --method."
+        )
+    if search.rates[-1] > HIGHEST:
+        raise InputError(
+            f"The learning rates go up to {search.rates[-1]:g}, and a recipe's may be {HIGHEST:g} at most; give lower "
+            "--rates."
+        )
     if search.rates[0] < suite.recipe.lr_min:
         raise InputError(
             f"The learning rate {search.rates[0]:g} of --rates is below recipe.lr_min ({suite.recipe.lr_min:g}), to "
@@ -136,11 +149,11 @@ def _keep_methods(suite: Suite, modes: Iterable[Mode], out: Path) -> None:
             )
 
 
-def beyond(rates: Sequence[float], best: Sequence[float]) -> tuple[float, ...]:
-    """The rates to be added to the grid where a best one lies at its edge."""
+def beyond(rates: Sequence[float], best: Sequence[float], least: float) -> tuple[float, ...]:
+    """The rates to be added to the grid where a best one lies at its edge, none below `least` nor above HIGHEST."""
     low = (rounded(rates[0] / FACTOR),) if rates[0] in best else ()
     high = (rounded(rates[-1] * FACTOR),) if rates[-1] in best else ()
-    return (*low, *high)
+    return tuple(rate for rate in (*low, *high) if least <= rate <= HIGHEST)
 
 
 def with_diverged(scored: Sequence[Trial], methods: Sequence[str], rates: Sequence[float]) -> list[Trial]:
@@ -270,35 +283,33 @@ def _check_variants(suite: Suite, record: Tuning, path: Path) -> None:
             )
 
 
-def tuned_suites(suite: Suite, out: Path) -> list[Suite]:
+def tuned_suites(suite: Suite, out: Path, root: Path | None) -> list[Suite]:
     """Parts of a suite, in each of which every method is trained at its own best rate: one for each mode and rate.
 
-    Raises InputError where no search is stored in `out`, it was made with another recipe or backbone, or a
-    method is not in it.
+    root: the data folder, as of the run. Raises InputError where no search of a mode is stored in `out`, it was made
+    with another recipe or backbone, or a method is not in it.
     """
-    sources, found = {name: getattr(suite.data, name) for name in ("embedded", "folder")}, []
-    for mode in dict.fromkeys(mode for source in sources.values() for mode in source.modes):
+    source, found = (suite.data.embedded if root is None else suite.data.folder), []
+    for mode in source.modes:
         if (search := _stored(suite, mode, out)) is None:
-            continue
+            left = [other for other in source.modes if _stored(suite, other, out) is not None]
+            alone = f"; or run {left[0]} alone with --set data.modes={left[0]}" if left else ""
+            raise InputError(
+                f"No search of learning rates for suite {suite.name!r}, preset {suite.preset!r}, mode {mode} is in "
+                f"{out}; run `kitbench tune` first, with the same --suite, --preset, --data and --out{alone}."
+            )
         path, record = search
         _check_shared(suite, record, path)
         _check_variants(suite, record, path)
         lacking = suite.methods.keys() - record.best.keys()
         if lacking:
             raise InputError(f"{path} holds no rate of {', '.join(sorted(lacking))}; run `kitbench tune` again.")
-        own = {
-            name: source.model_copy(update={"modes": (mode,)})
-            for name, source in sources.items()
-            if mode in source.modes
-        }
+        only = source.model_copy(update={"modes": (mode,)})
         for rate in sorted({record.best[name] for name in suite.methods}):
             methods = {name: method for name, method in suite.methods.items() if record.best[name] == rate}
             recipe = suite.recipe.model_copy(update={"lr": rate})
-            changes = {"methods": methods, "recipe": recipe, "data": suite.data.model_copy(update=own)}
+            changes = {"methods": methods, "recipe": recipe, "data": Data(embedded=only, folder=only)}
             found.append(suite.model_copy(update=changes))
     if not found:
-        raise InputError(
-            f"No search of learning rates for suite {suite.name!r}, preset {suite.preset!r} is in {out}; run "
-            f"`kitbench tune` first, with the same --suite, --preset and --out."
-        )
+        raise InputError("--tuned trains methods, and none that is trained was chosen; name one with --method.")
     return found

@@ -45,11 +45,35 @@ class CellWork:
 
 
 def begin(folder: RunFolder, record: Run) -> None:
-    """Write run.json where it is not there yet. Raises RunError where the folder holds another run."""
-    if not (folder.path / "run.json").is_file():
-        folder.write("run.json", record)
-    elif folder.run.key != record.key:
+    """Write run.json where it is not there yet, or nothing is stored of its training.
+
+    Raises RunError where the folder holds another run, or one whose checkpoint was made by other code or another torch:
+    the record would tell of one, and the weights be of both.
+    """
+    path = folder.path / "run.json"
+    if path.is_file() and folder.run.key != record.key:
         raise RunError(f"{folder.path} holds another run (key {folder.run.key[:12]}); choose another --out")
+    checkpoints = (folder.checkpoint, folder.previous_checkpoint)
+    if not path.is_file():
+        folder.write("run.json", record)
+    elif record.seed is not None and not folder.trained and (other := unlike(folder.run, record)):
+        if any(checkpoint.is_file() for checkpoint in checkpoints):
+            raise RunError(
+                f"{folder.path} was begun with another {other}, and would not go on bit for bit; go on with that, or "
+                f"delete the folder to train from the start"
+            )
+        folder.write("run.json", record)
+
+
+def unlike(begun: Run, record: Run) -> str:
+    """What a training was begun with otherwise than it would go on now, among what decides its numbers; '' if nothing.
+
+    Records of earlier versions do not say of every part.
+    """
+    before, now = begun.source or {}, record.source or {}
+    parts = [f"source of the {part}" for part in now if part != "scoring" and before.get(part, now[part]) != now[part]]
+    releases = [one.environment.versions.get("torch") for one in (begun, record)]
+    return ", ".join([*parts, *([f"torch ({releases[0]})"] if releases[0] != releases[1] else [])])
 
 
 def changed_settings(prepared: PreparedSuite, cell: Cell) -> tuple[str, ...]:

@@ -36,6 +36,8 @@ class Train:
     """Train the cell of this number."""
 
     cell: int
+    state: str
+    """What the parent has read of the cell: `PreparedSuite.state_of`."""
     probe: Probe | None
 
 
@@ -44,6 +46,7 @@ class ScoreShare:
     """Score images of the cell of this number; its run's folder is locked by the parent."""
 
     cell: int
+    state: str
     share: Share
 
 
@@ -76,10 +79,12 @@ class ImageScored:
 
 @dataclass(frozen=True)
 class Ended:
-    """The task is over. `failed`: why it did not succeed; `locked`: who else works on the run."""
+    """The task is over. `failed`: why it did not succeed; `locked`: who else works on the run; `changed`: this process
+    has read another method file or other images than the parent, and has done nothing."""
 
     failed: str | None = None
     locked: str | None = None
+    changed: bool = False
 
 
 Message = Said | Advanced | ImageScored | Ended
@@ -134,7 +139,10 @@ class _Server:
 
     def answer(self, task: Task) -> Ended:
         """Do a task. Raises Interrupted where it is stopped, its state saved."""
-        cell = self.prepared.cells[task.cell]
+        cells = self.prepared.cells
+        if task.cell >= len(cells) or self.prepared.state_of(cells[task.cell]) != task.state:
+            return Ended(changed=True)
+        cell = cells[task.cell]
         try:
             if isinstance(task, Train):
                 folder = self.prepared.folder(cell)

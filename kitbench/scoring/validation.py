@@ -29,16 +29,29 @@ def validation_crops(
     Gaussian noise has the task's middle test level.
     """
     sigma = task.conditions[len(task.conditions) // 2]
-    deepest = max((len(photos) for photos in sets.values()), default=0)
-    taken = [(name, photos[place]) for place in range(deepest) for name, photos in sets.items() if place < len(photos)]
     crops = []
-    for name, photo in taken[:IMAGES]:
+    for name, photo in _taken(sets):
         pair = (degraded(photo, name, task, sigma, protocol), photo.pixels.astype(np.float32) / 255)
-        height, width = photo.shape[:2]
-        side = min(SIDE, height, width)
+        (height, width), side = photo.shape[:2], _side(photo)
         top, left = (height - side) // 2, (width - side) // 2
         crops.append(tuple(_tensor(image[top : top + side, left : left + side]) for image in pair))
     return crops  # type: ignore[return-value]
+
+
+def validation_pixels(sets: Mapping[str, Sequence[Photograph]]) -> int:
+    """How many pixels all validation crops have."""
+    return sum(_side(photo) ** 2 for _, photo in _taken(sets))
+
+
+def _taken(sets: Mapping[str, Sequence[Photograph]]) -> list[tuple[str, Photograph]]:
+    """The first IMAGES images taken from the sets in turn, with the names of their sets."""
+    deepest = max((len(photos) for photos in sets.values()), default=0)
+    turns = [(name, photos[place]) for place in range(deepest) for name, photos in sets.items() if place < len(photos)]
+    return turns[:IMAGES]
+
+
+def _side(photo: Photograph) -> int:
+    return min(SIDE, *photo.shape[:2])
 
 
 def _tensor(image: np.ndarray) -> Tensor:

@@ -220,6 +220,8 @@ def _set(raw: dict[str, Any], override: str, base: Path) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
+    if parts == ["preset"]:
+        raise InputError(f"--set preset would change the name of the preset alone; give --preset {text.strip()}.")
     if parts[0] == "methods":
         if len(parts) != 3 or parts[1] not in raw["methods"]:
             raise InputError(

@@ -247,6 +247,11 @@ class Suite(Frozen):
     def _compares_something(self) -> Self:
         if not self.methods and not self.references:
             raise ValueError("neither methods nor references name anything to run")
+        for name in (self.name, *self.methods):
+            if not name or "/" in name or name.startswith(".") or not name.isprintable():
+                raise ValueError(f"{name!r} cannot name a suite or a method, as files are named after it; rename it")
+        if self.methods and not self.backbone.attention_levels:
+            raise ValueError("backbone.attention_levels is empty, and all methods would be one network; name a level")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must differ from one another, found {list(self.seeds)}")
         if len(set(self.task.conditions)) != len(self.task.conditions):

@@ -29,6 +29,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import safetensors
 from filelock import FileLock, Timeout
 
 from kitbench.errors import InputError, RunError
@@ -86,6 +87,15 @@ class RunFolder:
     @property
     def previous_checkpoint(self) -> Path:
         return self.path / "checkpoint-previous.safetensors"
+
+    @property
+    def saved_steps(self) -> int | None:
+        """The step that the training would go on from, by its last checkpoint; None without a readable one."""
+        try:
+            with safetensors.safe_open(self.checkpoint, "np") as file:
+                return int((file.metadata() or {})["steps"])
+        except (safetensors.SafetensorError, OSError, KeyError, ValueError):
+            return None
 
     @property
     def log(self) -> Path:

@@ -218,6 +218,11 @@ def test_a_run_that_is_not_understood_is_refused_before_anything_is_written(tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_a_suite_file_may_be_a_path(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"suite file .*mine.toml cannot be read"):
+        kitbench.run(tmp_path / "mine.toml")
+
+
 def test_a_run_in_another_thread_is_refused_in_a_sentence(tmp_path: Path) -> None:
     with ThreadPoolExecutor(1, "mine") as threads, pytest.raises(InputError, match="in the thread 'mine_0', where it"):
         threads.submit(kitbench.run, "denoise", preset="smoke", out=tmp_path / "out").result()

@@ -93,9 +93,20 @@ def test_a_cell_is_known_by_its_axes_wherever_it_runs() -> None:
     )
     reference = plan.restrict([whole], "colour/nlm")
     assert (list(reference.methods), reference.references) == ([], ("nlm",))
+    assert one.data.embedded.modes == ("gray",)  # or without --data colour would be run under this name
     assert (one.recipe, one.backbone, one.task) == (whole.recipe, whole.backbone, whole.task)
     with pytest.raises(InputError, match="no cell 'colour/kit/7'"):
         plan.restrict([whole], "colour/kit/7")
+
+
+def test_slurm_gets_the_stored_cells_that_lack_scores_on_a_set(in_process: Invoke, tmp_path: Path) -> None:
+    command = ("run", "--suite", "tiny.toml", "--method", "conv", "--set", "references=[]", "--set", "recipe.steps=3")
+    in_process(*command, "--jobs", "1")
+    slurm = (*command, "--launcher", "slurm", "--dry-run")
+    assert "0 of 1 cells go to Slurm" in in_process(*slurm).stdout
+    another = in_process(*slurm, "--test-set", "skimage-test,skimage-validation").stdout
+    assert "1 of 1 cells go to Slurm" in another
+    assert "--only colour/conv/0" in another
 
 
 def unfinished(out: Path, seed: int, progress: Progress | None) -> RunFolder:

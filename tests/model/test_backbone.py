@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -100,6 +102,19 @@ def test_a_file_of_the_users_own_is_a_method_like_any_other(tmp_path) -> None:
     model = UNet(3, SMALL, loaded, {"scale": 2.0}, 0)
     assert model.macs(64, 64) is None
     assert model(torch.rand(1, 3, 16, 16)).shape == (1, 3, 16, 16)
+
+
+def test_a_file_that_is_changed_within_a_second_is_not_taken_from_the_cache(tmp_path, monkeypatch) -> None:
+    """Python's cached bytecode is told apart by whole seconds and the size of the file."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    before = load_text(tmp_path, GOOD)
+    second = (tmp_path / "mine.py").stat().st_mtime
+    (tmp_path / "mine.py").write_text(GOOD.replace("scale: float = 1.0", "scale: float = 2.0"))
+    os.utime(tmp_path / "mine.py", (second, second))
+    after = methods.load_method(str(tmp_path / "mine.py"))
+    assert (before.resolve({}), after.resolve({})) == ({"scale": 1.0}, {"scale": 2.0})
+    assert before.source_sha256 != after.source_sha256
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.py"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 
 import pytest
 from rich.console import Console
@@ -28,6 +29,15 @@ def test_the_latest_validation_and_the_steps_are_in_the_line_however_narrow_the_
     assert "validation 30.16 dB" in last
     assert ("loss 0.0312" in last) == whole
     assert "…" not in last
+
+
+def test_the_time_left_of_a_run_that_goes_on_does_not_count_the_steps_that_were_done_before() -> None:
+    cell = Cell(SUITE, "colour", "conv", "conv", None, {}, 0, "cpu", "00")
+    display = Display(Console(file=io.StringIO()), {cell: Expected(100.0, 0.0, saved_steps=500)}, 1)
+    display._began = time.monotonic() - 10
+    display.advance(cell, "training", 510, 1000, "")
+    display.advance(cell, "training", 550, 1000, "")
+    assert display.time_left() == "1 min 30 s"
 
 
 def test_a_text_is_cut_between_its_parts() -> None:

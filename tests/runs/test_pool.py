@@ -10,15 +10,23 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+import safetensors.numpy
 import torch
+from PIL import Image
+from skimage import data as photographs
 
 from kitbench.errors import InputError
 from kitbench.runs import workers
-from kitbench.runs.announce import makespan
+from kitbench.runs.announce import expected, makespan
 from kitbench.runs.prepare import Options, PreparedSuite, prepare
+from kitbench.runs.probe import Probe
+from kitbench.runs.train import validation_steps
+from kitbench.scoring.validation import validation_pixels
 from kitbench.spec import loading
+from kitbench.store.records import Cost
 from tests.cli.test_cli import USERS_OWN, numbers, runs
 from tests.conftest import TINY, Kitbench, run_kitbench
 
@@ -99,6 +107,60 @@ def test_a_killed_worker_loses_nothing_and_another_goes_on_with_its_cell(
     assert made(tmp_path) == one_after_another
 
 
+def test_a_worker_that_is_killed_while_it_has_nothing_to_do_takes_nothing_along(tmp_path: Path) -> None:
+    launcher = start(tmp_path, "--jobs", "2", "--seeds", "0")
+    until(lambda: trained_by(tmp_path, launcher), launcher)
+    busy = trained_by(tmp_path, launcher)
+    assert busy is not None
+    busy.suspend()
+    workers = [
+        process for process in psutil.Process(launcher.pid).children(recursive=True) if process.ppid() != launcher.pid
+    ]
+    until(lambda: run_kitbench(tmp_path, "status", "results").stdout.count("done  ") >= 2, launcher)
+    time.sleep(1)
+    [idle] = [process for process in workers if process.pid != busy.pid]
+    idle.kill()
+    time.sleep(1)
+    busy.resume()
+    _, err = launcher.communicate(timeout=250)
+    assert launcher.returncode == 0, err
+    assert "3 done" in run_kitbench(tmp_path, "status", "results").stdout
+
+
+def test_a_cell_whose_worker_is_killed_three_times_fails_and_its_run_says_so(tmp_path: Path) -> None:
+    dies = "import os\n        os.kill(os.getpid(), 9) if os.path.exists('armed') else None\n        return self.gain"
+    (tmp_path / "dies.py").write_text(USERS_OWN.replace("return self.gain", dies))
+    launcher = start(tmp_path, "--jobs", "2", "--method", "dies.py", "--method", "conv", "--seeds", "0")
+    until(lambda: list(tmp_path.glob("results/.launch/worker-*")), launcher)
+    (tmp_path / "armed").touch()
+    _, err = launcher.communicate(timeout=250)
+    assert launcher.returncode == 3
+    assert "was killed (SIGKILL), 3 times" in err
+    status = run_kitbench(tmp_path, "status", "results").stdout
+    assert "1 failed" in status
+    assert "(SIGKILL), 3 times" in " ".join(status.split())
+    assert "2 done" in status
+
+
+@pytest.mark.parametrize("changed", ["mine.py", "pictures"])
+def test_what_is_changed_after_it_was_checked_is_not_scored_under_the_key_of_what_was(
+    changed: str, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(USERS_OWN)
+    (tmp_path / "pictures").mkdir()
+    Image.fromarray(photographs.chelsea()[:64, :64]).save(tmp_path / "pictures" / "b.png")
+    launcher = start(tmp_path, "--jobs", "2", "--method", "mine.py", "--test-set", "./pictures", "--seeds", "0,1")
+    until(lambda: list(tmp_path.glob("results/.launch/worker-*")), launcher)
+    if changed == "mine.py":  # workers import kitbench before they read it
+        (tmp_path / "mine.py").write_text(USERS_OWN + "# another method\n")
+    else:
+        Image.fromarray(photographs.astronaut()[:64, :64]).save(tmp_path / "pictures" / "a.png")
+    _, err = launcher.communicate(timeout=250)
+    assert launcher.returncode == 3
+    assert "have changed since this command checked them; give it again" in err
+    assert not list(tmp_path.glob("results/*mine*/eval/*"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_or_killed_parent_takes_its_workers_along_and_the_command_goes_on(
     number: signal.Signals, tmp_path: Path, one_after_another: dict[str, object]
@@ -176,6 +238,23 @@ def test_the_longest_work_is_begun_first() -> None:
     assert makespan([1, 1, 1, 3], 2) == 3
     assert makespan([2, 2, 3], 1) == 7
     assert makespan([], 4) == 0
+
+
+def test_the_announced_time_has_the_validations_and_not_the_steps_that_are_saved(tmp_path: Path) -> None:
+    suite = prepared(tmp_path)
+    cell = next(cell for cell in suite.cells if cell.trained)
+    cost = Cost(
+        parameters=1, attention_parameters=0, resolution=256, macs=1, macs_counted=1, macs_note=None,
+        train_peak_bytes=None, memory_note=None,
+    )  # fmt: skip
+    steps, crops = suite.suite.recipe.steps, validation_pixels(suite.sets[cell.mode].validation)
+    assert crops > 0
+    whole = expected(suite, cell, Probe(cost, 1.0, 1e-6)).training
+    assert whole == pytest.approx(steps + len(validation_steps(suite.suite.recipe)) * crops * 1e-6)
+    checkpoint = suite.folder(cell).checkpoint
+    checkpoint.parent.mkdir()
+    safetensors.numpy.save_file({"a": np.zeros(1)}, checkpoint, {"steps": str(steps)})
+    assert expected(suite, cell, Probe(cost, 1.0, 1e-6)).training == 0
 
 
 def test_threads_are_part_of_the_key_and_set_before_anything_is_computed(tmp_path: Path) -> None:

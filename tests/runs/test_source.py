@@ -5,12 +5,16 @@ from __future__ import annotations
 import ast
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from kitbench.errors import RunError
 from kitbench.model import methods
 from kitbench.runs import source
+from kitbench.runs.work import begin
 from tests.conftest import ROOT
+from tests.stored import store
 
 TRAINED = [name for name, (kind, _) in methods.method_cards().items() if kind == "trained"]
 
@@ -127,3 +131,34 @@ def test_the_common_parts_count_for_every_method(copied: Path, file: str, part: 
 
 def test_a_users_own_file_stands_for_itself() -> None:
     assert source.source_digests("ab" * 32, trained=True)["attention"] == "ab" * 32
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"source": {"training": "new", "network": "n", "scoring": "s"}}, "source of the training"),
+        ({"source": {"training": "t", "network": "n", "scoring": "new"}}, None),
+        ({"torch": "3"}, r"torch \(2\)"),
+        ({}, None),
+    ],
+)
+def test_a_training_does_not_go_on_with_other_code_or_another_torch(
+    changes: dict[str, Any], what: str | None, tmp_path: Path
+) -> None:
+    """Else run.json would tell of the one, and the weights be of both. Without a checkpoint the record is made anew."""
+    folder = store(tmp_path, "conv", 30.0)
+    (folder.path / "training.json").unlink()
+    begun = folder.run.model_copy(update={"source": {"training": "t", "network": "n", "scoring": "s"}})
+    folder.write("run.json", begun)
+    environment = begun.environment.model_copy(update={"versions": {"torch": changes.get("torch", "2")}})
+    now = begun.model_copy(update={"source": changes.get("source", begun.source), "environment": environment})
+    folder.checkpoint.touch()
+    if what is None:
+        begin(folder, now)
+    else:
+        with pytest.raises(RunError, match=f"was begun with another {what}.*delete the folder to train from the start"):
+            begin(folder, now)
+    assert folder.run == begun
+    folder.checkpoint.unlink()
+    begin(folder, now)
+    assert folder.run == (begun if what is None else now)

@@ -108,10 +108,10 @@ def test_searches_of_two_lengths_lie_side_by_side(search: Search, tmp_path: Path
     search({"colour": {LOW: 29.0, MIDDLE: 30.0, HIGH: 31.0, 2 * HIGH: 30.0}}, 2800)
     assert {record.steps: record.best["kit"] for record in load_tunings(tmp_path)} == {700: MIDDLE, 2800: HIGH}
     for steps, rate in ((700, MIDDLE), (2800, HIGH)):
-        [part] = tune.tuned_suites(suite_of(steps), tmp_path)
+        [part] = tune.tuned_suites(suite_of(steps), tmp_path, None)
         assert (part.recipe.steps, part.recipe.lr) == (steps, rate)
     with pytest.raises(InputError, match="this recipe has 1400; run `kitbench tune` with the same recipe"):
-        tune.tuned_suites(suite_of(1400), tmp_path)
+        tune.tuned_suites(suite_of(1400), tmp_path, None)
 
 
 def test_rates_that_were_searched_with_another_recipe_or_backbone_are_refused(search: Search, tmp_path: Path) -> None:
@@ -119,15 +119,42 @@ def test_rates_that_were_searched_with_another_recipe_or_backbone_are_refused(se
     for change in ("recipe.batch=2", "backbone.width=24"):
         chosen = loading.load_suite("denoise", "quick", ["recipe.steps=700", change], ["kit", "local"])
         with pytest.raises(InputError, match=rf"was made with another {change.partition('=')[0]}; run `kitbench tune`"):
-            tune.tuned_suites(chosen, tmp_path)
+            tune.tuned_suites(chosen, tmp_path, None)
 
 
 def test_rates_that_were_searched_with_other_settings_of_a_method_are_refused(search: Search, tmp_path: Path) -> None:
     search({"colour": FINE})
     changed = loading.load_suite("denoise", "quick", ["recipe.steps=700", "methods.kit.k=2"], ["kit", "local"])
     with pytest.raises(InputError, match="has the learning rate of kit with another file or other settings"):
-        tune.tuned_suites(changed, tmp_path)
-    assert tune.tuned_suites(suite_of(700), tmp_path)
+        tune.tuned_suites(changed, tmp_path, None)
+    assert tune.tuned_suites(suite_of(700), tmp_path, None)
+
+
+def test_no_mode_is_trained_at_the_rate_of_another_nor_left_out_in_silence(search: Search, tmp_path: Path) -> None:
+    """Colour is the one mode of the embedded sets, colour and gray are those of a data folder."""
+    search({"colour": FINE, "gray": {LOW: 31.0, MIDDLE: 30.0, LOW / 2: 30.5}})
+    [part] = tune.tuned_suites(suite_of(700), tmp_path, None)
+    assert (part.recipe.lr, part.data.embedded.modes) == (MIDDLE, ("colour",))
+    parts = tune.tuned_suites(suite_of(700), tmp_path, tmp_path)
+    assert [(one.recipe.lr, one.data.folder.modes) for one in parts] == [(MIDDLE, ("colour",)), (LOW, ("gray",))]
+    (tmp_path / tune.record_name(suite_of(700), "gray")).unlink()
+    with pytest.raises(InputError, match=r"mode gray is in .* or run colour alone with --set data.modes=colour"):
+        tune.tuned_suites(suite_of(700), tmp_path, tmp_path)
+
+
+def test_a_grid_is_not_widened_to_rates_that_no_recipe_may_have() -> None:
+    assert tune.beyond((1e-3, 2e-3), [1e-3, 2e-3], 1e-6) == (5e-4, 4e-3)
+    assert tune.beyond((1e-3, 2e-3), [1e-3], 8e-4) == ()
+    assert tune.beyond((0.4, 0.8), [0.8], 1e-6) == ()
+
+
+def test_what_cannot_be_searched_is_refused(tmp_path: Path) -> None:
+    options, console = Options(tmp_path, None, "cpu", 0, None), Console(quiet=True)
+    with pytest.raises(InputError, match="rates go up to 2, and a recipe's may be 1 at most"):
+        tune.tune(suite_of(700), options, tune.Search(tune.rate_grid(0.5, 5), 1000), console)
+    free = loading.load_suite("denoise", "quick", [], ["nlm"], (), {"nlm": "training-free"})
+    with pytest.raises(InputError, match="Nothing is to be tuned"):
+        tune.tune(free, options, tune.Search(RATES, 1000), console)
 
 
 def test_rates_below_the_last_of_the_schedule_are_refused(tmp_path: Path) -> None:
@@ -140,7 +167,7 @@ def test_a_record_under_another_name_is_found_by_what_it_says(search: Search, tm
     search({"colour": FINE}, 700)
     [file] = tmp_path.glob("tuning*.json")
     file.rename(tmp_path / "tuning-denoise-quick-colour.json")  # as earlier versions called it
-    [part] = tune.tuned_suites(suite_of(700), tmp_path)
+    [part] = tune.tuned_suites(suite_of(700), tmp_path, None)
     assert part.recipe.lr == MIDDLE
 
 
