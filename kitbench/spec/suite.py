@@ -136,6 +136,10 @@ class Backbone(Frozen):
             raise ValueError(
                 f"attention_levels names level {beyond[0]}, but blocks describes {len(self.blocks)} levels"
             )
+        if list(self.attention_levels) != sorted(set(self.attention_levels)):
+            raise ValueError(
+                f"attention_levels must name each level once, in rising order, found {list(self.attention_levels)}"
+            )
         for level in range(len(self.blocks)):
             width = self.width << level
             if width % max(1, width // self.head_dim):

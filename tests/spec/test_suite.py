@@ -63,6 +63,7 @@ def test_an_override_changes_one_setting_and_nothing_else() -> None:
         ("seeds=[1, 1]", "seeds must differ"),
         ("preset=standard", "would change the name of the preset alone; give --preset standard"),
         ("backbone.attention_levels=[]", "attention_levels is empty, and all methods would be one network"),
+        ("backbone.attention_levels=[3,2]", "must name each level once, in rising order, found [3, 2]"),
         ("name=a/b", "'a/b' cannot name a suite or a method"),
         ("recipe.steps", "KEY=VALUE"),
         ("=3", "KEY=VALUE"),
