@@ -32,6 +32,11 @@ from tests.conftest import TINY, Kitbench, run_kitbench
 
 LONGER = TINY.replace("steps = 12", "steps = 120").replace("checkpoint_every = 4", "checkpoint_every = 10")
 LONGER = LONGER.replace("seeds = [0]", "seeds = [0, 1]")
+READ_WHEN_TOLD = f"""import pathlib, time
+while list(pathlib.Path("results/.launch").glob("worker-*")) and not pathlib.Path("told").exists():
+    time.sleep(0.01)
+{USERS_OWN.replace("mine:", "first:").lstrip()}"""
+"""A method's file that a worker stays at until the file `told` is there: what follows it is read after that."""
 COMMAND = [sys.executable, "-m", "kitbench", "run", "--suite", "tiny.toml"]
 
 
@@ -146,15 +151,18 @@ def test_a_cell_whose_worker_is_killed_three_times_fails_and_its_run_says_so(tmp
 def test_what_is_changed_after_it_was_checked_is_not_scored_under_the_key_of_what_was(
     changed: str, tmp_path: Path
 ) -> None:
+    (tmp_path / "first.py").write_text(READ_WHEN_TOLD)
     (tmp_path / "mine.py").write_text(USERS_OWN)
     (tmp_path / "pictures").mkdir()
     Image.fromarray(photographs.chelsea()[:64, :64]).save(tmp_path / "pictures" / "b.png")
-    launcher = start(tmp_path, "--jobs", "2", "--method", "mine.py", "--test-set", "./pictures", "--seeds", "0,1")
+    methods = ("--method", "first.py", "--method", "mine.py")
+    launcher = start(tmp_path, "--jobs", "2", *methods, "--test-set", "./pictures", "--seeds", "0")
     until(lambda: list(tmp_path.glob("results/.launch/worker-*")), launcher)
-    if changed == "mine.py":  # workers import kitbench before they read it
+    if changed == "mine.py":
         (tmp_path / "mine.py").write_text(USERS_OWN + "# another method\n")
     else:
         Image.fromarray(photographs.astronaut()[:64, :64]).save(tmp_path / "pictures" / "a.png")
+    (tmp_path / "told").touch()
     _, err = launcher.communicate(timeout=250)
     assert launcher.returncode == 3
     assert "have changed since this command checked them; give it again" in err
