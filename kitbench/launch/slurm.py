@@ -24,6 +24,7 @@ from kitbench.runs.plan import Planned, write_plan
 from kitbench.runs.prepare import Options, prepare
 from kitbench.spec.suite import Suite
 from kitbench.store.folder import RunFolder
+from kitbench.system.environment import named_device
 
 GRACE_SECONDS = 120
 """How long before its time limit Slurm tells a job to save its state."""
@@ -75,13 +76,19 @@ class SlurmWorker:
         return DelayedSubmission(SlurmWorker(self.command, self.environment))
 
 
-def stored_runs(out: Path) -> dict[str, list[RunFolder]]:
-    """The trained and scored runs in a folder, of whatever device, by the digest of their work."""
+def stored_runs(out: Path, kind: str | None) -> dict[str, list[RunFolder]]:
+    """The trained and scored runs in a folder, by the digest of their work, which leaves out the device.
+
+    kind: `cpu` or `cuda`, and only runs that were trained there; None: wherever they were.
+    """
     paths = [path.parent for path in out.glob("*/run.json")]
     found: dict[str, list[RunFolder]] = {}
     for line in survey(paths) if paths else ():
-        if line.state == "done":
-            found.setdefault(line.work, []).append(RunFolder(out / line.name))
+        folder = RunFolder(out / line.name)
+        if line.state != "done":
+            continue
+        if kind is None or folder.run.recipe is None or (folder.run.identity["device"] == "cpu") == (kind == "cpu"):
+            found.setdefault(line.work, []).append(folder)
     return found
 
 
@@ -90,16 +97,18 @@ def slurm(
 ) -> list[str]:
     """Submit the cells that are not stored yet as a job array, and return the jobs' numbers.
 
-    Cells are known by the names of their axes: this machine need not have the devices that the nodes have. Raises
-    InputError, before anything is written, where Slurm or submitit is missing or what is asked for is refused.
+    Cells are known by the names of their axes, and checked on the CPU: this machine need not have the devices that the
+    nodes have. Raises InputError, before anything is written, where Slurm or submitit is missing or what is asked for
+    is refused.
     """
     count = 0 if spread.gpus is None else int(spread.gpus) if re.fullmatch(r"\d+", spread.gpus) else None
     if count is None:
         raise InputError(f"--gpus takes how many GPUs a run gets with --launcher slurm; found {spread.gpus!r}.")
     if count > suite.recipe.batch:
         raise InputError(f"--gpus {count}: a batch of {suite.recipe.batch} cannot be shared by so many; give fewer.")
-    prepared = prepare(suite, options)
-    stored = stored_runs(options.out)
+    kind = None if options.device == "auto" else named_device(options.device).type
+    prepared = prepare(suite, Options(**(vars(options) | {"device": "cpu"})))
+    stored = stored_runs(options.out, kind)
     todo = [
         cell
         for cell in prepared.cells

@@ -34,10 +34,7 @@ def choose_device(wanted: str) -> torch.device:
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and "LOCAL_RANK" in os.environ:
         wanted = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun: a GPU for each process of this machine
-    try:
-        device = torch.device(wanted)
-    except RuntimeError as error:
-        raise InputError(f"--device {wanted} is no device; give auto, cpu, cuda or cuda:N.") from error
+    device = named_device(wanted)
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         found = f"{count or 'no'} CUDA device{'s' * (count > 1)}"
@@ -48,13 +45,22 @@ def choose_device(wanted: str) -> torch.device:
                 f"share one with --device cuda:0."
             )
         raise InputError(f"--device {wanted} was asked for, but there is {found}{build}; use --device cpu or auto.")
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {wanted} is not supported; give auto, cpu, cuda or cuda:N.")
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         if own_gpus() > 1 and device.index != int(os.environ["LOCAL_RANK"]):
             raise InputError(f"--device {device} names one GPU for all processes; give cuda, one for each.")
         torch.cuda.set_device(device)
+    return device
+
+
+def named_device(wanted: str) -> torch.device:
+    """The device of a name other than `auto`, whether it is here or not. Raises InputError for a name of none."""
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise InputError(f"--device {wanted} is no device; give auto, cpu, cuda or cuda:N.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {wanted} is not supported; give auto, cpu, cuda or cuda:N.")
     return device
 
 

@@ -71,6 +71,7 @@ def test_a_dry_run_prints_cells_commands_and_resources_and_writes_nothing(in_pro
         (["--device", "cpu", "--gpus", "0"], "the device is the CPU"),
         (["--launcher", "slurm", "--gpus", "all"], "how many GPUs"),
         (["--launcher", "slurm", "--gpus", "3"], "a batch of 2 cannot be shared"),
+        (["--launcher", "slurm", "--device", "gpu"], "--device gpu is no device"),
         (["--only", "colour/kitt/0"], "no cell 'colour/kitt/0'"),
         (["--track", "tensorbord"], "tensorboard"),
     ],
@@ -104,6 +105,10 @@ def test_slurm_gets_the_stored_cells_that_lack_scores_on_a_set(in_process: Invok
     in_process(*command, "--jobs", "1")
     slurm = (*command, "--launcher", "slurm", "--dry-run")
     assert "0 of 1 cells go to Slurm" in in_process(*slurm).stdout
+    assert "0 of 1 cells go to Slurm" in in_process(*slurm, "--device", "cpu").stdout
+    on_gpus = in_process(*slurm, "--device", "cuda").stdout  # this machine need not have what the nodes have
+    assert "1 of 1 cells go to Slurm" in on_gpus
+    assert "--device cuda --workers 0 --jobs 1 --only colour/conv/0" in " ".join(on_gpus.split())
     another = in_process(*slurm, "--test-set", "skimage-test,skimage-validation").stdout
     assert "1 of 1 cells go to Slurm" in another
     assert "--only colour/conv/0" in another
