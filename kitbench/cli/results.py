@@ -77,6 +77,8 @@ def check(
     from kitbench.store.files import write_atomic
     from kitbench.verdict import reference, regression
 
+    if update and (junit or summary):
+        raise InputError("--update compares nothing, so there is nothing for --junit and --summary; leave them out.")
     _apart(against, update, junit, summary)
     if update:
         runs = _made_here(paths)

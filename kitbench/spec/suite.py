@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from kitbench.spec.fields import Frozen, Mode, Setting, digest
 from kitbench.spec.shipped import builtin
-from kitbench.spec.tasks import Task
+from kitbench.spec.tasks import Task, condition
 
 
 class Protocol(Frozen):
@@ -258,6 +258,8 @@ class Suite(Frozen):
             raise ValueError("backbone.attention_levels is empty, and all methods would be one network; name a level")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must differ from one another, found {list(self.seeds)}")
-        if len(set(self.task.conditions)) != len(self.task.conditions):
-            raise ValueError(f"noise levels of sigma_test must differ, found {list(self.task.conditions)}")
+        if len(set(map(condition, self.task.conditions))) != len(self.task.conditions):  # files are named after it
+            raise ValueError(
+                f"noise levels of sigma_test must differ in six digits, found {list(self.task.conditions)}"
+            )
         return self

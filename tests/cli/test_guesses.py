@@ -82,7 +82,8 @@ def test_two_files_of_one_name_are_refused(here: Path) -> None:
         ("methods.kit.tau=nan", "methods.kit.tau is nan: expected a finite number"),
         ("task.sigma_test=25", "task.sigma_test is 25: expected a list, like [1, 2]"),
         ("task.sigma_test=[]", "task.sigma_test is []: expected at least one value"),
-        ("task.sigma_test=[25, 25]", "noise levels of sigma_test must differ, found [25.0, 25.0]"),
+        ("task.sigma_test=[25, 25]", "noise levels of sigma_test must differ in six digits, found [25.0, 25.0]"),
+        ("task.sigma_test=[25, 25.00001]", "noise levels of sigma_test must differ in six digits, found [25.0, 25."),
     ],
 )
 def test_a_value_of_another_kind_is_told_in_words(here: Path, setting: str, sentence: str) -> None:

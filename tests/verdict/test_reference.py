@@ -220,6 +220,9 @@ def test_the_command_exits_1_on_a_single_failure_and_writes_what_ci_reads(kitben
     assert suite.get("failures") == "1"
     assert len(suite.findall("testcase/failure")) == 1
     assert (tmp_path / "s.md").read_text().startswith("## kitbench check: 1 of ")
+    both = kitbench("check", "bad", "--against", "ref.json", "--update", "--junit", "n.xml", code=2)
+    assert "--update compares nothing" in both.stderr
+    assert not (tmp_path / "n.xml").exists()
     done = kitbench("check", "bad", "--against", "ref.json", "--update")
     assert "(-0.3000)" in done.stdout
     assert json.loads((tmp_path / "ref.json").read_text())["protocol"] == "awgn8.v1"
