@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -45,10 +45,11 @@ class Setup:
         return f"{self.comparison}, {self.steps:,} steps"
 
 
-def decide(signs: Mapping[Setup, int]) -> tuple[Verdict, str]:
+def decide(signs: Mapping[Setup, int], few: Collection[Setup] = ()) -> tuple[Verdict, str]:
     """The verdict on "a restores better than b", and why it is not decided.
 
-    signs: by setup, +1 where a is better by more than noise, -1 where b is, 0 where neither is shown.
+    signs: by setup, +1 where a is better by more than noise, -1 where b is, 0 where neither is shown. few: the setups
+    with fewer than FEWEST_SEEDS seeds, which decide nothing.
     """
     steps = sorted({setup.steps for setup in signs})
     missing = []
@@ -61,8 +62,12 @@ def decide(signs: Mapping[Setup, int]) -> tuple[Verdict, str]:
         missing.append("only one length of training was run")
     if missing:
         return UNDECIDED, " and ".join(missing)
-    if undecided := [str(setup) for setup in sorted(signs) if signs[setup] == 0]:
-        return UNDECIDED, f"no difference is shown by {' and '.join(undecided)}"
+    short = [str(setup) for setup in sorted(few)]
+    alike = [str(setup) for setup in sorted(signs) if signs[setup] == 0 and setup not in few]
+    reasons = [f"no difference is shown by {' and '.join(alike)}"] if alike else []
+    reasons += [f"fewer than {FEWEST_SEEDS} seeds were run of {' and '.join(short)}"] if short else []
+    if reasons:
+        return UNDECIDED, "; ".join(reasons)
     if len(set(signs.values())) == 1:
         return ("supported" if min(signs.values()) > 0 else "not supported"), ""
     if all(len({signs[Setup(comparison, n)] for n in steps}) == 1 for comparison in (ONE, OWN)):
@@ -316,10 +321,8 @@ def decide_contrasts(contrasts: Mapping[K, tuple[str, str, Mapping[Setup, Compar
             # Where one setup has no p, the contrast has none; the reason is to name that setup and not the others.
             known = math.isfinite(joint[key])
             p = {setup: compared.p_holm if known else compared.found.p for setup, compared in found.items()}
-            verdict, reason = decide({setup: _sign(p[setup], compared) for setup, compared in found.items()})
-            few = [str(setup) for setup in sorted(found) if found[setup].found.seeds < FEWEST_SEEDS]
-            if few and verdict != UNDECIDED:
-                verdict, reason = UNDECIDED, f"fewer than {FEWEST_SEEDS} seeds were run of {' and '.join(few)}"
+            few = [setup for setup, compared in found.items() if compared.found.seeds < FEWEST_SEEDS]
+            verdict, reason = decide({setup: _sign(p[setup], compared) for setup, compared in found.items()}, few)
         else:
             verdict, reason = UNDECIDED, f"no stored runs of both {a} and {b} under one recipe"
         p_holm = joint[key] if math.isfinite(joint[key]) else None
