@@ -19,7 +19,7 @@ from kitbench.errors import InputError, RunError
 from kitbench.model.methods import load_method
 from kitbench.runs.cell import decisive
 from kitbench.runs.initial import initial_weights
-from kitbench.runs.prepare import Options
+from kitbench.runs.prepare import Options, choose_sets
 from kitbench.runs.queue import planned_cells, run_suite
 from kitbench.spec.fields import Mode, digest
 from kitbench.spec.suite import Data, SetNames, Source, Suite
@@ -66,6 +66,7 @@ def tune(suite: Suite, options: Options, search: Search, console: Console) -> li
     suite = _checked(suite, options, search)
     rates, scored, widened = search.rates, dict[Mode, list[Trial]](), 0
     shared: dict[Mode, dict[str, Any]] = {}
+    modes, _ = choose_sets(_asked(suite, options, rates[0], search.seed)[0], options.data)
     todo: Sequence[float] = rates
     while todo:
         for rate in todo:
@@ -73,10 +74,8 @@ def tune(suite: Suite, options: Options, search: Search, console: Console) -> li
             for run, trial in _trial(suite, options, rate, search.seed, console):
                 scored.setdefault(run.mode, []).append(trial)
                 shared[run.mode] = shared_with_search(run.identity)
-        # A mode whose sets are missing has no trial; where no mode has any, all diverged.
-        modes = scored or _source(suite, options)
         trials = {mode: with_diverged(scored.get(mode, ()), list(suite.methods), rates) for mode in modes}
-        best = {mode: best_rates(own) for mode, own in trials.items()}
+        best = {mode: best_rates(own, mode) for mode, own in trials.items()}
         edges = [rate for own in best.values() for rate in own.values()]
         todo = beyond(rates, edges, suite.recipe.lr_min) if widened < WIDENINGS else ()
         rates, widened = tuple(sorted((*rates, *todo))), widened + bool(todo)
@@ -163,13 +162,16 @@ def with_diverged(scored: Sequence[Trial], methods: Sequence[str], rates: Sequen
     return [*scored, *(Trial(method=method, lr=rate, psnr_db=None, key="") for method, rate in absent)]
 
 
-def best_rates(trials: Sequence[Trial]) -> dict[str, float]:
-    """By method, the rate with the highest PSNR, the lower of two equal ones. Raises RunError where there is none."""
+def best_rates(trials: Sequence[Trial], mode: Mode) -> dict[str, float]:
+    """By method, the rate with the highest PSNR, the lower of two equal ones, of the trials of one mode.
+
+    Raises RunError where a method has none.
+    """
     best = {}
     for method in dict.fromkeys(trial.method for trial in trials):
         scored = [trial for trial in trials if trial.method == method and trial.psnr_db is not None]
         if not scored:
-            raise RunError(f"every trial of {method} diverged; give lower --rates")
+            raise RunError(f"every trial of {method} diverged in mode {mode}; give lower --rates")
         best[method] = max(scored, key=lambda trial: (trial.psnr_db, -trial.lr)).lr
     return best
 

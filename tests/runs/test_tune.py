@@ -65,6 +65,7 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Search:
             return complete, failed
 
         monkeypatch.setattr(tune, "run_suite", run)
+        monkeypatch.setattr(tune, "choose_sets", lambda chosen, root: (dict.fromkeys(scores), {}))
         options = Options(tmp_path, tmp_path, "cpu", 0, None)  # of the set's folder: modes colour and gray
         return tune.tune(suite_of(steps), options, tune.Search(RATES, 1000), Console(quiet=True))
 
@@ -92,8 +93,10 @@ def test_a_mode_that_diverges_alone_still_has_a_trial_at_every_rate(search: Sear
 
 
 def test_a_search_of_which_nothing_ended_is_refused(search: Search) -> None:
-    with pytest.raises(RunError, match="every trial of kit diverged; give lower --rates"):
+    with pytest.raises(RunError, match="every trial of kit diverged in mode colour; give lower --rates"):
         search({"colour": {}})
+    with pytest.raises(RunError, match="every trial of kit diverged in mode gray; give lower --rates"):
+        search({"colour": FINE, "gray": {}})  # not left out, as a mode is whose test sets are missing
 
 
 def test_the_grid_is_widened_for_all_where_a_best_rate_lies_at_its_edge(search: Search) -> None:
