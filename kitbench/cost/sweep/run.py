@@ -103,7 +103,7 @@ def _start(options: SweepOptions) -> Sweep:
     limit = parse_bytes(options.memory) if options.memory else round(SHARE * free_bytes(device))
     found = environment(device)
     decides = [
-        labels, sources, options.scope, options.dim, options.heads, options.device, options.patience, found.host,
+        labels, sources, options.scope, options.dim, options.heads, str(device), options.patience, found.host,
         found.device, found.threads, found.commit, found.versions["torch"], options.memory,
     ]  # fmt: skip
     return Sweep(

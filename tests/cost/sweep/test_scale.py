@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -128,6 +129,8 @@ def test_a_sweep_is_stored_drawn_and_resumed(tmp_path, quiet, monkeypatch):
 
     monkeypatch.setattr(run, "measure", never)
     assert run_scale(wanted, quiet).points == first.points
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run_scale(replace(wanted, device="auto"), quiet).points == first.points  # the same device by another name
     screen = io.StringIO()
     with pytest.raises(AssertionError, match="measured again"):
         run_scale(options(tmp_path, ("kit", "window"), heads=2), Console(file=screen))  # another heads, another sweep
