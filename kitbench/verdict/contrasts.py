@@ -298,23 +298,26 @@ class Contrast:
     p_holm: float | None = None
     """The largest p of its setups, adjusted over all contrasts of the page; None where a setup has none."""
     family: int = 0
-    """Over how many contrasts."""
+    """Over how many contrasts: all that were run."""
 
 
 def decide_contrasts(contrasts: Mapping[K, tuple[str, str, Mapping[Setup, Compared]]]) -> dict[K, Contrast]:
     """Contrasts (a, b, differences by setup) of one page, corrected together.
 
     A setup's own p_holm says whether that setup shows a difference: by Bonferroni's correction over the contrasts, or
-    because Holm's decides the contrast, and so all of its setups. What seeds can show is planned for all contrasts that
-    were run, with or without a p value.
+    because Holm's decides the contrast, and so all of its setups. All contrasts that were run count, with or without a
+    p value, so that no correction shrinks where a longer training has one seed so far.
     """
     largest = np.array([_largest_p(setups) for _, _, setups in contrasts.values()])
-    joint = dict(zip(contrasts, (float(p) for p in holm(largest)), strict=True))
-    family, planned = int(np.isfinite(largest).sum()), sum(bool(setups) for _, _, setups in contrasts.values())
+    run = np.array([bool(setups) for _, _, setups in contrasts.values()], dtype=bool)
+    # A contrast without a p value was looked at too: it counts, as one that shows nothing.
+    adjusted = np.where(np.isfinite(largest), holm(np.where(run & np.isnan(largest), 1.0, largest)), math.nan)
+    joint = dict(zip(contrasts, (float(p) for p in adjusted), strict=True))
+    family = int(run.sum())
     decided = {}
     for key, (a, b, setups) in contrasts.items():
         found = {
-            setup: with_correction(compared, _of_setup(compared.found.p, joint[key], family), planned)
+            setup: with_correction(compared, _of_setup(compared.found.p, joint[key], family), family)
             for setup, compared in setups.items()
         }
         if found:
