@@ -105,6 +105,9 @@ def _facts(entry: Entry, name: str) -> dict[str, str]:
     }
     if run.seed is not None:
         facts |= {"threads": str(environment.threads), "flags": flags or NOT_RECORDED, "device": environment.device}
+        # How a batch was split; by some attentions (`centres`) more than rounding.
+        facts |= {"processes": str(environment.flags.get("processes", 1))}
+        facts |= {"micro-batch": str(environment.flags.get("micro_batch") or "none")}
     source = run.source or {}
     parts = ("network", "data", "training") if run.seed is not None else ()
     facts |= {f"{SOURCE}{part}": _short(source.get(part, NOT_RECORDED)) for part in parts}

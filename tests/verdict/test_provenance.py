@@ -67,6 +67,8 @@ def test_runs_of_one_code_and_environment_carry_no_mark(stored: dict[str, RunFol
         ({"environment.threads": 64}, "threads 64 instead of 1"),
         ({"environment.commit": "a" * 40 + "+dirty"}, "commit aaaaaaaaaa+dirty instead of not recorded"),
         ({"source": {"training": "b" * 64}}, "source of the training bbbbbbbbbb instead of not recorded"),
+        ({"environment.flags": {"processes": 2}}, "processes 2 instead of 1"),
+        ({"environment.flags": {"processes": 1, "micro_batch": 1}}, "micro-batch 1 instead of none"),
         ({"environment.flags": {"tf32": True}}, "flags tf32 True instead of not recorded"),
     ],
 )
