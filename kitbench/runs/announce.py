@@ -17,6 +17,7 @@ from kitbench.runs.prepare import PreparedSuite
 from kitbench.runs.probe import Probe
 from kitbench.runs.train import validation_steps
 from kitbench.scoring.validation import validation_pixels
+from kitbench.spec.suite import Recipe
 from kitbench.store.folder import without_imported
 from kitbench.store.records import Cost
 from kitbench.system.environment import device_name
@@ -24,6 +25,9 @@ from kitbench.text import duration
 
 IMAGE_SECONDS = 0.03
 """What scoring a restored image takes beside restoring it: measures and crops."""
+FEWEST_WINDOWS, USUAL_WINDOWS = 8, 24
+"""How often the window of the averaged weights fits into a training: from where on they are not said to lag, and how
+often in the recipe `standard`."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,10 @@ def _setting(prepared: PreparedSuite, devices: Sequence[str]) -> list[tuple[str,
     lines.append(("backbone", f"width {width}, blocks {blocks}, attention at levels {levels} of {len(blocks)}"))
     steps = f"{recipe.steps} steps of {recipe.batch} crops of {recipe.crop} px, {recipe.precision}"
     lines.append(("recipe", f"{recipe.name}: {steps}; {recipe.card.time}"))
+    if recipe.ema:
+        window = min(round(1 / (1 - recipe.ema)), recipe.steps)
+        if window * FEWEST_WINDOWS > recipe.steps:
+            lines.append(("", _lag(recipe, window)))
     if recipe.init is not None:
         lines.append(("init", f"training starts from the weights of {recipe.init}"))
     for protocol in {protocol.stamp: protocol for protocol in prepared.protocols.values()}.values():
@@ -127,6 +135,15 @@ def _setting(prepared: PreparedSuite, devices: Sequence[str]) -> list[tuple[str,
     if prepared.device.type == "cuda" and suite.preset == "quick":
         lines.append(("", "this machine has a CUDA device: --preset full runs the paper's recipe as we read it"))
     return lines
+
+
+def _lag(recipe: Recipe, window: int) -> str:
+    """That the average of the weights, of which about the last `window` steps are a part, covers too much."""
+    scaled = round(max(0.0, 1 - USUAL_WINDOWS / recipe.steps), 4)
+    return (
+        f"recipe.ema {recipe.ema:g} averages the weights over about the last {window} of {recipe.steps} steps: they "
+        f"lag behind, and score lower. For so short a training take --set recipe.ema={scaled:g}"
+    )
 
 
 def _said_before(prepared: PreparedSuite, net: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from kitbench.spec.fields import digest
 from kitbench.store.records import Run
@@ -17,16 +17,25 @@ from kitbench.verdict.compare import Column, Columns, Compared, adjusted, compar
 from kitbench.verdict.contrasts import ComparedRuns
 from kitbench.verdict.sheets import Sheet
 
-_Budget = tuple[int, int]
-"""Steps, and steps of warm-up."""
+
+@dataclass(frozen=True, order=True)
+class Budget:
+    """A length of training, and what of the recipe goes with it."""
+
+    steps: int
+    warmup: int
+    ema: float
+    """Decay of the averaged weights, whose window is to fit the length; 0: none."""
+
+    def __str__(self) -> str:
+        return f"{self.steps:,} steps"
 
 
 @dataclass(frozen=True)
 class Rung:
     """Method a minus method b after one budget."""
 
-    steps: int
-    warmup: int
+    budget: Budget
     compared: Compared
 
 
@@ -53,14 +62,14 @@ class LadderLine:
             return "the order changes with the budget"
         if 0 not in signs:
             return f"holds: {better} is better at every budget"
-        budgets = " and ".join(f"{rung.steps:,}" for rung, sign in zip(self.rungs, signs, strict=True) if sign)
+        budgets = " and ".join(f"{rung.budget.steps:,}" for rung, sign in zip(self.rungs, signs, strict=True) if sign)
         words = f"{better} is better at {budgets} steps, at the others no difference is shown"
         return words if signs[-1] else f"does not last: {words}"
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """Comparisons that differ in the length of training only, with Holm's correction over all their differences."""
+    """Comparisons that differ in the budget of training only, with Holm's correction over all their differences."""
 
     name: str
     """For files: suite, mode, crops of a step, learning rate."""
@@ -70,13 +79,13 @@ class Ladder:
     """Notes on runs that were made differently from most of those at their budget, or by somebody else."""
 
     @property
-    def budgets(self) -> list[tuple[int, int]]:
-        """Steps and steps of warm-up, shortest first."""
-        return sorted({(rung.steps, rung.warmup) for line in self.lines for rung in line.rungs})
+    def budgets(self) -> list[Budget]:
+        """Shortest first."""
+        return sorted({rung.budget for line in self.lines for rung in line.rungs})
 
 
 def ladders(found: Sequence[ComparedRuns]) -> list[Ladder]:
-    """The budget ladders among these comparisons: all that differ in steps and warm-up only, where there are two."""
+    """The budget ladders among these comparisons: all that differ in the budget only, where there are two."""
     groups: dict[str, list[ComparedRuns]] = {}
     for block in found:
         groups.setdefault(_without_budget(block.first.run), []).append(block)
@@ -86,15 +95,16 @@ def ladders(found: Sequence[ComparedRuns]) -> list[Ladder]:
 
 def _without_budget(run: Run) -> str:
     """Digest of what the runs of a ladder share."""
-    recipe = {key: value for key, value in run.identity["recipe"].items() if key not in ("steps", "warmup")}
+    budget = {field.name for field in fields(Budget)}
+    recipe = {key: value for key, value in run.identity["recipe"].items() if key not in budget}
     left_out = ("attention", "settings", "seed")
     return digest({k: v for k, v in run.identity.items() if k not in left_out} | {"recipe": recipe})
 
 
-def _budget(block: ComparedRuns) -> _Budget:
+def _budget(block: ComparedRuns) -> Budget:
     recipe = block.first.run.recipe
     assert recipe is not None
-    return recipe.steps, recipe.warmup
+    return Budget(recipe.steps, recipe.warmup, recipe.ema)
 
 
 def _ladder(group: Sequence[ComparedRuns]) -> Ladder:
@@ -104,7 +114,7 @@ def _ladder(group: Sequence[ComparedRuns]) -> Ladder:
     places = [(pair, budget) for pair, rungs in measured.items() if len(rungs) > 1 for budget in rungs]
     corrected = dict(zip(places, adjusted([measured[pair][budget] for pair, budget in places]), strict=True))
     lines = tuple(
-        LadderLine(*pair, tuple(Rung(*budget, corrected[pair, budget]) for budget in measured[pair]))
+        LadderLine(*pair, tuple(Rung(budget, corrected[pair, budget]) for budget in measured[pair]))
         for pair in dict.fromkeys(pair for pair, _ in places)
     )
     run = group[0].first.run
@@ -118,11 +128,11 @@ def _ladder(group: Sequence[ComparedRuns]) -> Ladder:
     return Ladder(name, title, lines, tuple(dict.fromkeys(note for block in group for note in block.unlike())))
 
 
-def _measured(group: Sequence[ComparedRuns], a: str, b: str) -> dict[_Budget, Compared]:
+def _measured(group: Sequence[ComparedRuns], a: str, b: str) -> dict[Budget, Compared]:
     """Method a minus method b by budget, on the same test sets at every budget: on others, a difference could be due to
     the images. The budgets are as many as share a set."""
     of = {_budget(block): (block.methods[a], block.methods[b]) for block in group if {a, b} <= block.methods.keys()}
-    budgets: dict[Column, set[_Budget]] = {}
+    budgets: dict[Column, set[Budget]] = {}
     for budget, (one, other) in of.items():
         for column in one.keys() & other.keys():
             budgets.setdefault(column, set()).add(budget)
@@ -137,9 +147,9 @@ def _measured(group: Sequence[ComparedRuns], a: str, b: str) -> dict[_Budget, Co
 
 
 def _on(
-    columns: Sequence[Column], of: Mapping[_Budget, tuple[Columns, Columns]], budgets: Sequence[_Budget],
+    columns: Sequence[Column], of: Mapping[Budget, tuple[Columns, Columns]], budgets: Sequence[Budget],
     names: tuple[str, str],
-) -> dict[_Budget, Compared]:  # fmt: skip
+) -> dict[Budget, Compared]:  # fmt: skip
     """The differences on these columns at these budgets, where there is something to pair."""
     compared = {
         budget: compare(*names, *({column: methods[column] for column in columns} for methods in of[budget]))
@@ -150,13 +160,10 @@ def _on(
 
 def ladder_sheet(ladder: Ladder) -> Sheet:
     """A budget ladder as a table: a line for each difference, a column for each budget."""
-    steps = [budget[0] for budget in ladder.budgets]
-    heads = [
-        f"{n:,} steps" + (f", {warmup:,} of warm-up" if steps.count(n) > 1 else "") for n, warmup in ladder.budgets
-    ]
+    heads = [_heading(budget, ladder.budgets) for budget in ladder.budgets]
     lines = []
     for line in ladder.lines:
-        of = {(rung.steps, rung.warmup): rung.compared for rung in line.rungs}
+        of = {rung.budget: rung.compared for rung in line.rungs}
         cells = [_difference(of[budget]) if budget in of else "n/a" for budget in ladder.budgets]
         lines.append((f"{line.a} - {line.b}", *cells, line.order))
     compared = [rung.compared.found for line in ladder.lines for rung in line.rungs]
@@ -169,13 +176,23 @@ def ladder_sheet(ladder: Ladder) -> Sheet:
         f"The order is decided at 5 %, with Holm's correction over {tested} differences of this table; one interval is "
         "not corrected.",
         f"Not decided: {reasons}.",
-    ]
-    chosen = [note for note, holds in zip(notes, (True, tested, reasons), strict=True) if holds]
+        "Weights are averaged over a window that goes with the length: ema "
+        + ", ".join(f"{budget.ema:g} at {budget}" for budget in ladder.budgets) + ".",
+    ]  # fmt: skip
+    averaged = len({budget.ema for budget in ladder.budgets}) > 1
+    chosen = [note for note, holds in zip(notes, (True, tested, reasons, averaged), strict=True) if holds]
     left_out = dict.fromkeys((f"{line.a} - {line.b}", line.rungs[0].compared.without) for line in ladder.lines)
     chosen += [f"{name}: {without}." for name, without in left_out if without]
     return Sheet(
         f"Budget ladder: {ladder.title}", ("Difference, dB", *heads, "Order"), tuple(lines), (*chosen, *ladder.unlike)
     )
+
+
+def _heading(budget: Budget, every: Sequence[Budget]) -> str:
+    """The steps of a budget, and what else distinguishes it from others of so many steps."""
+    alike = [other for other in every if other.steps == budget.steps]
+    warmup = f", {budget.warmup:,} of warm-up" if len({other.warmup for other in alike}) > 1 else ""
+    return f"{budget}{warmup}" + (f", ema {budget.ema:g}" if len({other.ema for other in alike}) > 1 else "")
 
 
 def _range(values: Sequence[int], what: str) -> str:

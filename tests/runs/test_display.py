@@ -8,9 +8,12 @@ import time
 import pytest
 from rich.console import Console
 
-from kitbench.runs.announce import Expected
+from kitbench.runs.announce import FEWEST_WINDOWS, Expected
 from kitbench.runs.cell import Cell
 from kitbench.runs.display import Display, leading
+from kitbench.spec.loading import recipes
+from kitbench.spec.suite import Recipe
+from tests.conftest import Kitbench
 from tests.stored import SUITE
 
 
@@ -44,3 +47,16 @@ def test_a_text_is_cut_between_its_parts() -> None:
     assert leading("one, two, three", 15) == "one, two, three"
     assert leading("one, two, three", 14) == "one, two"
     assert leading("one, two, three", 1) == "one"
+
+
+def test_averaged_weights_that_lag_behind_a_short_training_are_said_to(kitbench: Kitbench) -> None:
+    command = ("run", "--suite", "tiny.toml", "--method", "conv", "--set", "references=[]", "--set", "recipe.steps=6")
+    said = " ".join(kitbench(*command, "--set", "recipe.ema=0.75").stdout.split())
+    assert "recipe.ema 0.75 averages the weights over about the last 4 of 6 steps: they lag behind" in said
+    assert "take --set recipe.ema=0 " in said
+    assert "lag behind" not in kitbench(*command, "--set", "recipe.ema=0").stdout
+
+
+@pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: recipe.name)
+def test_no_shipped_recipe_averages_weights_that_lag(recipe: Recipe) -> None:
+    assert not recipe.ema or FEWEST_WINDOWS / (1 - recipe.ema) <= recipe.steps * (1 + 1e-9)

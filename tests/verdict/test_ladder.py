@@ -14,7 +14,7 @@ from kitbench.store.folder import find
 from kitbench.verdict.compare import Compared
 from kitbench.verdict.contrasts import blocks
 from kitbench.verdict.entries import entries
-from kitbench.verdict.ladder import Ladder, LadderLine, Rung, ladder_sheet, ladders
+from kitbench.verdict.ladder import Budget, Ladder, LadderLine, Rung, ladder_sheet, ladders
 from kitbench.verdict.statistics import difference
 from tests.stored import store
 
@@ -46,13 +46,13 @@ def test_a_ladder_holds_the_difference_and_its_interval_at_every_budget(tmp_path
     for steps, gain in gains.items():
         rung(tmp_path, steps, {"kit": gain})
     [ladder] = found(tmp_path)
-    assert [budget[0] for budget in ladder.budgets] == [700, 3000, 12000]
+    assert [budget.steps for budget in ladder.budgets] == [700, 3000, 12000]
     [line] = ladder.lines
     assert (line.a, line.b) == ("kit", "conv")
     for one in line.rungs:
         interval = one.compared.found.interval
         assert interval is not None
-        assert one.compared.found.mean == pytest.approx(gains[one.steps])
+        assert one.compared.found.mean == pytest.approx(gains[one.budget.steps])
         assert interval.high - interval.low == pytest.approx(2 * HALF)
     assert ladder_sheet(ladder).lines[0][:2] == ("kit - conv", f"-0.500 [{-0.5 - HALF:+.3f}, {-0.5 + HALF:+.3f}]")
     assert line.order == "the order changes with the budget"
@@ -86,11 +86,23 @@ def test_warm_up_belongs_to_the_budget(tmp_path: Path) -> None:
     rung(tmp_path, 700, {"kit": 0.1})
     rung(tmp_path, 3000, {"kit": 0.1}, of=longer)
     [ladder] = found(tmp_path)
-    assert ladder.budgets == [(700, QUICK.recipe.warmup), (3000, 90)]
+    assert ladder.budgets == [Budget(700, QUICK.recipe.warmup, 0), Budget(3000, 90, 0)]
     assert ladder_sheet(ladder).header == ("Difference, dB", "700 steps", "3,000 steps", "Order")
     rung(tmp_path, 700, {"kit": 0.1}, of=longer)
     header = ladder_sheet(found(tmp_path)[0]).header
     assert header[1:3] == (f"700 steps, {QUICK.recipe.warmup} of warm-up", "700 steps, 90 of warm-up")
+
+
+def test_the_window_of_averaged_weights_belongs_to_the_budget_and_is_stated(tmp_path: Path) -> None:
+    rung(tmp_path, 700, {"kit": 0.1}, of=loading.load_suite("denoise", "quick", ["recipe.ema=0.97"]))
+    rung(tmp_path, 3000, {"kit": 0.1}, of=loading.load_suite("denoise", "quick", ["recipe.ema=0.992"]))
+    sheet = ladder_sheet(found(tmp_path)[0])
+    assert sheet.header == ("Difference, dB", "700 steps", "3,000 steps", "Order")
+    said = "Weights are averaged over a window that goes with the length: ema 0.97 at 700 steps, 0.992 at 3,000 steps."
+    assert said in sheet.notes
+    rung(tmp_path, 700, {"kit": 0.1})
+    header = ladder_sheet(found(tmp_path)[0]).header
+    assert header == ("Difference, dB", "700 steps, ema 0", "700 steps, ema 0.97", "3,000 steps", "Order")
 
 
 def test_a_method_of_one_budget_has_no_line(tmp_path: Path) -> None:
@@ -105,7 +117,7 @@ def line(signs: Sequence[int | None]) -> LadderLine:
     for steps, sign in zip((700, 3000, 12000), signs, strict=False):
         d = difference(np.full((2, 6), 0.1 if sign is None else sign or 0.1))
         p = None if sign is None else 0.001 if sign else 0.4
-        rungs.append(Rung(steps, 0, Compared("kit", "conv", d, (), p)))
+        rungs.append(Rung(Budget(steps, 0, 0), Compared("kit", "conv", d, (), p)))
     return LadderLine("kit", "conv", tuple(rungs))
 
 
@@ -150,7 +162,7 @@ def test_a_set_that_one_budget_alone_has_moves_no_difference(tmp_path: Path) -> 
     assert "test images that all budgets have" in ladder_sheet(ladder).notes[0]
     rung(tmp_path, 12000, {"kit": 0.5}, data_set="Set_C")
     [ladder] = found(tmp_path)
-    assert [budget[0] for budget in ladder.budgets] == [700, 3000]
+    assert [budget.steps for budget in ladder.budgets] == [700, 3000]
 
 
 def test_a_set_of_too_few_seeds_at_one_budget_is_left_out_at_all_and_named(tmp_path: Path) -> None:

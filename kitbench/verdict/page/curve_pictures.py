@@ -70,13 +70,13 @@ def _shown(curves: Sequence[Curve], targets: Sequence[float]) -> tuple[float, fl
 
 def ladder_plot(lines: Sequence[LadderLine], look: Look) -> bytes:
     """Differences against the budget, with 95 % intervals. A difference has the look of the method that is not kit."""
-    budgets = sorted({rung.steps for line in lines for rung in line.rungs})
+    budgets = sorted({rung.budget.steps for line in lines for rung in line.rungs})
     with new_figure(4.5, 4.0, look.form) as (figure, axes, buffer):
         axes.axhline(0, color="0.4", linewidth=0.8)
         for number, line in enumerate(lines):
             colour, marker = look[line.b if line.a == "kit" and line.b != "conv" else line.a]
             shift = 1 + 0.03 * (number - (len(lines) - 1) / 2)  # bars side by side, not one on another
-            x = [rung.steps * shift for rung in line.rungs]
+            x = [rung.budget.steps * shift for rung in line.rungs]
             mean = np.array([rung.compared.found.mean for rung in line.rungs])
             intervals = [rung.compared.found.interval for rung in line.rungs]
             ends = np.array([(i.low, i.high) if i else (m, m) for i, m in zip(intervals, mean, strict=True)])
