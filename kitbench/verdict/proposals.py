@@ -41,7 +41,9 @@ def contrast_command(contrast: Contrast, runs: Runs) -> str:
         tuning = runs.tuning(block)
         if tuning is not None and set(methods) <= tuning.best.keys():
             return run_command(block, methods, seeds, tuned=True)
-        return f"python -m kitbench tune{_settings(block.first.run)} {_place(block)}"
+        # A stored search keeps the rates of all its methods only where they are named again.
+        every = dict.fromkeys((*methods, *(tuning.best if tuning is not None else ())))
+        return f"python -m kitbench tune{_settings(block.first.run)}{_chosen(tuple(every))} {_place(block)}"
     undecided = {
         setup: compared.found.seeds
         for setup, compared in contrast.setups.items()
@@ -69,9 +71,13 @@ def run_command(
     longer: so many times as long. tuned: each method at its own best rate.
     """
     settings = f" --suite {task} --preset full" if block is None else _settings(block.first.run, longer, tuned)
-    chosen = "".join(f" --method {name}" for name in methods if " " not in name)
     numbers = ",".join(map(str, range(seeds)))
-    return f"python -m kitbench run{settings}{chosen}{' --tuned' * tuned} --seeds {numbers} {_place(block)}"
+    return f"python -m kitbench run{settings}{_chosen(methods)}{' --tuned' * tuned} --seeds {numbers} {_place(block)}"
+
+
+def _chosen(methods: Sequence[str]) -> str:
+    """The options that choose these methods; a label that is no method's name is left out."""
+    return "".join(f" --method {name}" for name in methods if " " not in name)
 
 
 def _settings(run: Run, longer: int = 1, tuned: bool = False) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kitbench.cli.main import cli
+from kitbench.model.methods import method_kinds
 from kitbench.spec import loading
 from kitbench.spec.suite import Suite
 from kitbench.verdict.claims import claims, load
@@ -28,7 +30,7 @@ def parsed(command: str) -> tuple[str, dict[str, Any], Suite | None]:
     if "suite" not in options:
         return words[3], options, None
     return words[3], options, loading.load_suite(
-        options["suite"], options["preset"], options["overrides"], options["method"]
+        options["suite"], options["preset"], options["overrides"], options["method"], shipped=method_kinds()
     )  # fmt: skip
 
 
@@ -45,6 +47,16 @@ def test_a_search_of_rates_is_proposed_at_the_length_that_lacks_it(tmp_path: Pat
     runs(tmp_path, GOOD, steps=700 * longer)
     group, _, suite = reach(tmp_path)
     assert (group, suite.recipe.steps, suite.preset) == ("tune", 700 * longer, "quick")
+    assert set(suite.methods) == {"kit", "local"}
+
+
+def test_a_stored_search_without_one_of_the_methods_is_proposed_with_all_that_it_has(tmp_path: Path) -> None:
+    runs(tmp_path, {"kit": 0.5, "window": 0.2, "local": 0.0})
+    [file] = everything(tmp_path / "searched", {"kit": 0.5, "window": 0.2}, (700,)).glob("tuning-700.json")
+    file.rename(tmp_path / file.name)
+    shutil.rmtree(tmp_path / "searched")
+    group, _, suite = reach(tmp_path)
+    assert (group, set(suite.methods)) == ("tune", {"kit", "local", "window"})
 
 
 def test_where_rates_are_known_and_the_runs_at_them_are_not_these_are_proposed(tmp_path: Path) -> None:
@@ -148,11 +160,12 @@ def test_images_and_noise_levels_that_the_runs_command_chose_are_proposed_again(
     _, options, suite = reach(tmp_path)
     assert (options["train_set"], options["test_set"]) == (("my/photos",), ("Set12",))
     assert suite.task.sigma_test == (25,)
-    assert (suite.recipe, suite.methods) == (QUICK.recipe, QUICK.methods)
+    assert suite.recipe == QUICK.recipe
+    assert suite.methods == {name: QUICK.methods[name] for name in ("kit", "local")}
 
 
 def test_runs_on_embedded_photographs_are_proposed_on_these(tmp_path: Path) -> None:
     runs(tmp_path, GOOD, seeds=(0,))
     assert page(tmp_path)[2].parts[0].command.endswith("--data DIR --out OUT")
     recorded(tmp_path, train_sets={"skimage-train": "aa"})
-    assert page(tmp_path)[2].parts[0].command.endswith("--preset quick --out OUT")
+    assert page(tmp_path)[2].parts[0].command.endswith("--method kit --method local --out OUT")

@@ -1,0 +1,79 @@
+"""Scores of the stored runs, and whether a page says a sentence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cache
+from statistics import fmean
+
+from kitbench.store.folder import find
+from kitbench.verdict.entries import entries
+from tests.conftest import ROOT
+
+REFERENCE = ROOT / "results" / "reference"
+SEEDS, MORE, TUNED = "denoise-standard-seeds-cpu", "denoise-standard-more-seeds-cpu", "denoise-standard-tuned-cpu"
+SETS, REACH, GRAY = "denoise-standard-sets-seeds-cpu", "reach-standard-cpu", "denoise-standard-gray-cpu"
+RAIN, SHAKE = "derain-standard-rain100l-cpu", "deblur-standard-levin09-cpu"
+CAMERA, SHORT_CAMERA = "denoise-real-standard-cc15-cpu", "denoise-real-cc15-cpu"
+LR, SHORT_LR = 0.002, 0.005
+"""Of the recipes `standard` and `reach`; of `quick`."""
+Scores = Mapping[str, float]
+"""Mean PSNR over the images of a set, dB, by seed."""
+
+
+@cache
+def stored(folder: str) -> dict[tuple[str, str, float | None, float], dict[str, float]]:
+    """Scores of a folder of stored runs, by method, test set, sigma and learning rate (0: not trained)."""
+    found: dict[tuple[str, str, float | None, float], dict[str, float]] = {}
+    for entry in entries(find([REFERENCE / folder]), None):
+        run, scored = entry.run, entry.evaluation
+        place = (run.method, scored.data_set, scored.sigma, run.recipe.lr if run.recipe else 0.0)
+        found.setdefault(place, {})[str(run.seed)] = scored.mean_psnr
+    return found
+
+
+def scores(method: str, data_set: str, *folders: str, sigma: float | None = 25, lr: float = LR) -> dict[str, float]:
+    """Of all seeds in these folders."""
+    return {s: v for folder in folders for s, v in stored(folder).get((method, data_set, sigma, lr), {}).items()}
+
+
+def mean(*of: object, **chosen: object) -> float:
+    """The mean of `scores` over seeds, dB."""
+    return fmean(scores(*of, **chosen).values())  # type: ignore[arg-type]
+
+
+def gaps(a: Scores, b: Scores) -> list[float]:
+    """a - b in dB, of the seeds that both have."""
+    return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+
+
+def says(page: str, *sentences: str) -> None:
+    """Fails unless the page contains each of these texts, wherever its lines break."""
+    text = " ".join((ROOT / page).read_text("utf-8").split())
+    for sentence in sentences:
+        assert sentence in text, f"{page} does not say: {sentence}"
+
+
+def up(value: float) -> str:
+    """To hundredths, upwards: for a bound."""
+    return f"{math.ceil(100 * value) / 100:.2f}"
+
+
+def by_image(folder: str, method: str, data_set: str) -> dict[str, dict[str, float]]:
+    """PSNR in dB by image, then by seed."""
+    found: dict[str, dict[str, float]] = {}
+    for entry in entries(find([REFERENCE / folder]), None):
+        if (entry.run.method, entry.evaluation.data_set) == (method, data_set):
+            for score in entry.evaluation.scores:
+                found.setdefault(score.image, {})[str(entry.run.seed)] = score.psnr
+    return found
+
+
+def image_gains(folder: str, method: str, other: str) -> list[float]:
+    """How far a method lies above another on each image of a folder's only test set, the mean over its seeds, dB."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for entry in entries(find([REFERENCE / folder]), None):
+        for score in entry.evaluation.scores:
+            found.setdefault(entry.run.method, {}).setdefault(score.image, []).append(score.psnr)
+    return [fmean(found[method][image]) - fmean(found[other][image]) for image in found[method]]

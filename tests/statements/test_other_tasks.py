@@ -1,0 +1,153 @@
+"""What the pages say of deraining, deblurring and camera noise."""
+
+from __future__ import annotations
+
+import math
+from statistics import fmean
+
+from kitbench.store.folder import find
+from kitbench.verdict.contrasts import blocks, compare_methods
+from kitbench.verdict.entries import entries
+from kitbench.verdict.rows import rows
+from tests.statements.stored import (
+    CAMERA,
+    LR,
+    RAIN,
+    REFERENCE,
+    SHAKE,
+    SHORT_CAMERA,
+    SHORT_LR,
+    gaps,
+    image_gains,
+    mean,
+    says,
+    scores,
+    up,
+)
+
+
+def above(method: str, other: str) -> list[float]:
+    """How far a method lies above another on Rain100L after 24,000 steps, dB, of every seed."""
+    return gaps(*(scores(name, "Rain100L", RAIN, sigma=None) for name in (method, other)))
+
+
+def test_what_attention_is_worth_in_deraining() -> None:
+    names = ("window", "kit", "kit-random")
+    gains = {name: above(name, "conv") for name in names}
+    assert {len(gain) for gain in gains.values()} == {3}
+    means = [fmean(gain) for gain in gains.values()]
+    least = math.floor(10 * min(min(gain) for gain in gains.values())) / 10
+    core = f"{min(means):.1f} to {max(means):.1f} dB above `conv` in the mean over three seeds"
+    for page, first in (("README.md", "w"), ("results/README.md", "W")):
+        says(
+            page,
+            f"{first}indows, KiT and random patches lie {core}, within {up(max(means) - min(means))} dB of one another",
+        )
+    says("results/README.md", f"The others lay above `conv` too, in all three seeds by {least} dB or more")
+    higher = sum(gain > 0 for gain in image_gains(RAIN, "window", "conv"))
+    says("results/README.md", f"windows lie above `conv` in {higher} of the 100 pictures")
+    nearest, far = above("kit", "kit-random"), above("kit", "window")
+    says(
+        "results/README.md",
+        f"the nearest patches lie {-fmean(nearest):.2f} dB below random ones ({min(nearest):+.2f} to {max(nearest):+.2f})",
+        f"KiT lies {fmean(far):.2f} dB above windows ({', '.join(f'{gap:+.2f}' for gap in far)} in seeds 0, 1 and 2)",
+    )
+
+
+def test_global_attention_lies_above_all_others_in_deraining() -> None:
+    names = ("kit-random", "kit", "window")
+    gains = {name: above("global", name) for name in (*names, "conv")}
+    assert {len(gain) for gain in gains.values()} == {3}
+    [block] = blocks(entries(find([REFERENCE / RAIN]), None))
+    means = {name: compare_methods(block, "global", name).found.mean for name in (*gains, "local")}  # scenes count once
+    least = math.floor(100 * min(min(gains[name]) for name in names)) / 100
+    pictures = min(sum(gain > 0 for gain in image_gains(RAIN, "global", name)) for name in names)
+    assert len(above("global", "local")) == 1
+    adjusted = rows(find([REFERENCE / RAIN])).set_index("method")["p_holm"]
+    says(
+        "results/README.md",
+        f"{means['kit-random']:.2f} to {means['window']:.2f} dB above random patches, KiT and windows in the mean over "
+        f"three seeds, by {least} dB or more in each, in {pictures} or more of the 100 pictures",
+        f"and {means['conv']:.2f} dB above `conv`",
+        f"(adjusted p {adjusted['conv']:.4f} for `conv`, {min(adjusted[[*names]]):.3f} to {max(adjusted[[*names]]):.3f}",
+        f"Above local attention it lies by {means['local']:.2f} dB, in the one seed of that",
+        f"first, {math.floor(10 * least) / 10} dB or more above KiT, windows and random patches in each of three seeds",
+    )
+    says("README.md", f"global attention {math.floor(10 * least) / 10} dB or more above them in each seed")
+
+
+def in_tiles(method: str, side: int) -> float:
+    """PSNR on Rain100L of the weights of seed 0, in tiles of a side in px, dB."""
+    [run] = [run for run in find([REFERENCE / "pools-rain-cpu"]) if run.run.method == method]
+    [one] = [scored for scored in run.evaluations() if scored.stamp.startswith(f"rain-y8-ssim2d-tile{side}.v1")]
+    return one.mean_psnr
+
+
+def test_global_attention_alone_gains_by_wider_tiles_in_deraining() -> None:
+    names = ("conv", "kit", "kit-random", "local", "window")
+    assert max(in_tiles(name, 128) - in_tiles(name, 64) for name in names) < 0
+    whole = scores("global", "Rain100L", RAIN, sigma=None)["0"]
+    assert whole <= in_tiles("global", 128)
+    narrow = in_tiles("global", 64)
+    says(
+        "results/README.md",
+        f"gains by wider tiles, {in_tiles('global', 128) - narrow:.2f} dB, and not beyond 128 px",
+        f"it still lies {narrow - in_tiles('local', 64):.2f} dB above local attention and "
+        f"{narrow - in_tiles('kit', 64):.2f} dB above KiT",
+    )
+
+
+def test_another_rate_does_not_bring_no_attention_up_to_windows_in_deraining() -> None:
+    own = scores("conv", "Rain100L", RAIN, sigma=None)["0"]
+    others = [mean("conv", "Rain100L", "derain-standard-rates-cpu", sigma=None, lr=lr) for lr in (LR / 2, 2 * LR)]
+    assert max(others) < scores("window", "Rain100L", RAIN, sigma=None)["0"]
+    said = f"reaches {others[0]:.2f} and {others[1]:.2f} dB, where the recipe's gives {own:.2f} (seed 0"
+    says("results/README.md", f"`conv` at half and at twice the rate {said}")
+    faster = [mean(name, "Rain100L", "derain-standard-rates-cpu", sigma=None, lr=2 * LR) for name in ("kit", "window")]
+    lost = [
+        scores(m, "Rain100L", RAIN, sigma=None)["0"] - psnr for m, psnr in zip(("kit", "window"), faster, strict=True)
+    ]
+    assert abs(faster[1] - others[1]) < 0.02
+    says(
+        "results/README.md",
+        f"At twice the rate KiT and windows reach {faster[0]:.2f} and {faster[1]:.2f} dB (seed 0)",
+        f"windows are level with `conv` and KiT lies {faster[0] - others[1]:.2f} dB above it (seed 0)",
+        f"by {fmean(lost):.1f} dB in deraining (KiT and windows, one seed)",
+    )
+
+
+def test_deblurring_tells_nothing_apart() -> None:
+    means = [mean(name, "Levin09", SHAKE, sigma=None) for name in ("conv", "kit", "kit-random", "window")]
+    gains = [value - mean("input", "Levin09", SHAKE, sigma=None, lr=0.0) for value in means]
+    says(
+        "results/README.md",
+        f"All four lie within {up(max(means) - min(means))} dB of one another, in one seed",
+        f"They gain {min(gains):.1f} to {max(gains):.1f} dB over the blurred input",
+    )
+
+
+def test_real_noise_gains_nothing_from_longer_training_on_synthetic_noise() -> None:
+    methods = ("conv", "kit", "kit-random", "window")
+    lost, means = [], {}
+    for name in methods:
+        [long] = scores(name, "CC15", CAMERA, sigma=None).values()
+        short = scores(name, "CC15", SHORT_CAMERA, sigma=None, lr=SHORT_LR).values()
+        assert long < min(short)
+        lost.append(fmean(short) - long)
+        means[name] = long
+    validated = {
+        folder.run.method: [line.validation_psnr_db for line in folder.logged() if line.validation_psnr_db]
+        for folder in find([REFERENCE / CAMERA])
+        if folder.run.method in methods
+    }
+    last = {name: values[-1] for name, values in validated.items()}
+    assert all(values[-1] > max(values) - 0.02 for values in validated.values())  # no method has passed its best
+    assert last["kit"] == max(last.values())
+    says(
+        "results/README.md",
+        f"All four lie within {up(max(means.values()) - min(means.values()))} dB of one another, in one seed on 15",
+        f"{min(lost):.2f} to {max(lost):.2f} dB below their mean",
+        f"to {min(last.values()):.1f} to {max(last.values()):.1f} dB",
+        f"On those KiT is first, {last['kit'] - last['conv']:.2f} dB above `conv`; on CC15 it lies "
+        f"{means['kit'] - means['conv']:.2f} dB above it",
+    )
