@@ -6,6 +6,7 @@ import json
 import re
 from statistics import fmean
 
+from kitbench.store.folder import find
 from tests.conftest import ROOT
 from tests.statements.stored import GRAY, MORE, REACH, REFERENCE, SEEDS, SETS, TUNED, gaps, mean, says, scores, up
 
