@@ -219,9 +219,9 @@ def slowed(row: pd.Series) -> bool:
 
 
 @cache
-def _shipped_rates() -> dict[str, float]:
-    """The learning rate of every shipped recipe, by its name: a caption names another one."""
-    return {name: float(tomllib.loads(text)["lr"]) for name, text in builtin("recipes").items()}
+def _shipped(key: str) -> dict[str, float]:
+    """A number of every shipped recipe, by its name: a caption names another one."""
+    return {name: float(tomllib.loads(text).get(key, 0.0)) for name, text in builtin("recipes").items()}
 
 
 def caption_of(run: Run) -> str:
@@ -232,10 +232,11 @@ def caption_of(run: Run) -> str:
     threads = recipe.threads or run.environment.threads
     where = f"{run.device}, {threads} thread{'s' * (threads > 1)}" if run.device == "cpu" else run.device
     tuned = f", fine-tuned from {recipe.init.rpartition('/')[2]}" if recipe.init is not None else ""
-    rate = "" if _shipped_rates().get(recipe.name) in (None, recipe.lr) else f", learning rate {recipe.lr:g}"
+    rate = "" if _shipped("lr").get(recipe.name) in (None, recipe.lr) else f", learning rate {recipe.lr:g}"
+    ema = "" if _shipped("ema").get(recipe.name) in (None, recipe.ema) else f", ema {recipe.ema:g}"
     return (
         f"{run.suite}, {run.mode}, recipe {recipe.name} "
-        f"({recipe.steps} steps of {crops} of {recipe.crop} px{rate}{tuned}), "
+        f"({recipe.steps} steps of {crops} of {recipe.crop} px{rate}{ema}{tuned}), "
         f"width {backbone.width}, attention at levels {', '.join(map(str, backbone.attention_levels))}, on {where}"
     )
 

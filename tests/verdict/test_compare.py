@@ -18,6 +18,7 @@ from scipy import stats
 
 from kitbench.data.cards import card
 from kitbench.data.photograph import read_set
+from kitbench.spec.loading import load_suite
 from kitbench.spec.shipped import builtin
 from kitbench.store.folder import RunFolder, find
 from kitbench.verdict import published
@@ -98,11 +99,12 @@ def test_one_seed_says_no_interval(tmp_path: Path) -> None:
     assert rows(find([tmp_path]))["within_noise"].isna().all()
 
 
-def test_the_caption_names_a_learning_rate_that_is_not_the_recipes(tmp_path: Path) -> None:
+def test_the_caption_names_a_learning_rate_and_an_average_that_are_not_the_recipes(tmp_path: Path) -> None:
+    store(tmp_path, "kit", 30.0, lr=2e-3, of=load_suite("denoise", "smoke", ["recipe.ema=0.9"]))
     for rate in (2e-3, 4e-3):  # that of the recipe smoke, and twice as much
         store(tmp_path, "kit", 30.0, lr=rate)
     text = render(find([tmp_path]), "markdown")
-    assert sorted(re.findall(r" px(.*?)\), width", text)) == ["", ", learning rate 0.004"]
+    assert sorted(re.findall(r" px(.*?)\), width", text)) == ["", ", ema 0.9", ", learning rate 0.004"]
 
 
 def student_with_all_pairs(methods: dict[str, np.ndarray]) -> dict[frozenset[str], float]:
