@@ -10,6 +10,8 @@ from kitbench.store.folder import find
 from tests.conftest import ROOT
 from tests.statements.stored import GRAY, MORE, REACH, REFERENCE, SEEDS, SETS, TUNED, gaps, mean, says, scores, up
 
+ATTENTIONS = ("window", "local", "kit")
+
 
 def test_the_main_methods_of_denoising_lie_close_together() -> None:
     means = {name: mean(name, "CBSD68", SEEDS) for name in ("conv", "window", "kit")}
@@ -98,4 +100,19 @@ def test_wider_tiles_put_kit_behind_windows() -> None:
         "results/README.md",
         f"KiT of seed 0 is level with windows ({apart[0]:+.3f} dB); in tiles of 128 and 256 px and on whole pictures it "
         f"lies {-apart[1]:.3f}, {-apart[2]:.3f} and {-apart[3]:.3f} dB below them",
+    )
+
+
+def test_the_lead_of_attention_over_none_does_not_last() -> None:
+    early = "denoise-standard-3000-cpu"
+    lead = {name: gaps(scores(name, "CBSD68", early), scores("conv", "CBSD68", early)) for name in ATTENTIONS}
+    late = {name: mean(name, "CBSD68", SEEDS) - mean("conv", "CBSD68", SEEDS) for name in ATTENTIONS}
+    assert max(late.values()) < 0 < min(gain for [gain] in lead.values())
+    [window], [local], [kit] = lead.values()
+    assert abs(window - local) < 0.005
+    lagging, scaled = (scores("kit", "CBSD68", folder)["0"] for folder in ("denoise-standard-ema-cpu", early))
+    says(
+        "results/README.md",
+        f"windows and local attention lie {window:.2f} dB above `conv` and KiT {kit:.2f} (seed 0)",
+        f"KiT would have scored {lagging:.2f} dB after 3,000 steps in place of {scaled:.2f}",
     )
