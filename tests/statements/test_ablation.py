@@ -57,10 +57,8 @@ def test_one_patch_alone_at_both_lengths() -> None:
         f"its own patch alone](#the-choices-that-the-paper-leaves-open) KiT gained {fmean(gained):.2f} dB (three seeds)",
     )
     says("README.md", f"over its own patch alone KiT gains {fmean(gained):.2f} dB")
-    assert (
-        fmean(gained)
-        < fmean(gaps(scores("kit", "CBSD68", SEEDS, MORE), scores("kit-random", "CBSD68", SEEDS, MORE))) / 2
-    )
+    whole = fmean(gaps(scores("kit", "CBSD68", SEEDS, MORE), scores("kit-random", "CBSD68", SEEDS, MORE)))
+    assert 0.4 < fmean(gained) / whole < 0.6  # "about half"
     windows = scores("window", "CBSD68", SEEDS)
     assert min(gaps({seed: windows[seed] for seed in own}, kit)) > 0
 
