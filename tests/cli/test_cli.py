@@ -288,7 +288,7 @@ def test_list_shows_suites_methods_data_sets_and_recipes(kitbench: Kitbench, dat
     text = kitbench("list").stdout
     for name in (
         "denoise",
-        "smoke, quick, full",
+        "smoke, quick, standard, full",
         "kit-random",
         "training-free",
         "Urban100",
