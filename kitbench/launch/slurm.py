@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -107,7 +108,7 @@ def slurm(
     if count > suite.recipe.batch:
         raise InputError(f"--gpus {count}: a batch of {suite.recipe.batch} cannot be shared by so many; give fewer.")
     kind = None if options.device == "auto" else named_device(options.device).type
-    prepared = prepare(suite, Options(**(vars(options) | {"device": "cpu"})))
+    prepared = prepare(suite, replace(options, device="cpu"))
     stored = stored_runs(options.out, kind)
     todo = [
         cell

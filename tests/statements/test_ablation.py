@@ -53,14 +53,28 @@ def test_one_patch_alone_at_both_lengths() -> None:
         PAGE,
         f"KiT lies {min(gained):.3f} to {max(gained):.3f} dB above its own patch alone",
         f"Random patches lie {-max(lost):.2f} to {-min(lost):.2f} dB below it",
-        f"Three neighbours are worth {fmean(gained):.2f} dB",
-        f"its own patch alone](#the-choices-that-the-paper-leaves-open) KiT gained {fmean(gained):.2f} dB (three seeds)",
+        f"Three neighbours are worth {fmean(gained):.2f} dB in tiles of 256 px",
+        f"its own patch alone](#the-choices-that-the-paper-leaves-open) KiT gained {fmean(gained):.2f} dB (three seeds, "
+        "tiles of 256 px)",
     )
     says("README.md", f"over its own patch alone KiT gains {fmean(gained):.2f} dB")
     whole = fmean(gaps(scores("kit", "CBSD68", SEEDS, MORE), scores("kit-random", "CBSD68", SEEDS, MORE)))
     assert 0.4 < fmean(gained) / whole < 0.6  # "about half"
     windows = scores("window", "CBSD68", SEEDS)
     assert min(gaps({seed: windows[seed] for seed in own}, kit)) > 0
+
+
+def test_what_neighbours_are_worth_falls_with_the_size_of_the_tiles() -> None:
+    found = {
+        run.run.method: {e.stamp: e.mean_psnr for e in run.evaluations()} for run in find([REFERENCE / "pools-cpu"])
+    }
+    stamps = ("awgn8-tile64.v1", "awgn8-tile128.v1", "awgn8.v1")
+    near, middle, whole = (found["kit"][stamp] - found["kit-k1"][stamp] for stamp in stamps)
+    assert near > middle > whole > 0
+    says(
+        PAGE,
+        f"KiT lies {near:.2f} dB above its own patch in tiles of 64 px, {middle:.2f} in tiles of 128, and {whole:.2f} on",
+    )
 
 
 def test_more_keys_do_not_pay_after_a_long_training() -> None:
