@@ -200,13 +200,16 @@ def figures(paths: tuple[Path, ...], protocol: str | None, form: Any, out: Path)
 @click.command()
 @PATHS
 @PROTOCOL
+@click.option("--brief", is_flag=True, help="Print one table: verdicts and figures, without the evidence.")
 @MARKDOWN_OUT
-def claims(paths: tuple[Path, ...], protocol: str | None, out: Path | None) -> None:
+def claims(paths: tuple[Path, ...], protocol: str | None, brief: bool, out: Path | None) -> None:
     """Test the six statements of the paper: supported, not supported, depends on the learning rate, or not decided."""
-    from kitbench.verdict import claims as statements
+    from kitbench.verdict import claims_text
+    from kitbench.verdict.claims import claims as decide
+    from kitbench.verdict.claims import load
 
-    found = statements.claims(*statements.load(paths), protocol)
-    give(statements.markdown(found), out)
+    found = decide(*load(paths), protocol)
+    give(claims_text.overview(found) if brief else claims_text.markdown(found), out)
 
 
 @click.command()

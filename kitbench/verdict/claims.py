@@ -20,13 +20,14 @@ from kitbench.spec.tasks import Kind
 from kitbench.store.folder import RunFolder, find
 from kitbench.store.records import Tuning, read_record
 from kitbench.store.sweeps import Sweep
-from kitbench.text import capitalised, shown
+from kitbench.text import shown
 from kitbench.verdict.compare import Compared
 from kitbench.verdict.contrasts import (
     ONE,
     UNDECIDED,
     Contrast,
     Runs,
+    Setup,
     Verdict,
     combined,
     decide_contrasts,
@@ -54,6 +55,7 @@ QUESTIONS = {
     "locality": ("local", "global", "Does local attention restore better than global attention?"),
     "reach": ("kit", "local", "Does reaching beyond adjacent positions (KiT) restore better than local attention?"),
     "retrieval": ("kit", "kit-random", "Do the nearest patches restore better than as many random ones?"),
+    "neighbours": ("kit", "kit-k1", "Do the nearest patches restore better than the patch alone, without neighbours?"),
     "connectivity": ("kit", "window", "Does non-local connectivity (KiT) restore better than windows?"),
     "bias": ("kit", "global", "Does KiT's locality restore better than global attention?"),
 }
@@ -121,7 +123,7 @@ def claims(
     return [
         Claim(1, STATEMENTS[0], (quality["locality"], quadratic_part(sweeps))),
         Claim(2, STATEMENTS[1], (quality["reach"],)),
-        Claim(3, STATEMENTS[2], (_recall(main), quality["retrieval"])),
+        Claim(3, STATEMENTS[2], (_recall(main), quality["retrieval"], quality["neighbours"])),
         Claim(
             4,
             STATEMENTS[3],
@@ -184,8 +186,8 @@ def _elsewhere(a: str, b: str, main: Runs, by_task: Mapping[str, Runs]) -> tuple
         own = {setup: one for setup, one in group.compare(a, b).items() if setup.comparison == ONE}
         if own:
             longest = max(own, key=lambda setup: setup.steps)
-            seeds = f"{own[longest].found.seeds} seed{'s' * (own[longest].found.seeds > 1)}"
-            found.append(f"elsewhere, no part of this verdict: {place}, {longest}: {_in_short(own[longest])}, {seeds}")
+            short = f"{_in_short(own[longest])}, {_seeds(own[longest].found.seeds)}"
+            found.append(f"elsewhere, no part of this verdict: {place}, {longest}: {short}")
     return tuple(found)
 
 
@@ -218,8 +220,38 @@ def _part(question: str, contrast: Contrast, runs: Runs, elsewhere: tuple[str, .
     absent = ONLY_SMOKE if runs.smoke and not runs.blocks else contrast.reason
     return Part(
         question, contrast.verdict, (*facts, *_unlike(runs, together), *_left_out(runs), *elsewhere), tuple(keys),
-        contrast_command(contrast, runs) if contrast.verdict == UNDECIDED else "", absent,
+        contrast_command(contrast, runs) if contrast.verdict == UNDECIDED else "", absent, _figure(contrast),
     )  # fmt: skip
+
+
+def _figure(contrast: Contrast) -> str:
+    """The difference after the longest training by one recipe, and the p value of the contrast."""
+    setup = _longest(contrast)
+    if setup is None:
+        return ""
+    interval = contrast.setups[setup].found.interval
+    text = f"{contrast.a} - {contrast.b} {shown(contrast.setups[setup].found.mean, 3, '+')} dB"
+    text += f" [{interval.low:+.3f}, {interval.high:+.3f}]" if interval is not None else ""
+    text += f", {setup.steps:,} steps, {_seeds(contrast.setups[setup].found.seeds)}"
+    return text + (f"; adjusted p {contrast.p_holm:.2g}" if contrast.p_holm is not None else "")
+
+
+def _figures(contrasts: Sequence[Contrast]) -> str:
+    """The same of several contrasts, without intervals."""
+    found = [(contrast, setup) for contrast in contrasts if (setup := _longest(contrast)) is not None]
+    return "; ".join(
+        f"{contrast.a} - {contrast.b} {shown(contrast.setups[setup].found.mean, 3, '+')} dB, {setup.steps:,} steps, "
+        f"{_seeds(contrast.setups[setup].found.seeds)}"
+        for contrast, setup in found
+    )
+
+
+def _longest(contrast: Contrast) -> Setup | None:
+    return max((setup for setup in contrast.setups if setup.comparison == ONE), key=lambda s: s.steps, default=None)
+
+
+def _seeds(number: int) -> str:
+    return f"{number} seed{'s' * (number > 1)}"
 
 
 def _together(contrast: Contrast) -> str:
@@ -293,7 +325,7 @@ def _best_of_all(kind: Kind, contrasts: Sequence[Contrast], runs: Runs) -> Part:
     facts += tuple(_together(contrast) for contrast in contrasts if contrast.p_holm is not None)
     if facts:
         facts += (*_unlike(runs, together), *_left_out(runs))
-    return Part(question, verdict, facts, tuple(keys), command, reason)
+    return Part(question, verdict, facts, tuple(keys), command, reason, _figures(contrasts))
 
 
 def _recall(runs: Runs) -> Part:
@@ -330,7 +362,7 @@ def _noted(runs: Runs, question: str, value: Callable[[Retrieval], np.ndarray], 
         return Part(question, UNDECIDED, (), command=command, reason=reason)
     values = value(found)
     after = f"{block.steps:,} steps, " if block else ""
-    facts = (f"{after}{len(values)} seed{'s' * (len(values) > 1)}: {found}", *_unlike(runs, [found.runs]))
+    facts = (f"{after}{_seeds(len(values))}: {found}", *_unlike(runs, [found.runs]))
     interval = mean_interval(values)
     if interval is None:
         return Part(question, UNDECIDED, facts, tuple(found.runs), command, "no interval over seeds")
@@ -338,20 +370,5 @@ def _noted(runs: Runs, question: str, value: Callable[[Retrieval], np.ndarray], 
     below, above = interval.high < bound, interval.low > bound
     verdict: Verdict = "supported" if above else "not supported" if below else UNDECIDED
     reason = "" if above or below else "the interval holds the bound"
-    return Part(question, verdict, facts, tuple(found.runs), "" if above or below else command, reason)
-
-
-def markdown(found: Sequence[Claim]) -> str:
-    """The claims as a page."""
-    lines = ["# The claims, one by one", ""]
-    for claim in found:
-        lines += [f"## {claim.number}. {claim.statement}", "", f"**{claim.verdict}**", ""]
-        for part in claim.parts:
-            lines.append(f"- {part.question} **{capitalised(part.words)}.**")
-            lines += [f"  - {capitalised(fact)}." for fact in part.facts]
-            if part.runs:
-                lines.append(f"  - Runs: {', '.join(part.runs)}.")
-            if part.command:
-                lines.append(f"  - Next step: `{part.command}`")
-        lines.append("")
-    return "\n".join(lines)
+    short = f"mean of levels [{interval.low:+.3f}, {interval.high:+.3f}], {len(values)} seeds"
+    return Part(question, verdict, facts, tuple(found.runs), "" if above or below else command, reason, short)

@@ -169,16 +169,32 @@ class Runs:
     def with_methods(self, *methods: str) -> list[ComparedRuns]:
         return [block for block in self.blocks if set(methods) <= block.methods.keys()]
 
-    def tuning(self, block: ComparedRuns) -> Tuning | None:
-        """The search of rates that holds for a comparison: of its suite, preset, mode and length.
+    def searches(self, block: ComparedRuns) -> list[Tuning]:
+        """The searches of rates that hold for a comparison: with its task, images, backbone and recipe.
 
-        Its task, images, backbone and recipe must be those of the comparison too, which records of earlier versions do
-        not state.
+        Any suite's, since a suite names runs and decides no number; that of the comparison's first. Records of earlier
+        versions do not state what they share: they hold for their own suite, preset, mode and length.
         """
         run = block.first.run
-        wanted = run.suite, run.preset, run.mode, block.steps
-        own = [t for t in self.tunings if (t.suite, t.preset, t.mode, t.steps) == wanted]
-        return next((t for t in own if t.shared in ({}, shared_with_search(run.identity))), None)
+        shared = shared_with_search(run.identity)
+
+        def own(search: Tuning) -> bool:
+            wanted = run.suite, run.preset, run.mode, block.steps
+            return (search.suite, search.preset, search.mode, search.steps) == wanted
+
+        found = [t for t in self.tunings if t.shared == shared or (not t.shared and own(t))]
+        return sorted(found, key=own, reverse=True)
+
+    def best_rates(self, block: ComparedRuns, methods: Sequence[str]) -> tuple[float, ...] | None:
+        """The best rate of each method, all found in searches of the same rates, seed and validation images."""
+        for first in self.searches(block):
+            rates = dict[str, float]()
+            for other in self.searches(block):
+                if (other.rates, other.seed, other.validation) == (first.rates, first.seed, first.validation):
+                    rates = other.best | rates
+            if set(methods) <= rates.keys():
+                return tuple(rates[method] for method in methods)
+        return None
 
     def under_one_recipe(self, a: str, b: str) -> dict[int, ComparedRuns]:
         """By steps, the comparisons that measure the contrast a - b under one recipe: the two longest with such pairs.
@@ -199,31 +215,29 @@ class Runs:
         found: dict[Setup, Compared | None] = {}
         for steps, one in self.under_one_recipe(a, b).items():
             found[Setup(ONE, steps)] = compare_methods(one, a, b)
-            tuning = self.tuning(one)
-            if tuning is not None and (tuned := self._tuned(one, tuning, (a, b))) is not None:
+            rates = self.best_rates(one, (a, b))
+            if rates is not None and (tuned := self._at(one, {a: rates[0], b: rates[1]})) is not None:
                 found[Setup(OWN, steps)] = compare_methods(tuned, a, b)
         return {setup: compared for setup, compared in found.items() if compared is not None}
 
     def at_own_rate(self, block: ComparedRuns) -> bool:
         """Whether a block was trained at the recipe's own rate, as far as a search of rates says which that is."""
-        tuning = self.tuning(block)
-        return tuning is not None and math.isclose(block.lr, tuning.lr)
+        return any(math.isclose(block.lr, search.lr) for search in self.searches(block))
 
-    def _tuned(self, one: ComparedRuns, tuning: Tuning, methods: tuple[str, ...]) -> ComparedRuns | None:
-        """The runs of each method at its best rate, everything else as in `one`; None where a method has none."""
+    def _at(self, one: ComparedRuns, rates: Mapping[str, float]) -> ComparedRuns | None:
+        """The runs of each method at its rate, everything else as in `one`; None where a method has none."""
         found = {}
-        for method in methods:
+        for method, rate in rates.items():
             found[method] = next(
                 (
                     block.methods[method]
                     for block in self.with_methods(method)
-                    if block.identity("lr") == one.identity("lr")
-                    and math.isclose(block.lr, tuning.best.get(method, math.nan))
+                    if block.identity("lr") == one.identity("lr") and math.isclose(block.lr, rate)
                 ),
                 None,
             )
         known = {method: columns for method, columns in found.items() if columns is not None}
-        return ComparedRuns(known) if len(known) == len(methods) else None
+        return ComparedRuns(known) if len(known) == len(rates) else None
 
 
 def select(found: Sequence[Entry], tunings: Sequence[Tuning]) -> Runs:

@@ -28,6 +28,8 @@ class Part:
     """The next step towards a decision; empty where there is one, or where no run can bring it."""
     reason: str = ""
     """Why it is not decided."""
+    figure: str = ""
+    """What was measured, in a few words; of a contrast the longest training by one recipe. Empty where nothing was."""
     by_construction: bool = False
     """Whether counted operations decide it, which follow from the definition of the method and not from a trial."""
 
@@ -95,12 +97,14 @@ def _exponents(
     words = ", ".join(
         f"{name} {f.value:.2f} ± {f.half_width or 0:.2f} ({_sizes(points, name)})" for name, f in fits.items()
     )
+    short = ", ".join(f"{name} {f.value:.2f} ± {f.half_width or 0:.2f}" for name, f in fits.items())
     verdicts = {verdict(f.value - (f.half_width or 0), f.value + (f.half_width or 0)) for f in fits.values()}
     worst = combined(verdicts)
     return Part(
         question, worst, (f"exponents in pixels of {method}: {words}",),
         (f"sweep {sweep.key[:10]}",), SWEEP if worst == UNDECIDED else "",
-        "an interval holds the bound" if worst == UNDECIDED else "", by_construction=quantities == ("multiply-adds",),
+        "an interval holds the bound" if worst == UNDECIDED else "", f"exponent of {short}",
+        by_construction=quantities == ("multiply-adds",),
     )  # fmt: skip
 
 
@@ -142,7 +146,7 @@ def costly_part(sweeps: Sequence[Sweep]) -> Part:
         return Part(question, UNDECIDED, (), command=SWEEP, reason=reason)
     sweep, ours, theirs = max(both, key=lambda found: len(found[1].keys() & found[2].keys()))
     ratio = {size: ours[size].macs / theirs[size].macs for size in sorted(ours.keys() & theirs.keys())}
-    words = "global / window: " + ", ".join(f"{r:.3g} at {size} px" for size, r in ratio.items())
+    words = "global / window: " + ", ".join(f"{_three(r)} at {size} px" for size, r in ratio.items())
     small, large = min(ratio), max(ratio)
     verdict, reason = UNDECIDED, ""
     if ratio[large] < COSTLY_RATIO:
@@ -152,4 +156,10 @@ def costly_part(sweeps: Sequence[Sweep]) -> Part:
     else:
         reason = "the sweep holds no map small enough"
     command = SWEEP.replace("64:4096", "16:1024") if verdict == UNDECIDED else ""
-    return Part(question, verdict, (words,), (f"sweep {sweep.key[:10]}",), command, reason, by_construction=True)
+    short = " and ".join(f"{_three(ratio[size])} times at {size} px" for size in dict.fromkeys((small, large)))
+    return Part(question, verdict, (words,), (f"sweep {sweep.key[:10]}",), command, reason, short, by_construction=True)
+
+
+def _three(number: float) -> str:
+    """With three significant digits: `2.5`, `32,800`."""
+    return f"{float(f'{number:.3g}'):,g}"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
 
+from kitbench.errors import InputError
 from kitbench.spec.loading import load_suite
 from kitbench.spec.shipped import suite_names
 from kitbench.spec.suite import SetNames
@@ -38,12 +40,13 @@ def contrast_command(contrast: Contrast, runs: Runs) -> str:
     blocks = runs.under_one_recipe(*methods)
     for steps in sorted(lengths[ONE] - lengths[OWN], reverse=True):
         block = blocks[steps]
-        tuning = runs.tuning(block)
-        if tuning is not None and set(methods) <= tuning.best.keys():
+        suite = _suite_of(block.first.run, methods)
+        searched = [method for search in runs.searches(block) if search.suite == suite for method in search.best]
+        if set(methods) <= set(searched):
             return run_command(block, methods, seeds, tuned=True)
         # A stored search keeps the rates of all its methods only where they are named again.
-        every = dict.fromkeys((*methods, *(tuning.best if tuning is not None else ())))
-        return f"python -m kitbench tune{_settings(block.first.run)}{_chosen(tuple(every))} {_place(block)}"
+        every = tuple(dict.fromkeys((*methods, *searched)))
+        return f"python -m kitbench tune{_settings(block.first.run, suite)}{_chosen(every)} {_place(block)}"
     undecided = {
         setup: compared.found.seeds
         for setup, compared in contrast.setups.items()
@@ -70,7 +73,11 @@ def run_command(
 
     longer: so many times as long. tuned: each method at its own best rate.
     """
-    settings = f" --suite {task} --preset full" if block is None else _settings(block.first.run, longer, tuned)
+    if block is None:
+        settings = f" --suite {_naming(task, 'full', task, methods)} --preset full"
+    else:
+        run = block.first.run
+        settings = _settings(run, _suite_of(run, methods), longer, tuned)
     numbers = ",".join(map(str, range(seeds)))
     return f"python -m kitbench run{settings}{_chosen(methods)}{' --tuned' * tuned} --seeds {numbers} {_place(block)}"
 
@@ -80,13 +87,29 @@ def _chosen(methods: Sequence[str]) -> str:
     return "".join(f" --method {name}" for name in methods if " " not in name)
 
 
-def _settings(run: Run, longer: int = 1, tuned: bool = False) -> str:
-    """Suite and preset of a run, and what `--set` must change of their recipe and backbone to be those of the run."""
+def _suite_of(run: Run, methods: Sequence[str]) -> str:
+    """The suite of a run, or a shipped one like it that names more of these methods."""
+    return _naming(run.suite, run.preset, run.task.kind, methods) if run.suite in suite_names() else run.suite
+
+
+def _naming(usual: str, preset: str, task: str, methods: Sequence[str]) -> str:
+    """The shipped suite of a task, with this preset, that names most of these methods: the usual one of equals."""
+    named = dict[str, int]()
+    for name in (usual, *suite_names()):
+        with suppress(InputError):  # it has no such preset
+            suite = load_suite(name, preset)
+            if suite.task.kind == task:
+                named.setdefault(name, len(suite.methods.keys() & set(methods)))
+    return max(named, key=lambda name: named[name], default=usual)
+
+
+def _settings(run: Run, suite: str, longer: int = 1, tuned: bool = False) -> str:
+    """A suite, the preset of a run, and what `--set` must change of recipe and backbone to be those of the run."""
     assert run.preset != SMOKE
     assert run.recipe is not None
     changed = {"recipe.steps": run.recipe.steps * longer}
     if run.suite in suite_names():
-        usual = load_suite(run.suite, run.preset)
+        usual = load_suite(suite, run.preset)
         for part in ("recipe", "backbone"):
             own = getattr(run, part)
             for key in type(own).model_fields.keys() - {"name", "card"}:
@@ -99,7 +122,8 @@ def _settings(run: Run, longer: int = 1, tuned: bool = False) -> str:
         changed.pop("recipe.lr", None)
     options = [("--set", f"{key}={json.dumps(value)}") for key, value in sorted(changed.items())] + _carried(run, tuned)
     texts = "".join(f" {option} {shlex.quote(value)}" for option, value in options)
-    return f" --suite {_suite(run)} --preset {run.preset}{texts}"
+    name = suite if suite in suite_names() else _file_of(run)
+    return f" --suite {name} --preset {run.preset}{texts}"
 
 
 def _carried(run: Run, tuned: bool) -> list[tuple[str, str]]:
@@ -128,9 +152,7 @@ def _place(block: ComparedRuns | None) -> str:
     return WHERE
 
 
-def _suite(run: Run) -> str:
-    """A suite's name, or the file of the user's own, as the run's command named it."""
-    if run.suite in suite_names():
-        return run.suite
+def _file_of(run: Run) -> str:
+    """The file of the user's own suite, as the run's command named it."""
     files = [word.removeprefix("--suite=") for word in run.environment.command if word.endswith(".toml")]
     return shlex.quote(files[0] if files else f"{run.suite}.toml")

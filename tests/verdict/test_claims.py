@@ -32,12 +32,14 @@ def runs(
         for seed in seeds:
             noise = 0.02 * np.random.default_rng((seed, number)).standard_normal(12)
             noted = notes if method == "kit" else None
-            options = {"of": QUICK, "lr": LR} | stored
+            options = {"of": QUICK, "lr": LR} | (ALONE if method == "kit-k1" else {}) | stored
             store(out, method, 30 + np.linspace(-3, 3, 12) + gain + noise, seed, steps=steps, notes=noted, **options)
     return out
 
 
 LR = 5e-3
+ALONE: dict = {"attention": "kit", "settings": {"k": 1, "patch": 4}, "of": loading.load_suite("ablate", "quick")}
+"""The patch alone, a row of the suite `ablate`."""
 
 
 def everything(out: Path, gains: dict[str, float], steps=(700, 3000), notes: dict | None = None, **stored) -> Path:
@@ -78,7 +80,7 @@ def page(*paths: Path) -> dict[int, Claim]:
     return {claim.number: claim for claim in claims(*load(paths))}
 
 
-GOOD = {"kit": 0.5, "window": 0.3, "local": 0.2, "global": 0.0, "kit-random": 0.1}
+GOOD = {"kit": 0.5, "window": 0.3, "local": 0.2, "global": 0.0, "kit-random": 0.1, "kit-k1": 0.4}
 MEASURED_ON = {"k": 4, "crops": 20, "images": 5, "side": 256, "sets": "Set_A, Validation_A", "condition": "σ25"}
 RECALL = {
     "encoder.0": {"level": 1, "recall": 0.6, "chance": 0.1, "adjacent": 0.3, "distance": 4.0} | MEASURED_ON,
@@ -106,8 +108,9 @@ def test_claims_that_the_numbers_support_are_supported_with_figure_interval_and_
     assert "5 seeds, 12 images, which detect 0.02 dB or more with 80 % power" in evidence_of(reach)
     assert len(reach.runs) == 20
     assert reach.command == ""
-    recall, retrieval = found[3].parts
-    assert retrieval.verdict == "supported"
+    recall, retrieval, neighbours = found[3].parts
+    assert (retrieval.verdict, neighbours.verdict) == ("supported", "supported")
+    assert "each at its own best rate, 3,000 steps: kit - kit-k1 +0.1" in evidence_of(neighbours)
     assert recall.words == "not decided: no interval over seeds"  # every seed the same
     assert evidence_of(recall) == (
         "3,000 steps, 5 seeds: of the 3 neighbours besides itself, at level 1 recall 0.700 (random patches 0.100), 20% touch the "
@@ -123,6 +126,13 @@ def test_claims_that_the_numbers_support_are_supported_with_figure_interval_and_
     assert "time 1.00" in evidence_of(measured)
     assert "memory 1.00 ± 0.00 (4 sizes from 64 to 512 px)" in evidence_of(measured)
     assert measured.runs == ("sweep abcdef0123",)
+    assert re.fullmatch(
+        r"kit - local \+0\.30\d dB \[\+0\.2\d+, \+0\.3\d+\], 3,000 steps, 5 seeds; adjusted p [\d.]+e-\d+", reach.figure
+    )
+    assert measured.figure == "exponent of memory 1.00 ± 0.00, time 1.00 ± 0.00"
+    assert found[6].parts[0].figure == "1 times at 64 px and 64 times at 512 px"
+    assert found[5].parts[0].figure.startswith("kit - global +0.5")
+    assert found[5].parts[1].figure == ""  # no runs of deblurring
 
 
 def test_recall_and_reach_are_decided_by_what_several_seeds_measured(tmp_path: Path) -> None:
@@ -381,6 +391,9 @@ def test_the_command_prints_and_writes_all_six(kitbench: Kitbench, tmp_path: Pat
     assert re.findall(r"^## (\d)\.", text, re.MULTILINE) == list("123456")
     kitbench("claims", "runs", "--out", "claims.md")
     assert (tmp_path / "claims.md").read_text() == text
+    brief = kitbench("claims", "runs", "--brief").stdout
+    assert brief in text
+    assert re.findall(r"^\| \*\*(\d)\.", brief, re.MULTILINE) == list("123456")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "scale.json").write_text("{}")
     assert "is not a sweep" in kitbench("claims", "bad", code=2).stderr

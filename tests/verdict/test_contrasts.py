@@ -191,6 +191,57 @@ def test_a_search_with_another_recipe_is_no_search_for_these_runs(tmp_path: Path
         assert len(select(found, searched).compare("kit", "local")) == setups
 
 
+def test_a_search_in_another_suite_holds_where_the_rates_and_all_that_decides_the_numbers_are_the_same(
+    tmp_path: Path,
+) -> None:
+    """Controls of two suites are compared: each was searched in its own."""
+    for steps in (700, 3000):
+        tuned(runs(tmp_path, BETTER, steps=steps), BETTER, steps=steps)
+    found = entries(find([tmp_path]), None)
+
+    def of(record: Tuning, method: str, **changes: Any) -> Tuning:
+        shared = shared_with_search(_identity(found, record.steps))
+        of_method = {
+            "trials": tuple(trial for trial in record.trials if trial.method == method),
+            "best": {method: record.best[method]},
+        }
+        return record.model_copy(update={**of_method, "shared": shared, **changes})
+
+    def setups(**changes: Any) -> int:
+        searches = [of(record, "kit") for record in tunings(tmp_path)]
+        searches += [of(record, "local", **changes) for record in tunings(tmp_path)]
+        return len(select(found, searches).compare("kit", "local"))
+
+    assert setups() == setups(suite="ablate", preset="standard") == 4
+    for other in (
+        {"rates": (LR, BEST, 2 * BEST)},
+        {"seed": 98},
+        {"validation": "others"},
+        {"shared": {}, "suite": "x"},
+    ):
+        assert setups(**other) == 2
+
+
+@pytest.mark.parametrize(
+    ("methods", "suite"),
+    [(("kit", "kit-k1"), "ablate"), (("kit", "window"), "denoise"), (("kit", "kit-random"), "denoise")],
+)
+def test_the_next_step_is_in_a_suite_that_names_both_methods(tmp_path: Path, methods, suite) -> None:
+    runs(tmp_path, {"kit": 0.1, "window": 0.0, "kit-random": 0.0})
+    runs(
+        tmp_path,
+        {"kit-k1": 0.0},
+        attention="kit",
+        settings={"k": 1, "patch": 4},
+        of=loading.load_suite("ablate", "quick"),
+    )
+    chosen = select(entries(find([tmp_path]), None), ())
+    found = decide_contrasts({"it": (*methods, chosen.compare(*methods))})["it"]
+    command = contrast_command(found, chosen)
+    assert f"tune --suite {suite} --preset quick" in command
+    assert all(f"--method {method}" in command for method in methods)
+
+
 def _identity(found: list[Entry], steps: int) -> dict[str, Any]:
     """Of any run of this length."""
     return next(e.run.identity for e in found if e.run.identity["recipe"]["steps"] == steps)
