@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,27 +98,27 @@ def run(
     from kitbench.launch import commands, slurm
     from kitbench.runs import plan, queue
     from kitbench.runs.prepare import Options
-    from kitbench.runs.tune import tuned_suites
+    from kitbench.runs.tune import best_of_search
     from kitbench.system.processes import leads, started_by_torchrun
 
     if launcher and started_by_torchrun():
         raise InputError("--launcher slurm starts processes of its own; give the same command without torchrun.")
     _check_spread(given["jobs"], given["gpus"])
     options, console, again = Options(out, **given), _console(), _again(context)
-    parts = tuned_suites(resolved, out, options.data) if tuned else [resolved]
+    if tuned:
+        options = replace(options, rates=best_of_search(resolved, out, options.data))
     if only:
-        parts = [plan.restrict(parts, only)]
+        resolved = plan.restrict(resolved, only)
     if launcher == "slurm":
         cluster = commands.ClusterOptions(options.jobs, options.gpus, cpus, partition, minutes)
-        for part in parts:
-            _submitted(slurm.slurm(part, options, cluster, again, dry_run, console), out)
+        _submitted(slurm.slurm(resolved, options, cluster, again, dry_run, console), out)
     elif dry_run:
-        labels = [cell.label for part in parts for cell in queue.planned_cells(part, options, console)]
+        labels = [cell.label for cell in queue.planned_cells(resolved, options, console)]
         console.print(f"{len(labels)} cells are to be run", highlight=False)
         commands.show(labels, again, console)
     else:
         # The table of a Slurm job would show one run.
-        _run_here(parts, options, console, shown=not only and leads())
+        _run_here(resolved, options, console, shown=not only and leads())
 
 
 def _check_spread(jobs: int | None, gpus: str | None) -> None:
@@ -149,21 +150,17 @@ def _suite(
     return load_suite(name, preset, overrides, methods, seeds, method_kinds() if methods else {})
 
 
-def _run_here(parts: list[Any], options: Any, console: Any, shown: bool) -> None:
-    """Run the suites one after another, print their table, and raise RunError where a cell failed."""
+def _run_here(suite: Any, options: Any, console: Any, shown: bool) -> None:
+    """Run the suite, print its table, and raise RunError where a cell failed."""
     from kitbench.runs import queue
     from kitbench.system.environment import how_to_go_on
 
-    complete, failed = [], []
     try:
-        for part in parts:
-            done, sentences = queue.run_suite(part, options, console)
-            complete += done
-            failed += sentences
+        complete, failed = queue.run_suite(suite, options, console)
     except RunError as error:
         raise RunError(f"{error}. {how_to_go_on()}") from error
     if complete and shown:
-        show_tables(complete, parts[0].stamps, options.out, console)
+        show_tables(complete, suite.stamps, options.out, console)
     if failed:
         if wants_traceback():
             show_tracebacks(options.out, failed)

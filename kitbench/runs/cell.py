@@ -8,9 +8,10 @@ the test sets, or how often a checkpoint is written. Test sets and protocols onl
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from kitbench import NUMERICS
@@ -25,6 +26,10 @@ _ADDED_LATER = {"ema": 0.0, "tf32": False, "channels_last": True, "compile": Fal
 keep their keys."""
 
 
+Rates = Mapping[Mode, Mapping[str, tuple[float, ...]]]
+"""By colour mode, the learning rates of methods that are not trained at the recipe's."""
+
+
 @dataclass(frozen=True)
 class Axes:
     """What a suite's cell is called: mode, method and seed (None for what is not trained). Reads no image."""
@@ -32,6 +37,8 @@ class Axes:
     mode: Mode
     method: str
     seed: int | None
+    lr: float | None = None
+    """The learning rate where it is not the recipe's; no part of the label."""
 
     @property
     def label(self) -> str:
@@ -39,13 +46,14 @@ class Axes:
         return f"{self.mode}/{self.method}" + ("" if self.seed is None else f"/{self.seed}")
 
 
-def axes(suite: Suite, modes: Iterable[Mode]) -> list[Axes]:
+def axes(suite: Suite, modes: Iterable[Mode], rates: Rates = MappingProxyType({})) -> list[Axes]:
     """The cells of a suite in the order in which they are run, by their names."""
     return [
-        Axes(mode, name, seed)
+        Axes(mode, name, seed, lr)
         for mode in modes
         for seed, names in ((None, suite.references), *((seed, tuple(suite.methods)) for seed in suite.seeds))
         for name in names
+        for lr in (rates.get(mode, {}).get(name, (None,)) if seed is not None else (None,))
     ]
 
 
@@ -70,6 +78,13 @@ class Cell:
     """The state dict in that file, where it holds several."""
     init_sha256: str | None = None
     """Of the weights that training starts from; None: drawn from the seed."""
+    lr: float | None = None
+    """The learning rate where it is not that of the suite's recipe."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The suite's, at the cell's learning rate."""
+        return self.suite.recipe if self.lr is None else self.suite.recipe.model_copy(update={"lr": self.lr})
 
     @property
     def trained(self) -> bool:
@@ -93,7 +108,7 @@ class Cell:
                 "task": self._task(),
                 "settings": self.settings,
                 "backbone": self.suite.backbone.model_dump(mode="json"),
-                "recipe": decisive(self.suite.recipe),
+                "recipe": decisive(self.recipe),
                 "train_sha256": self.train_sha256,
                 "device": self.device,
                 "seed": self.seed,

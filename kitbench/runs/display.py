@@ -40,6 +40,7 @@ class Display:
         """Of each cell's expected seconds, those whose work is done."""
         self._titles = {
             cell: f"[{number}/{len(cells)}] {cell.mode} {cell.method}{f' seed {cell.seed}' if cell.trained else ''}"
+            f"{f' lr {cell.lr:g}' if cell.lr is not None else ''}"
             for number, cell in enumerate(cells, 1)
         }
         self._bars: Progress | None = None

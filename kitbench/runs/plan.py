@@ -23,24 +23,22 @@ from kitbench.store.records import host_name, read_record
 from kitbench.system.processes import current
 
 
-def restrict(suites: Sequence[Suite], wanted: str) -> Suite:
-    """One of the suites with one of its cells alone, by its label. Raises InputError for a label that names none."""
-    for suite in suites:
-        data = suite.data
-        for cell in axes(suite, dict.fromkeys((*data.embedded.modes, *data.folder.modes))):
-            if cell.label != wanted:
-                continue
-            changes: dict[str, Any] = {"references": (cell.method,), "methods": {}}
-            if cell.seed is not None:
-                methods = {cell.method: suite.methods[cell.method]}
-                changes = {"references": (), "methods": methods, "seeds": (cell.seed,)}
-            # Where one of the sources has no such mode, the other stands for both: never is another mode run instead.
-            having = [source for source in (data.embedded, data.folder) if cell.mode in source.modes]
-            embedded, folder = (source.model_copy(update={"modes": (cell.mode,)}) for source in (having[0], having[-1]))
-            sources = {"embedded": embedded, "folder": folder}
-            return suite.model_copy(update={**changes, "data": data.model_copy(update=sources)})
-    name = suites[0].name
-    raise InputError(f"Suite {name!r} has no cell {wanted!r}; give MODE/METHOD/SEED, for example colour/kit/0.")
+def restrict(suite: Suite, wanted: str) -> Suite:
+    """The suite with one of its cells alone, by its label. Raises InputError for a label that names none."""
+    data = suite.data
+    for cell in axes(suite, dict.fromkeys((*data.embedded.modes, *data.folder.modes))):
+        if cell.label != wanted:
+            continue
+        changes: dict[str, Any] = {"references": (cell.method,), "methods": {}}
+        if cell.seed is not None:
+            methods = {cell.method: suite.methods[cell.method]}
+            changes = {"references": (), "methods": methods, "seeds": (cell.seed,)}
+        # Where one of the sources has no such mode, the other stands for both: never is another mode run instead.
+        having = [source for source in (data.embedded, data.folder) if cell.mode in source.modes]
+        embedded, folder = (source.model_copy(update={"modes": (cell.mode,)}) for source in (having[0], having[-1]))
+        sources = {"embedded": embedded, "folder": folder}
+        return suite.model_copy(update={**changes, "data": data.model_copy(update=sources)})
+    raise InputError(f"Suite {suite.name!r} has no cell {wanted!r}; give MODE/METHOD/SEED, for example colour/kit/0.")
 
 
 def write_plan(suite: Suite, out: Path, launcher: str, cells: Sequence[Cell], stopped: bool = False) -> Path:

@@ -25,7 +25,7 @@ from kitbench.errors import InputError
 from kitbench.model import contract, methods
 from kitbench.model.backbone import UNet, attention_levels
 from kitbench.model.methods import Loaded
-from kitbench.runs.cell import Axes, Cell, axes
+from kitbench.runs.cell import Axes, Cell, Rates, axes
 from kitbench.runs.initial import InitialWeights, initial_weights, seen_images
 from kitbench.scoring.lpips import LPIPS, available
 from kitbench.seeds import derive
@@ -59,6 +59,8 @@ class Options:
     """Cells at a time; None: as many as cores, memory or GPUs allow."""
     gpus: str | None = None
     """Numbers of the GPUs to use, like 0,1."""
+    rates: Rates = field(default_factory=dict)
+    """Learning rates that a search tries, or has found."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ def prepare(suite: Suite, options: Options, checked: bool = True, console: Conso
         check_methods(scoring, loaded, references, settings, console or Console(quiet=True))
     cells = tuple(
         _cell(place, scoring, loaded[place.method] if place.seed is not None else None, settings)
-        for place in axes(suite, scoring.sets)
+        for place in axes(suite, scoring.sets, options.rates)
     )
     if initial is not None:
         cells = tuple(replace(cell, init_sha256=initial.sha256) if cell.trained else cell for cell in cells)
@@ -381,7 +383,7 @@ def _cell(
     train_sha256 = digest([photo.sha256 for photo in scoring.sets[place.mode].training])
     return Cell(
         suite, place.mode, place.method, attention, loaded.source_sha256, settings[place.method], place.seed,
-        device_name(scoring.device), train_sha256,
+        device_name(scoring.device), train_sha256, lr=place.lr,
     )  # fmt: skip
 
 

@@ -73,7 +73,7 @@ def _train(work: CellWork, track: Log) -> tuple[UNet, list[LogLine]]:
     prepared, cell = work.prepared, work.cell
     suite, sets, device = prepared.suite, prepared.sets[cell.mode], prepared.device
     model = prepared.build(cell)
-    batches = Batches(sets.training, suite.task, suite.recipe, derive(cell.seed, "data"))
+    batches = Batches(sets.training, suite.task, cell.recipe, derive(cell.seed, "data"))
     beat = heartbeat(work.folder, "training", suite.recipe.steps) if prepared.world.first else lambda done: None
     validated = ""
 

@@ -66,14 +66,13 @@ def tune(suite: Suite, options: Options, search: Search, console: Console) -> li
     suite = _checked(suite, options, search)
     rates, scored, widened = search.rates, dict[Mode, list[Trial]](), 0
     shared: dict[Mode, dict[str, Any]] = {}
-    modes, _ = choose_sets(_asked(suite, options, rates[0], search.seed)[0], options.data)
+    modes, _ = choose_sets(trial_suite(suite, _source(suite, options), search.seed), options.data)
     todo: Sequence[float] = rates
     while todo:
-        for rate in todo:
-            console.print(f"[bold]trial[/bold]     learning rate {rate:g}", highlight=False)
-            for run, trial in _trial(suite, options, rate, search.seed, console):
-                scored.setdefault(run.mode, []).append(trial)
-                shared[run.mode] = shared_with_search(run.identity)
+        console.print(f"[bold]{'rates':<10}[/bold]{', '.join(f'{rate:g}' for rate in todo)}", highlight=False)
+        for run, trial in _trials(suite, options, todo, search.seed, console):
+            scored.setdefault(run.mode, []).append(trial)
+            shared[run.mode] = shared_with_search(run.identity)
         trials = {mode: with_diverged(scored.get(mode, ()), list(suite.methods), rates) for mode in modes}
         best = {mode: best_rates(own, mode) for mode, own in trials.items()}
         edges = [rate for own in best.values() for rate in own.values()]
@@ -100,12 +99,8 @@ def planned_trials(suite: Suite, options: Options, search: Search, console: Cons
     Raises InputError as `tune` does; writes and runs nothing.
     """
     suite = _checked(suite, options, search)
-    return [
-        (rate, cell.label)
-        for rate in search.rates
-        # Sets and methods are those of every rate: checked once.
-        for cell in planned_cells(*_asked(suite, options, rate, search.seed), console, rate == search.rates[0])
-    ]
+    cells = planned_cells(*_asked(suite, options, search.rates, search.seed), console)
+    return sorted((cell.recipe.lr, cell.label) for cell in cells)
 
 
 def _checked(suite: Suite, options: Options, search: Search) -> Suite:
@@ -131,9 +126,12 @@ def _checked(suite: Suite, options: Options, search: Search) -> Suite:
     return initial_weights(suite, options.out)[0]
 
 
-def _asked(suite: Suite, options: Options, rate: float, seed: int) -> tuple[Suite, Options]:
-    """What a trial runs, and where."""
-    return trial_suite(suite, _source(suite, options), rate, seed), replace(options, out=options.out / "tuning")
+def _asked(suite: Suite, options: Options, rates: Sequence[float], seed: int) -> tuple[Suite, Options]:
+    """What the trials of every method at these rates run, and where."""
+    source = _source(suite, options)
+    of_method = dict.fromkeys(suite.methods, tuple(rates))
+    chosen = replace(options, out=options.out / "tuning", rates=dict.fromkeys(source, of_method))
+    return trial_suite(suite, source, seed), chosen
 
 
 def _keep_methods(suite: Suite, modes: Iterable[Mode], out: Path) -> None:
@@ -176,9 +174,11 @@ def best_rates(trials: Sequence[Trial], mode: Mode) -> dict[str, float]:
     return best
 
 
-def _trial(suite: Suite, options: Options, rate: float, seed: int, console: Console) -> list[tuple[Run, Trial]]:
-    """Every method trained at one rate, as far as its training did not diverge."""
-    chosen, where = _asked(suite, options, rate, seed)
+def _trials(
+    suite: Suite, options: Options, rates: Sequence[float], seed: int, console: Console
+) -> list[tuple[Run, Trial]]:
+    """Every method trained at these rates, as far as its training did not diverge."""
+    chosen, where = _asked(suite, options, rates, seed)
     complete, failed = run_suite(chosen, where, console)
     other = [sentence for sentence in failed if "training diverged" not in sentence]
     if other:
@@ -186,11 +186,13 @@ def _trial(suite: Suite, options: Options, rate: float, seed: int, console: Cons
     found = []
     for folder in complete:
         record = folder.run
+        assert record.recipe is not None
         scored = [e for e in folder.evaluations() if _of_search(e, chosen, record.mode)]
         means = [evaluation.mean_psnr for evaluation in scored]
         psnr = math.fsum(means) / len(means)
         variant = digest([record.attention, record.settings])
-        found.append((record, Trial(method=record.method, lr=rate, psnr_db=psnr, key=record.key, variant=variant)))
+        trial = Trial(method=record.method, lr=record.recipe.lr, psnr_db=psnr, key=record.key, variant=variant)
+        found.append((record, trial))
     return found
 
 
@@ -216,8 +218,8 @@ def _source(suite: Suite, options: Options) -> dict[Mode, SetNames]:
     return sets
 
 
-def trial_suite(suite: Suite, sets: Mapping[Mode, SetNames], rate: float, seed: int) -> Suite:
-    """The suite whose methods are trained at one rate with one seed, and scored on the validation sets alone.
+def trial_suite(suite: Suite, sets: Mapping[Mode, SetNames], seed: int) -> Suite:
+    """The suite whose methods are trained with one seed, and scored on the validation sets alone.
 
     Gaussian denoising is scored at the middle one of the suite's noise levels.
     """
@@ -228,7 +230,6 @@ def trial_suite(suite: Suite, sets: Mapping[Mode, SetNames], rate: float, seed: 
         task = task.model_copy(update={"sigma_test": (task.sigma_test[len(task.sigma_test) // 2],)})
     changes = {
         "task": task, "data": Data(embedded=source, folder=source), "seeds": (seed,), "references": (),
-        "recipe": suite.recipe.model_copy(update={"lr": rate}),
     }  # fmt: skip
     return suite.model_copy(update=changes)
 
@@ -285,13 +286,16 @@ def _check_variants(suite: Suite, record: Tuning, path: Path) -> None:
             )
 
 
-def tuned_suites(suite: Suite, out: Path, root: Path | None) -> list[Suite]:
-    """Parts of a suite, in each of which every method is trained at its own best rate: one for each mode and rate.
+def best_of_search(suite: Suite, out: Path, root: Path | None) -> dict[Mode, dict[str, tuple[float, ...]]]:
+    """By mode, every method's own best rate.
 
     root: the data folder, as of the run. Raises InputError where no search of a mode is stored in `out`, it was made
     with another recipe or backbone, or a method is not in it.
     """
-    source, found = (suite.data.embedded if root is None else suite.data.folder), []
+    source = suite.data.embedded if root is None else suite.data.folder
+    found: dict[Mode, dict[str, tuple[float, ...]]] = {}
+    if not suite.methods:
+        raise InputError("--tuned trains methods, and none that is trained was chosen; name one with --method.")
     for mode in source.modes:
         if (search := _stored(suite, mode, out)) is None:
             left = [other for other in source.modes if _stored(suite, other, out) is not None]
@@ -306,12 +310,5 @@ def tuned_suites(suite: Suite, out: Path, root: Path | None) -> list[Suite]:
         lacking = suite.methods.keys() - record.best.keys()
         if lacking:
             raise InputError(f"{path} holds no rate of {', '.join(sorted(lacking))}; run `kitbench tune` again.")
-        only = source.model_copy(update={"modes": (mode,)})
-        for rate in sorted({record.best[name] for name in suite.methods}):
-            methods = {name: method for name, method in suite.methods.items() if record.best[name] == rate}
-            recipe = suite.recipe.model_copy(update={"lr": rate})
-            changes = {"methods": methods, "recipe": recipe, "data": Data(embedded=only, folder=only)}
-            found.append(suite.model_copy(update=changes))
-    if not found:
-        raise InputError("--tuned trains methods, and none that is trained was chosen; name one with --method.")
+        found[mode] = {name: (record.best[name],) for name in suite.methods}
     return found

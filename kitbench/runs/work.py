@@ -104,7 +104,7 @@ def record_of(prepared: PreparedSuite, cell: Cell) -> Run:
         device=cell.device,
         task=suite.task,
         backbone=suite.backbone if trained else None,
-        recipe=suite.recipe if trained else None,
+        recipe=cell.recipe if trained else None,
         train_sets={name: set_sha256(photos) for name, photos in sets.train.items()} if trained else {},
         validation_sets={name: set_sha256(photos) for name, photos in sets.validation.items()} if trained else {},
         environment=environment(

@@ -85,19 +85,19 @@ def test_launch_options_that_do_not_fit_are_refused_before_anything_is_written(
 
 def test_a_cell_is_known_by_its_axes_wherever_it_runs() -> None:
     whole = loading.load_suite("denoise", "smoke", ["data.folder.modes=['gray']"])
-    one = plan.restrict([whole], "gray/kit-random/0")
+    one = plan.restrict(whole, "gray/kit-random/0")
     assert (list(one.methods), one.references, one.seeds, one.data.folder.modes) == (
         ["kit-random"],
         (),
         (0,),
         ("gray",),
     )
-    reference = plan.restrict([whole], "colour/nlm")
+    reference = plan.restrict(whole, "colour/nlm")
     assert (list(reference.methods), reference.references) == ([], ("nlm",))
     assert one.data.embedded.modes == ("gray",)  # or without --data colour would be run under this name
     assert (one.recipe, one.backbone, one.task) == (whole.recipe, whole.backbone, whole.task)
     with pytest.raises(InputError, match="no cell 'colour/kit/7'"):
-        plan.restrict([whole], "colour/kit/7")
+        plan.restrict(whole, "colour/kit/7")
 
 
 def test_slurm_gets_the_stored_cells_that_lack_scores_on_a_set(in_process: Invoke, tmp_path: Path) -> None:

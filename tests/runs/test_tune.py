@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +21,8 @@ from kitbench.runs.prepare import Options, choose_sets
 from kitbench.spec import loading
 from kitbench.spec.shipped import suite_names
 from kitbench.spec.suite import Suite
-from kitbench.store.records import Tuning, read_record
+from kitbench.store.folder import RunFolder, find
+from kitbench.store.records import Trial, Tuning, read_record
 from kitbench.verdict.tuning import tuning_caption
 from tests.conftest import TINY, Kitbench
 
@@ -33,6 +33,9 @@ Search = Callable[[Scores, int], list[Tuning]]
 FINE = {LOW: 29.0, MIDDLE: 30.0, HIGH: 29.5}
 
 
+rates_of = tune.best_of_search
+
+
 def suite_of(steps: int) -> Suite:
     return loading.load_suite("denoise", "quick", [f"recipe.steps={steps}"], ["kit", "local"])
 
@@ -41,10 +44,11 @@ def suite_of(steps: int) -> Suite:
 def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Search:
     def of(scores: Scores, steps: int = 700) -> list[Tuning]:
         def run(chosen: Suite, options: Options, console: Console) -> tuple[list[Any], list[str]]:
-            rate, complete, failed = chosen.recipe.lr, [], []
+            complete, failed = [], []
             identity = {"recipe": decisive(chosen.recipe), "backbone": chosen.backbone.model_dump(mode="json")}
             for mode, own in scores.items():
-                for method in chosen.methods:
+                trials = [(name, rate) for name in chosen.methods for rate in options.rates[mode][name]]
+                for method, rate in trials:
                     if rate in own:
                         [name] = getattr(chosen.data.folder, mode).test
                         asked = {"data_set": name, "sigma": 25, "stamp": chosen.protocol.stamp}
@@ -57,7 +61,7 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Search:
                         settings = load_method(method).resolve(chosen.methods[method].settings)
                         record = SimpleNamespace(
                             method=method, mode=mode, key=key, identity=identity | {"seed": 1000}, attention=method,
-                            settings=settings,
+                            settings=settings, recipe=chosen.recipe.model_copy(update={"lr": rate}),
                         )  # fmt: skip
                         complete.append(SimpleNamespace(run=record, evaluations=lambda found=evaluations: found))
                     else:
@@ -111,10 +115,9 @@ def test_searches_of_two_lengths_lie_side_by_side(search: Search, tmp_path: Path
     search({"colour": {LOW: 29.0, MIDDLE: 30.0, HIGH: 31.0, 2 * HIGH: 30.0}}, 2800)
     assert {record.steps: record.best["kit"] for record in load_tunings(tmp_path)} == {700: MIDDLE, 2800: HIGH}
     for steps, rate in ((700, MIDDLE), (2800, HIGH)):
-        [part] = tune.tuned_suites(suite_of(steps), tmp_path, None)
-        assert (part.recipe.steps, part.recipe.lr) == (steps, rate)
+        assert rates_of(suite_of(steps), tmp_path, None) == {"colour": dict.fromkeys(("kit", "local"), (rate,))}
     with pytest.raises(InputError, match="this recipe has 1400; run `kitbench tune` with the same recipe"):
-        tune.tuned_suites(suite_of(1400), tmp_path, None)
+        rates_of(suite_of(1400), tmp_path, None)
 
 
 def test_rates_that_were_searched_with_another_recipe_or_backbone_are_refused(search: Search, tmp_path: Path) -> None:
@@ -122,27 +125,26 @@ def test_rates_that_were_searched_with_another_recipe_or_backbone_are_refused(se
     for change in ("recipe.batch=2", "backbone.width=24"):
         chosen = loading.load_suite("denoise", "quick", ["recipe.steps=700", change], ["kit", "local"])
         with pytest.raises(InputError, match=rf"was made with another {change.partition('=')[0]}; run `kitbench tune`"):
-            tune.tuned_suites(chosen, tmp_path, None)
+            rates_of(chosen, tmp_path, None)
 
 
 def test_rates_that_were_searched_with_other_settings_of_a_method_are_refused(search: Search, tmp_path: Path) -> None:
     search({"colour": FINE})
     changed = loading.load_suite("denoise", "quick", ["recipe.steps=700", "methods.kit.k=2"], ["kit", "local"])
     with pytest.raises(InputError, match="has the learning rate of kit with another file or other settings"):
-        tune.tuned_suites(changed, tmp_path, None)
-    assert tune.tuned_suites(suite_of(700), tmp_path, None)
+        rates_of(changed, tmp_path, None)
+    assert rates_of(suite_of(700), tmp_path, None)
 
 
 def test_no_mode_is_trained_at_the_rate_of_another_nor_left_out_in_silence(search: Search, tmp_path: Path) -> None:
     """Colour is the one mode of the embedded sets, colour and gray are those of a data folder."""
     search({"colour": FINE, "gray": {LOW: 31.0, MIDDLE: 30.0, LOW / 2: 30.5}})
-    [part] = tune.tuned_suites(suite_of(700), tmp_path, None)
-    assert (part.recipe.lr, part.data.embedded.modes) == (MIDDLE, ("colour",))
-    parts = tune.tuned_suites(suite_of(700), tmp_path, tmp_path)
-    assert [(one.recipe.lr, one.data.folder.modes) for one in parts] == [(MIDDLE, ("colour",)), (LOW, ("gray",))]
+    colour = dict.fromkeys(("kit", "local"), (MIDDLE,))
+    assert rates_of(suite_of(700), tmp_path, None) == {"colour": colour}
+    assert rates_of(suite_of(700), tmp_path, tmp_path) == {"colour": colour, "gray": dict.fromkeys(colour, (LOW,))}
     (tmp_path / tune.record_name(suite_of(700), "gray")).unlink()
     with pytest.raises(InputError, match=r"mode gray is in .* or run colour alone with --set data.modes=colour"):
-        tune.tuned_suites(suite_of(700), tmp_path, tmp_path)
+        rates_of(suite_of(700), tmp_path, tmp_path)
 
 
 def test_a_grid_is_not_widened_to_rates_that_no_recipe_may_have() -> None:
@@ -170,8 +172,7 @@ def test_a_record_under_another_name_is_found_by_what_it_says(search: Search, tm
     search({"colour": FINE}, 700)
     [file] = tmp_path.glob("tuning*.json")
     file.rename(tmp_path / "tuning-denoise-quick-colour.json")  # as earlier versions called it
-    [part] = tune.tuned_suites(suite_of(700), tmp_path, None)
-    assert part.recipe.lr == MIDDLE
+    assert rates_of(suite_of(700), tmp_path, None)["colour"]["kit"] == (MIDDLE,)
 
 
 def load_tunings(out: Path) -> list[Tuning]:
@@ -212,14 +213,47 @@ def test_the_commands_plan_search_and_use_what_they_found(kitbench: Kitbench, tm
     assert re.findall(r"learning rate (\S+) +colour/conv/1000", planned) == ["0.001", "0.002"]
     assert not (tmp_path / "results").exists()
     found = kitbench(*search).stdout
-    record = read_record(Tuning, tmp_path / "results" / "tuning-tiny-only-colour-3.json")
+    assert len(set(re.findall(r"\[\d/2\] colour conv seed 1000 lr 0\.00[12] ", found))) == 2  # both at a time
+    path = tmp_path / "results" / "tuning-tiny-only-colour-3.json"
+    record = read_record(Tuning, path)
     assert record.widened  # the best of two rates is at an edge
     assert {f"{rate:g}" for rate in record.rates} <= set(found.split())
     assert max(record.trials, key=lambda trial: (trial.psnr_db or 0, -trial.lr)).lr == record.best["conv"]
     assert "0 trials are to be run" in kitbench(*search, "--dry-run").stdout
     kitbench("run", *recipe, "--tuned")
-    [run] = (tmp_path / "results").glob("*-conv-s0-*/run.json")
-    assert json.loads(run.read_text())["recipe"]["lr"] == record.best["conv"]
+    assert rates_in(tmp_path / "results") == {"conv": record.best["conv"]}
+
+
+def test_methods_with_other_best_rates_are_trained_side_by_side(kitbench: Kitbench, tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(TINY)
+    suite = loading.load_suite(str(tmp_path / "tiny.toml"), overrides=["recipe.steps=3"])
+    best = {"conv": 1e-3, "kit": 2e-3}
+    trials = [
+        Trial(method=method, lr=lr, psnr_db=20 + (lr == best[method]), key="")
+        for method in best
+        for lr in best.values()
+    ]
+    record = Tuning(
+        suite="tiny", preset="only", mode="colour", steps=3, seed=1000, lr=suite.recipe.lr, rates=(1e-3, 2e-3),
+        widened=False, validation="none", trials=tuple(trials), best=best,
+    )  # fmt: skip
+    (tmp_path / "results").mkdir()
+    RunFolder(tmp_path / "results").write("tuning.json", record)
+    recipe = ("--suite", "tiny.toml", "--set", "recipe.steps=3", "--tuned")
+    planned = kitbench("run", *recipe, "--dry-run").stdout
+    assert "3 cells are to be run" in planned
+    kitbench("run", *recipe, "--only", "colour/kit/0")
+    assert rates_in(tmp_path / "results") == {"kit": 2e-3}
+    said = kitbench("run", *recipe, "--jobs", "2").stdout
+    assert "colour conv seed 0 lr 0.001" in said
+    assert rates_in(tmp_path / "results") == best
+
+
+def rates_in(out: Path) -> dict[str, float]:
+    """By method, the learning rate of its only stored run."""
+    runs = [folder.run for folder in find([out]) if folder.run.recipe is not None]
+    assert len({run.method for run in runs}) == len(runs)
+    return {run.method: run.recipe.lr for run in runs if run.recipe is not None}
 
 
 @pytest.mark.parametrize("name", suite_names())
@@ -228,5 +262,5 @@ def test_the_validation_images_of_a_shipped_suite_will_do_for_its_trials(tmp_pat
     (tmp_path / "BSDS500").mkdir()
     suite = loading.load_suite(name)
     sets = tune._source(suite, Options(tmp_path, tmp_path, "cpu", 0, None))
-    names, _ = choose_sets(tune.trial_suite(suite, sets, 1e-3, 1000), tmp_path)
+    names, _ = choose_sets(tune.trial_suite(suite, sets, 1000), tmp_path)
     assert {mode: chosen.test for mode, chosen in names.items()} == {mode: own.validation for mode, own in sets.items()}
