@@ -43,7 +43,8 @@ def _sheet(block: ComparedRuns, method: str) -> Sheet:
                  for column in columns))
         for name in others
     )  # fmt: skip
-    caption = f"PSNR in dB above that of {method}: {caption_of(block.first.run)}"
+    suites = {entry.run.suite for entry in block.entries}
+    caption = f"PSNR in dB above that of {method}: {caption_of(block.first.run, suites)}"
     notes = (*_notes(list(compared.values()), method), *block.unlike())
     return Sheet(caption, ("Method", *map(heading, columns)), lines, notes)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -224,9 +224,11 @@ def _shipped(key: str) -> dict[str, float]:
     return {name: float(tomllib.loads(text).get(key, 0.0)) for name, text in builtin("recipes").items()}
 
 
-def caption_of(run: Run) -> str:
+def caption_of(run: Run, suites: Iterable[str] = ()) -> str:
+    """What all runs of a table share, one of which is given. suites: theirs, where they are of several."""
+    names = ", ".join(sorted(set(suites))) or run.suite
     if run.recipe is None or run.backbone is None:
-        return f"{run.suite}, {run.mode}: training-free methods"
+        return f"{names}, {run.mode}: training-free methods"
     recipe, backbone = run.recipe, run.backbone
     crops = f"{recipe.batch} crop{'s' * (recipe.batch > 1)}"
     threads = recipe.threads or run.environment.threads
@@ -235,7 +237,7 @@ def caption_of(run: Run) -> str:
     rate = "" if _shipped("lr").get(recipe.name) in (None, recipe.lr) else f", learning rate {recipe.lr:g}"
     ema = "" if _shipped("ema").get(recipe.name) in (None, recipe.ema) else f", ema {recipe.ema:g}"
     return (
-        f"{run.suite}, {run.mode}, recipe {recipe.name} "
+        f"{names}, {run.mode}, recipe {recipe.name} "
         f"({recipe.steps} steps of {crops} of {recipe.crop} px{rate}{ema}{tuned}), "
         f"width {backbone.width}, attention at levels {', '.join(map(str, backbone.attention_levels))}, on {where}"
     )

@@ -22,7 +22,7 @@ from kitbench.store.folder import RunFolder
 from kitbench.verdict import published
 from kitbench.verdict.entries import entries
 from kitbench.verdict.layout import Layout, TableColumn, TableValue, caption_of, layout_of
-from kitbench.verdict.rows import rows, split
+from kitbench.verdict.rows import rows, split, suites_of
 
 Format = Literal["markdown", "latex", "csv", "json", "terminal"]
 NARROW = 100
@@ -52,7 +52,8 @@ def render(runs: Sequence[RunFolder], form: Format, protocol: str | None = None,
         return json.dumps(records, indent=1) + "\n"
     narrow = form == "terminal" and not wide
     blocks = [
-        _block(layout_of(block, caption_of(run)), form, narrow) for block, run in split(table, entries(runs, protocol))
+        _block(layout_of(block, caption_of(run, suites_of(block))), form, narrow)
+        for block, run in split(table, entries(runs, protocol))
     ]
     figures = published.lines(columns)
     if figures:

@@ -203,11 +203,20 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return math.fsum(known) / len(known) if known and len(known) == len(values) else None
 
 
+def suites_of(block: pd.DataFrame) -> list[str]:
+    """The suites of the trained rows of a block; of all where none is trained."""
+    trained = block[block["comparison"] != ""]
+    return sorted(set((trained if len(trained) else block)["suite"]))
+
+
 def _comparison_order(found: Sequence[Entry]) -> dict[str, str]:
-    """Sorts blocks by suite, recipe and key, whatever the order of the folders."""
+    """Sorts blocks by suites, recipe and key, whatever the order of the folders."""
+    suites: dict[str, set[str]] = {}
+    for entry in found:
+        suites.setdefault(entry.run.comparison, set()).add(entry.run.suite)
     return {
-        entry.run.comparison[
-            :10
-        ]: f"{entry.run.suite}/{entry.run.recipe.name if entry.run.recipe else ''}/{entry.run.comparison}"
-        for entry in found
+        run.comparison[:10]: "/".join(
+            (*sorted(suites[run.comparison]), run.recipe.name if run.recipe else "", run.comparison)
+        )
+        for run in (entry.run for entry in found)
     }

@@ -22,6 +22,7 @@ from kitbench.spec.loading import load_suite
 from kitbench.spec.shipped import builtin
 from kitbench.store.folder import RunFolder, find
 from kitbench.verdict import published
+from kitbench.verdict.against import against_sheets
 from kitbench.verdict.compare import against_best, compare, equal_seeds, paired_scores, scene
 from kitbench.verdict.contrasts import blocks
 from kitbench.verdict.entries import entries
@@ -105,6 +106,17 @@ def test_the_caption_names_a_learning_rate_and_an_average_that_are_not_the_recip
         store(tmp_path, "kit", 30.0, lr=rate)
     text = render(find([tmp_path]), "markdown")
     assert sorted(re.findall(r" px(.*?)\), width", text)) == ["", ", ema 0.9", ", learning rate 0.004"]
+
+
+def test_the_caption_names_every_suite_of_a_table(tmp_path: Path) -> None:
+    """Runs of two suites are compared where all that decides their numbers is the same."""
+    store(tmp_path, "kit", 30.0, of=load_suite("denoise", "quick"))
+    alone = {"attention": "kit", "settings": {"k": 1, "patch": 4}, "of": load_suite("ablate", "quick")}
+    store(tmp_path, "kit-k1", 29.0, **alone)
+    for form in ("markdown", "terminal"):
+        assert "ablate, denoise, colour, recipe quick" in " ".join(render(find([tmp_path]), form).split())
+    [sheet] = against_sheets(find([tmp_path]), "kit")
+    assert "that of kit: ablate, denoise, colour" in sheet.caption
 
 
 def student_with_all_pairs(methods: dict[str, np.ndarray]) -> dict[frozenset[str], float]:

@@ -31,7 +31,7 @@ from kitbench.verdict.layout import caption_of, detects, layout_of
 from kitbench.verdict.page import pictures
 from kitbench.verdict.page.figures import Figure, curves_of, galleries_of, ladder_of, pictures_of, scaling, tuning_of
 from kitbench.verdict.page.tables import Grid, ablation, differences_of, table_cell, table_of
-from kitbench.verdict.rows import rows, split
+from kitbench.verdict.rows import rows, split, suites_of
 
 
 def report(
@@ -136,10 +136,11 @@ class _Page:
         compared = _against_best(trained) if trained else []
         names = labels(self.found)
         given = {names[e.run.key, e.run.method] for e in self.found if "weights_sha256" in e.run.identity}
+        title = caption_of(run, suites_of(block))
         return {
-            "title": caption_of(run),
+            "title": title,
             "verdict": _verdict(block, trained, compared, given),
-            "table": table_of(layout_of(block, caption_of(run))),
+            "table": table_of(layout_of(block, title)),
             "differences": differences_of([c for c, _ in compared]),
             "ablation": ablation(trained),
             "curves": curves_of(trained, self.folders, self.look) if trained else None,
