@@ -1,4 +1,4 @@
-"""`kitbench explain`: draws on an image which patches the patch at a pixel attends, one panel for each attention."""
+"""`kitbench explain`: draws on an image which patches the patch at a pixel attends to, one panel for each attention."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 
 from kitbench.apply.picture import Picture, read_picture
 from kitbench.apply.trained import load_trained
-from kitbench.attention import layout
 from kitbench.errors import InputError
 from kitbench.model.backbone import UNet
 from kitbench.store.files import replace_with
@@ -25,7 +24,7 @@ from matplotlib.patches import Rectangle
 
 @dataclass(frozen=True)
 class Choice:
-    """The patches that a query patch attends in one attention: (left, top, side) in pixels of the image, itself first.
+    """The patches that a query patch attends to in one attention: (left, top, side) in pixels, itself first.
 
     A shifted grid wraps around: a patch across the border is drawn at its top left corner.
     """
@@ -42,9 +41,10 @@ class Pixel(NamedTuple):
 
 
 def choices(model: UNet, picture: Picture, at: Pixel, device: torch.device) -> list[Choice]:
-    """The neighbours that every k-NN attention of the network finds for a pixel, in one pass over the whole picture.
+    """The patches that every attention of the network that chooses some attends to, for the patch at a pixel.
 
-    Raises InputError for a pixel outside the picture, and for a network without k-NN attention.
+    In one pass over the whole picture. Raises InputError for a pixel outside the picture, and for a network none of
+    whose attentions has a method `attended`.
     """
     height, width = picture.pixels.shape[:2]
     if not (0 <= at.x < width and 0 <= at.y < height):
@@ -55,10 +55,13 @@ def choices(model: UNet, picture: Picture, at: Pixel, device: torch.device) -> l
     handles = [
         module.register_forward_hook(_listener(name, found, at, padded))
         for name, module in model.attentions()
-        if hasattr(module, "neighbours") and hasattr(module, "patch")
+        if hasattr(module, "attended")
     ]
     if not handles:
-        raise InputError("This run's attention does not select patches; give a run of kit or one of its variants.")
+        raise InputError(
+            "This run's attention does not say which patches it attends to; give a run of kit, of one of its variants, "
+            "or of a method of your own that has attended(x)."
+        )
     full = np.float32(np.iinfo(picture.pixels.dtype).max)
     image = torch.from_numpy(picture.pixels.astype(np.float32) / full).permute(2, 0, 1)
     channels = model.head.in_channels
@@ -75,11 +78,8 @@ def _listener(name: str, found: dict[str, Choice], at: Pixel, padded: int) -> An
         tokens = arguments[0]  # [1, h, w, C]: the map is a power of two smaller than the padded image
         rows, columns = tokens.shape[1:3]
         stride = padded // rows
-        roll, patch = module.roll, module.patch
-        rolled = tokens.roll((-roll, -roll), (1, 2)) if roll else tokens
-        real = layout.real_positions(rows, columns, patch, 0, tokens.device)
-        chosen = module.neighbours(layout.cut(rolled, patch), real).neighbours
-        across = layout.grid(rows, columns, patch)[1]
+        chosen, across = module.attended(tokens)
+        roll, patch = getattr(module, "roll", 0), getattr(module, "patch", -(-columns // across))
         row, column = (at.y // stride - roll) % rows // patch, (at.x // stride - roll) % columns // patch
         squares = []
         for number in chosen[0, row * across + column].tolist():

@@ -358,6 +358,19 @@ def test_explain_finds_the_twin_of_a_patch(tiny_runs) -> None:
     assert all((left // 32, top // 32) in twins for left, top, _ in others)
 
 
+def test_explain_takes_any_attention_that_says_which_patches_it_attends_to(tiny_runs) -> None:
+    """Four patches, each of which attends to itself and the next one."""
+    model, _ = trained.load_trained(run_of(tiny_runs, "conv"), None, CPU)
+    patches = torch.tensor([[[0, 1], [1, 2], [2, 3], [3, 0]]])
+    for _, module in model.attentions():
+        module.attended = lambda tokens: (patches, 2)
+    picture = Picture(np.zeros((64, 96, 3), np.uint8), None)
+    for at, squares in (((60, 10), [(48, 0, 48), (0, 48, 48)]), ((10, 60), [(0, 48, 48), (48, 48, 48)])):
+        found = choices(model, picture, Pixel(*at), CPU)
+        assert found
+        assert all(one.squares == squares for one in found)
+
+
 def test_explain_draws_and_prints_what_was_chosen(tiny_runs, tmp_path) -> None:
     cv2.imwrite(str(tmp_path / "a.png"), photograph(60, 80, 3))
     kit, conv = (str(run_of(tiny_runs, method).path) for method in ("kit", "conv"))
@@ -370,7 +383,7 @@ def test_explain_draws_and_prints_what_was_chosen(tiny_runs, tmp_path) -> None:
     for picture, sentence in (("gone.png", "gone.png cannot be read"), ("pipe", "pipe is not a file; give the path")):
         assert sentence in refused(tmp_path, "explain", picture, "--run", kit, "--at", "1,1", "--out", "explain.png")
     for arguments, sentence in (
-        (["--run", conv, "--at", "1,1"], "does not select patches"),
+        (["--run", conv, "--at", "1,1"], "does not say which patches it attends to; give a run of kit"),
         (["--run", kit, "--at", "80,1"], "outside the picture of 80 x 60"),
         (["--run", kit, "--at", "x"], "--at takes X,Y"),
         (["--run", kit, "--at", "1,1", "--out", "a.gif"], "is not a format to draw in"),
