@@ -45,7 +45,7 @@ def test_the_nearest_patches_lie_above_random_ones_in_every_seed() -> None:
     own = gaps(scores("kit", "CBSD68", SEEDS, MORE), scores("kit-random", "CBSD68", TUNED, lr=0.004))
     assert min(*one, *own) > 0
     assert (len(one), len(own)) == (9, 6)
-    page = (ROOT / "results" / "README.md").read_text("utf-8")
+    page = (ROOT / "results" / "claims.md").read_text("utf-8")
     [adjusted] = {float(p) for p in re.findall(r"Adjusted p of kit - kit-random: ([0-9.]+),", page)}  # from `claims`
     says(
         "results/README.md",
