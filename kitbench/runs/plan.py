@@ -85,7 +85,7 @@ class Planned(Frozen):
 
     @classmethod
     def of(cls, cell: Cell) -> Planned:
-        name = cell.folder.rpartition("-")[0]
+        name = cell.folder.rpartition("-")[0] + (f" lr {cell.lr:g}" if cell.lr is not None else "")
         return cls(name=name, mode=cell.mode, method=cell.method, seed=cell.seed, work=work_of(cell.identity()))
 
 

@@ -16,7 +16,8 @@ from skimage import data as photographs
 from kitbench.errors import InputError, RunError
 from kitbench.model.methods import load_method
 from kitbench.runs import tune
-from kitbench.runs.cell import decisive
+from kitbench.runs.cell import Cell, decisive
+from kitbench.runs.plan import Planned
 from kitbench.runs.prepare import Options, choose_sets
 from kitbench.spec import loading
 from kitbench.spec.shipped import suite_names
@@ -247,6 +248,19 @@ def test_methods_with_other_best_rates_are_trained_side_by_side(kitbench: Kitben
     said = kitbench("run", *recipe, "--jobs", "2").stdout
     assert "colour conv seed 0 lr 0.001" in said
     assert rates_in(tmp_path / "results") == best
+
+
+def test_a_rate_of_its_own_gives_a_cell_the_key_of_the_recipe_with_that_rate() -> None:
+    def cell(suite: Suite, lr: float | None = None) -> Cell:
+        return Cell(suite, "colour", "kit", "kit", None, {}, 1000, "cpu", "00", lr=lr)
+
+    suite = suite_of(700)
+    usual = suite.recipe.lr
+    assert cell(suite, usual).key == cell(suite).key
+    changed = suite.model_copy(update={"recipe": suite.recipe.model_copy(update={"lr": LOW})})
+    assert cell(suite, LOW).key == cell(changed).key != cell(suite).key
+    assert Planned.of(cell(suite, LOW)).name == "denoise-colour-kit-s1000 lr 0.001"
+    assert Planned.of(cell(suite)).name == "denoise-colour-kit-s1000"
 
 
 def rates_in(out: Path) -> dict[str, float]:
