@@ -24,13 +24,13 @@ from matplotlib.patches import Rectangle
 
 @dataclass(frozen=True)
 class Choice:
-    """The patches that a query patch attends to in one attention: (left, top, side) in pixels, itself first.
+    """The patches that a query patch attends to in one attention, in pixels: (left, top, width, height), itself first.
 
     A shifted grid wraps around: a patch across the border is drawn at its top left corner.
     """
 
     name: str
-    squares: list[tuple[int, int, int]]
+    patches: list[tuple[int, int, int, int]]
 
 
 class Pixel(NamedTuple):
@@ -41,10 +41,10 @@ class Pixel(NamedTuple):
 
 
 def choices(model: UNet, picture: Picture, at: Pixel, device: torch.device) -> list[Choice]:
-    """The patches that every attention of the network that chooses some attends to, for the patch at a pixel.
+    """The patches that the patch at a pixel attends to, in every attention with a method `attended`.
 
-    In one pass over the whole picture. Raises InputError for a pixel outside the picture, and for a network none of
-    whose attentions has a method `attended`.
+    One pass over the whole picture. Raises InputError for a pixel outside the picture, for a network without such an
+    attention, and for a grid of patches that does not divide its map.
     """
     height, width = picture.pixels.shape[:2]
     if not (0 <= at.x < width and 0 <= at.y < height):
@@ -79,15 +79,31 @@ def _listener(name: str, found: dict[str, Choice], at: Pixel, padded: int) -> An
         rows, columns = tokens.shape[1:3]
         stride = padded // rows
         chosen, across = module.attended(tokens)
-        roll, patch = getattr(module, "roll", 0), getattr(module, "patch", -(-columns // across))
-        row, column = (at.y // stride - roll) % rows // patch, (at.x // stride - roll) % columns // patch
-        squares = []
+        wide, high = _patch(module, (columns, rows), (across, chosen.shape[1] // across))
+        roll = getattr(module, "roll", 0)
+        row, column = (at.y // stride - roll) % rows // high, (at.x // stride - roll) % columns // wide
+        patches = []
         for number in chosen[0, row * across + column].tolist():
-            left, top = (number % across * patch + roll) % columns, (number // across * patch + roll) % rows
-            squares.append((left * stride, top * stride, patch * stride))
-        found[name] = Choice(f"{name}: {columns} x {rows} map, {patch} x {patch} patches", squares)
+            left, top = (number % across * wide + roll) % columns, (number // across * high + roll) % rows
+            patches.append((left * stride, top * stride, wide * stride, high * stride))
+        found[name] = Choice(f"{name}: {columns} x {rows} map, {wide} x {high} patches", patches)
 
     return after
+
+
+def _patch(module: Any, size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
+    """Width and height of a patch in positions of a map (columns, rows) that a grid (columns, rows) of patches covers.
+
+    Raises InputError where the attention does not say them and the grid does not divide the map.
+    """
+    if hasattr(module, "patch"):
+        return module.patch, module.patch
+    if size[0] % grid[0] or size[1] % grid[1]:
+        raise InputError(
+            f"attended(x) names {grid[0]} x {grid[1]} patches, into which a map of {size[0]} x {size[1]} does not "
+            "divide; give the attention an attribute `patch`, the side of its square patches."
+        )
+    return size[0] // grid[0], size[1] // grid[1]
 
 
 def draw_choices(picture: Picture, choices: list[Choice], at: Pixel, path: Path) -> None:
@@ -105,15 +121,15 @@ def draw_choices(picture: Picture, choices: list[Choice], at: Pixel, path: Path)
             axes.set_axis_off()
         for axes, choice in zip(grid.flat, choices, strict=False):
             axes.imshow(shown / full)
-            for number, (left, top, side) in list(enumerate(choice.squares))[::-1]:
+            for number, (left, top, wide, high) in list(enumerate(choice.patches))[::-1]:
                 colour = "#ffd400" if number == 0 else "#00d5ff"
                 for width, edge in ((3.5, "black"), (1.8, colour)):
                     axes.add_patch(
-                        Rectangle((left - 0.5, top - 0.5), side, side, fill=False, edgecolor=edge, linewidth=width)
+                        Rectangle((left - 0.5, top - 0.5), wide, high, fill=False, edgecolor=edge, linewidth=width)
                     )
                 if number:
                     box = {"boxstyle": "round,pad=0.15", "facecolor": "black", "edgecolor": "none", "alpha": 0.7}
-                    corner = (left + side, top)
+                    corner = (left + wide, top)
                     offset = {"xytext": (3, 0), "textcoords": "offset points", "annotation_clip": False}
                     axes.annotate(str(number), corner, color="white", va="center", fontsize=7, bbox=box, **offset)
             axes.plot([at.x], [at.y], "+", color="#ffd400", markersize=9)

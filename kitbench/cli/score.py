@@ -287,5 +287,5 @@ def explain(image: Path, folder: Path, method_file: Path | None, device: str, at
     pixel = Pixel(int(place[1]), int(place[2]))
     found = explain_pixel(image, run_folder, method_file, pixel, choose_device(device), out)
     for choice in found:
-        click.echo(f"{choice.name}: {', '.join(f'{left},{top}' for left, top, _ in choice.squares)}")
+        click.echo(f"{choice.name}: {', '.join(f'{left},{top}' for left, top, *_ in choice.patches)}")
     click.echo(f"wrote {out}")

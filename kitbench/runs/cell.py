@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from kitbench import NUMERICS
+from kitbench.errors import InputError
 from kitbench.spec.fields import Mode, digest
 from kitbench.spec.suite import Recipe, Suite
 from kitbench.spec.tasks import Denoise
@@ -27,7 +28,7 @@ keep their keys."""
 
 
 Rates = Mapping[Mode, Mapping[str, tuple[float, ...]]]
-"""By colour mode, the learning rates of methods that are not trained at the recipe's."""
+"""By colour mode and method, the learning rates to train at in place of the recipe's."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Axes:
     method: str
     seed: int | None
     lr: float | None = None
-    """The learning rate where it is not the recipe's; no part of the label."""
+    """The learning rate in place of the recipe's; no part of the label."""
 
     @property
     def label(self) -> str:
@@ -47,13 +48,22 @@ class Axes:
 
 
 def axes(suite: Suite, modes: Iterable[Mode], rates: Rates = MappingProxyType({})) -> list[Axes]:
-    """The cells of a suite in the order in which they are run, by their names."""
+    """The cells of a suite in the order in which they are run, by their names.
+
+    Raises InputError where `rates` are given, and not of every mode and method.
+    """
+
+    def of(mode: Mode, method: str) -> tuple[float | None, ...]:
+        if rates and method not in rates.get(mode, {}):
+            raise InputError(f"No learning rate of {method} in mode {mode} was searched; run `kitbench tune` for it.")
+        return rates[mode][method] if rates else (None,)
+
     return [
         Axes(mode, name, seed, lr)
         for mode in modes
         for seed, names in ((None, suite.references), *((seed, tuple(suite.methods)) for seed in suite.seeds))
         for name in names
-        for lr in (rates.get(mode, {}).get(name, (None,)) if seed is not None else (None,))
+        for lr in (of(mode, name) if seed is not None else (None,))
     ]
 
 
@@ -79,7 +89,7 @@ class Cell:
     init_sha256: str | None = None
     """Of the weights that training starts from; None: drawn from the seed."""
     lr: float | None = None
-    """The learning rate where it is not that of the suite's recipe."""
+    """The learning rate in place of that of the suite's recipe."""
 
     @property
     def recipe(self) -> Recipe:

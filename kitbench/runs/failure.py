@@ -17,7 +17,8 @@ def record_failure(prepared: PreparedSuite, cell: Cell, error: Exception) -> str
     """One line of what went wrong; it and the traceback are kept in the run's folder as far as they can be, and not
     where the run was imported meanwhile.
     """
-    folder, sentence = prepared.folder(cell), f"{cell.folder}: {describe_error(error)}"
+    rate = "" if cell.lr is None else f" (learning rate {cell.lr:g})"
+    folder, sentence = prepared.folder(cell), f"{cell.folder}{rate}: {describe_error(error)}"
     if (folder.path / "origin.json").is_file():
         return sentence
     try:

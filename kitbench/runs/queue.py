@@ -71,9 +71,9 @@ def run_suite(suite: Suite, options: Options, console: Console) -> tuple[list[Ru
         return world.agree((complete, failed))
 
 
-def planned_cells(suite: Suite, options: Options, console: Console, checked: bool = True) -> list[Cell]:
-    """The cells that `run` would work on, in order; `checked` as in `prepare`. Raises InputError; writes nothing."""
-    prepared = prepare(suite, options, checked, console)
+def planned_cells(suite: Suite, options: Options, console: Console) -> list[Cell]:
+    """The cells that `run` would work on, in order. Raises InputError; writes nothing."""
+    prepared = prepare(suite, options, console=console)
     return [prepared.cells[number] for number in unfinished_cells(prepared)]
 
 

@@ -43,8 +43,7 @@ def _sheet(block: ComparedRuns, method: str) -> Sheet:
                  for column in columns))
         for name in others
     )  # fmt: skip
-    suites = {entry.run.suite for entry in block.entries}
-    caption = f"PSNR in dB above that of {method}: {caption_of(block.first.run, suites)}"
+    caption = f"PSNR in dB above that of {method}: {caption_of(block.first.run, block.suites)}"
     notes = (*_notes(list(compared.values()), method), *block.unlike())
     return Sheet(caption, ("Method", *map(heading, columns)), lines, notes)
 

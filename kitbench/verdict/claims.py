@@ -218,9 +218,12 @@ def _part(question: str, contrast: Contrast, runs: Runs, elsewhere: tuple[str, .
     facts = [f"{setup}: {in_words(compared)}" for setup, compared in contrast.setups.items()]
     facts += [_together(contrast)] if contrast.p_holm is not None else []
     absent = ONLY_SMOKE if runs.smoke and not runs.blocks else contrast.reason
+    command = contrast_command(contrast, runs) if contrast.verdict == UNDECIDED else ""
+    if not contrast.setups and not command:
+        absent += ", and no shipped suite trains both like the stored runs"
     return Part(
         question, contrast.verdict, (*facts, *_unlike(runs, together), *_left_out(runs), *elsewhere), tuple(keys),
-        contrast_command(contrast, runs) if contrast.verdict == UNDECIDED else "", absent, _figure(contrast),
+        command, absent, _figure(contrast),
     )  # fmt: skip
 
 
@@ -233,7 +236,10 @@ def _figure(contrast: Contrast) -> str:
     text = f"{contrast.a} - {contrast.b} {shown(contrast.setups[setup].found.mean, 3, '+')} dB"
     text += f" [{interval.low:+.3f}, {interval.high:+.3f}]" if interval is not None else ""
     text += f", {setup.steps:,} steps, {_seeds(contrast.setups[setup].found.seeds)}"
-    return text + (f"; adjusted p {contrast.p_holm:.2g}" if contrast.p_holm is not None else "")
+    if contrast.p_holm is None:
+        return text
+    of = f" of all {len(contrast.setups)} setups" if len(contrast.setups) > 1 else ""
+    return f"{text}; adjusted p{of} {contrast.p_holm:.2g}"
 
 
 def _figures(contrasts: Sequence[Contrast]) -> str:
@@ -364,11 +370,13 @@ def _noted(runs: Runs, question: str, value: Callable[[Retrieval], np.ndarray], 
     after = f"{block.steps:,} steps, " if block else ""
     facts = (f"{after}{_seeds(len(values))}: {found}", *_unlike(runs, [found.runs]))
     interval = mean_interval(values)
+    short = f"mean of levels {values.mean():.3f}"
     if interval is None:
-        return Part(question, UNDECIDED, facts, tuple(found.runs), command, "no interval over seeds")
+        reason = "no interval over seeds"
+        return Part(question, UNDECIDED, facts, tuple(found.runs), command, reason, f"{short}, {_seeds(len(values))}")
     facts += (f"mean over levels, 95 % interval over seeds {what} [{interval.low:+.3f}, {interval.high:+.3f}]",)
     below, above = interval.high < bound, interval.low > bound
     verdict: Verdict = "supported" if above else "not supported" if below else UNDECIDED
     reason = "" if above or below else "the interval holds the bound"
-    short = f"mean of levels [{interval.low:+.3f}, {interval.high:+.3f}], {len(values)} seeds"
+    short += f" [{interval.low:.3f}, {interval.high:.3f}], {_seeds(len(values))}"
     return Part(question, verdict, facts, tuple(found.runs), "" if above or below else command, reason, short)

@@ -11,17 +11,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 import numpy as np
 
 from kitbench.spec.fields import digest
 from kitbench.spec.shipped import suite_names
-from kitbench.store.records import Run, Tuning, shared_with_search
+from kitbench.store.records import Run, Tuning
 from kitbench.verdict.compare import Column, Compared, compare, paired_scores, with_correction
 from kitbench.verdict.entries import Entry, bare_label, labels
 from kitbench.verdict.provenance import unlike_notes
+from kitbench.verdict.searches import Searches
 from kitbench.verdict.statistics import ALPHA, FEWEST_SEEDS, holm
 
 Verdict = Literal["supported", "not supported", "depends on the learning rate", "not decided"]
@@ -101,6 +102,14 @@ class ComparedRuns:
         """Notes on the runs that were made differently from most of the block, or by somebody else."""
         return unlike_notes(self.entries, labels(self.entries))
 
+    def run_of(self, method: str) -> Run:
+        """Any run of a method."""
+        return next(iter(self.methods[method].values()))[0].run
+
+    @property
+    def suites(self) -> set[str]:
+        return {entry.run.suite for entry in self.entries}
+
     @property
     def steps(self) -> int:
         recipe = self.first.run.recipe
@@ -158,7 +167,7 @@ class Runs:
     """The comparisons of one task that differ in the recipe only, the weightiest first."""
 
     blocks: tuple[ComparedRuns, ...]
-    tunings: tuple[Tuning, ...] = ()
+    searches: Searches = field(default_factory=Searches)
     left_out: tuple[str, ...] = ()
     """Variants with other than the default settings."""
     smoke: bool = False
@@ -169,32 +178,9 @@ class Runs:
     def with_methods(self, *methods: str) -> list[ComparedRuns]:
         return [block for block in self.blocks if set(methods) <= block.methods.keys()]
 
-    def searches(self, block: ComparedRuns) -> list[Tuning]:
-        """The searches of rates that hold for a comparison: with its task, images, backbone and recipe.
-
-        Any suite's, since a suite names runs and decides no number; that of the comparison's first. Records of earlier
-        versions do not state what they share: they hold for their own suite, preset, mode and length.
-        """
-        run = block.first.run
-        shared = shared_with_search(run.identity)
-
-        def own(search: Tuning) -> bool:
-            wanted = run.suite, run.preset, run.mode, block.steps
-            return (search.suite, search.preset, search.mode, search.steps) == wanted
-
-        found = [t for t in self.tunings if t.shared == shared or (not t.shared and own(t))]
-        return sorted(found, key=own, reverse=True)
-
-    def best_rates(self, block: ComparedRuns, methods: Sequence[str]) -> tuple[float, ...] | None:
-        """The best rate of each method, all found in searches of the same rates, seed and validation images."""
-        for first in self.searches(block):
-            rates = dict[str, float]()
-            for other in self.searches(block):
-                if (other.rates, other.seed, other.validation) == (first.rates, first.seed, first.validation):
-                    rates = other.best | rates
-            if set(methods) <= rates.keys():
-                return tuple(rates[method] for method in methods)
-        return None
+    def searched(self, block: ComparedRuns, a: str, b: str) -> tuple[Tuning, Tuning] | None:
+        """The searches of rates that hold for the runs of a and b in a comparison: one of both, or two made alike."""
+        return self.searches.of_both(block.run_of(a), block.run_of(b))
 
     def under_one_recipe(self, a: str, b: str) -> dict[int, ComparedRuns]:
         """By steps, the comparisons that measure the contrast a - b under one recipe: the two longest with such pairs.
@@ -206,7 +192,7 @@ class Runs:
             if paired_scores([block.methods[a], block.methods[b]]) is not None:
                 found.setdefault(block.steps, []).append(block)
         return {
-            steps: next((block for block in found[steps] if self.at_own_rate(block)), found[steps][0])
+            steps: next((block for block in found[steps] if self._at_usual_rate(block, a, b)), found[steps][0])
             for steps in sorted(found)[-2:]
         }
 
@@ -215,29 +201,32 @@ class Runs:
         found: dict[Setup, Compared | None] = {}
         for steps, one in self.under_one_recipe(a, b).items():
             found[Setup(ONE, steps)] = compare_methods(one, a, b)
-            rates = self.best_rates(one, (a, b))
-            if rates is not None and (tuned := self._at(one, {a: rates[0], b: rates[1]})) is not None:
-                found[Setup(OWN, steps)] = compare_methods(tuned, a, b)
+            pair = self.searched(one, a, b)
+            if pair is None:
+                continue
+            groups = [
+                self.at_rate(one, method, search.best[method]) for method, search in zip((a, b), pair, strict=True)
+            ]
+            if groups[0] is not None and groups[1] is not None:
+                found[Setup(OWN, steps)] = compare_methods(ComparedRuns({a: groups[0], b: groups[1]}), a, b)
         return {setup: compared for setup, compared in found.items() if compared is not None}
 
-    def at_own_rate(self, block: ComparedRuns) -> bool:
-        """Whether a block was trained at the recipe's own rate, as far as a search of rates says which that is."""
-        return any(math.isclose(block.lr, search.lr) for search in self.searches(block))
+    def _at_usual_rate(self, block: ComparedRuns, a: str, b: str) -> bool:
+        """Whether a block was trained at the recipe's own rate, as far as searches of the rates of a or b say it."""
+        pair = self.searched(block, a, b)
+        known = [search for method in (a, b) for search in self.searches.of(block.run_of(method))][:1]
+        return bool(known) and all(math.isclose(block.lr, search.lr) for search in pair or known)
 
-    def _at(self, one: ComparedRuns, rates: Mapping[str, float]) -> ComparedRuns | None:
-        """The runs of each method at its rate, everything else as in `one`; None where a method has none."""
-        found = {}
-        for method, rate in rates.items():
-            found[method] = next(
-                (
-                    block.methods[method]
-                    for block in self.with_methods(method)
-                    if block.identity("lr") == one.identity("lr") and math.isclose(block.lr, rate)
-                ),
-                None,
-            )
-        known = {method: columns for method, columns in found.items() if columns is not None}
-        return ComparedRuns(known) if len(known) == len(rates) else None
+    def at_rate(self, one: ComparedRuns, method: str, rate: float) -> dict[Column, list[Entry]] | None:
+        """The runs of a method at a rate, everything else as in `one`; None where there are none."""
+        return next(
+            (
+                block.methods[method]
+                for block in self.with_methods(method)
+                if block.identity("lr") == one.identity("lr") and math.isclose(block.lr, rate)
+            ),
+            None,
+        )
 
 
 def select(found: Sequence[Entry], tunings: Sequence[Tuning]) -> Runs:
@@ -248,22 +237,15 @@ def select(found: Sequence[Entry], tunings: Sequence[Tuning]) -> Runs:
     backbone, colour mode) the one with the weightiest comparison is taken; the rest are its `others`.
     """
     trained = [entry for entry in found if entry.run.comparison]
-    trials = {trial.key for tuning in tunings for trial in tuning.trials}
-    validation = {(tuning.suite, name) for tuning in tunings for name in tuning.validation.split(", ")}
-    kept = [
-        entry
-        for entry in trained
-        if not _smoke(entry.run)
-        and entry.run.key not in trials
-        and (entry.run.suite, entry.evaluation.data_set) not in validation
-    ]
+    searches = Searches.read(tunings, trained)
+    kept = [entry for entry in trained if not _smoke(entry.run) and not searches.decided_by(entry)]
     defaults, left_out = _default_variants(kept)
     groups: dict[str, list[ComparedRuns]] = {}
     for block in blocks(defaults):
         groups.setdefault(block.identity("recipe", "device"), []).append(block)
     chosen, *others = [tuple(group) for group in groups.values()] or [()]
     smoke = any(_smoke(entry.run) for entry in trained)
-    return Runs(chosen, tuple(tunings), tuple(left_out), smoke, tuple(Runs(group) for group in others))
+    return Runs(chosen, searches, tuple(left_out), smoke, tuple(Runs(group) for group in others))
 
 
 def _smoke(run: Run) -> bool:

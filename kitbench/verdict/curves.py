@@ -115,7 +115,7 @@ def learning_curves(block: ComparedRuns, folders: Mapping[str, RunFolder]) -> Cu
     crops = max(logs, key=lambda crops: (sum(map(len, logs[crops].values())), crops))
     missing = {method: len(keys) - len(logs[crops].get(method, [])) for method, keys in runs.items()}
     return CurveSet(
-        caption_of(block.first.run),
+        caption_of(block.first.run, block.suites),
         tuple(_curve(method, own) for method, own in logs[crops].items()),
         crops[1],
         _clock(block.first.run),

@@ -123,11 +123,16 @@ def mean_lpips(evaluation: Evaluation) -> float | None:
 
 
 @cache
-def _shipped_methods() -> dict[str, set[str]]:
-    """The attentions behind each name of a method in the shipped suites and in the shipped files of methods."""
+def shipped_methods() -> frozenset[str]:
+    """The names of the shipped methods, which any suite takes."""
     files = [file.name for file in resources.files("kitbench.baselines").iterdir() if file.name.endswith(".py")]
-    named = {name.removesuffix(".py").rstrip("_").replace("_", "-") for name in files}
-    found = {name: {name} for name in named}
+    return frozenset(("kit", *(name.removesuffix(".py").rstrip("_").replace("_", "-") for name in files)))
+
+
+@cache
+def _attentions() -> dict[str, set[str]]:
+    """The attentions behind each name of a method in the shipped suites and in the shipped files of methods."""
+    found = {name: {name} for name in shipped_methods()}
     for text in builtin("suites").values():
         for name, method in tomllib.loads(text)["methods"].items():
             found.setdefault(name, set()).add(method.get("attention", name))
@@ -144,7 +149,7 @@ def from_file(run: Run) -> bool:
 
 def bare_label(run: Run) -> str:
     """The method's name, with what is behind it where that is not the attention that a shipped name stands for."""
-    shipped = _shipped_methods().get(run.method)
+    shipped = _attentions().get(run.method)
     if shipped is None or run.seed is None or "weights" in run.settings or run.attention in shipped:
         return run.method
     return f"{run.method} ({'file' if from_file(run) else 'attention'} {run.attention[:8]})"

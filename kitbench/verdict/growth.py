@@ -34,11 +34,16 @@ class Part:
     """Whether counted operations decide it, which follow from the definition of the method and not from a trial."""
 
     @property
+    def short(self) -> str:
+        """The verdict, and whether it follows by construction."""
+        return (
+            f"{self.verdict} (by construction)" if self.by_construction and self.verdict != UNDECIDED else self.verdict
+        )
+
+    @property
     def words(self) -> str:
         """The verdict with its reason."""
-        if self.verdict == UNDECIDED:
-            return f"{self.verdict}: {self.reason}" if self.reason else self.verdict
-        return f"{self.verdict} (by construction)" if self.by_construction else self.verdict
+        return f"{self.verdict}: {self.reason}" if self.verdict == UNDECIDED and self.reason else self.short
 
 
 SWEEP = "python -m kitbench scale --sizes 64:4096 --out OUT"
@@ -156,7 +161,7 @@ def costly_part(sweeps: Sequence[Sweep]) -> Part:
     else:
         reason = "the sweep holds no map small enough"
     command = SWEEP.replace("64:4096", "16:1024") if verdict == UNDECIDED else ""
-    short = " and ".join(f"{_three(ratio[size])} times at {size} px" for size in dict.fromkeys((small, large)))
+    short = "ratio " + " and ".join(f"{_three(ratio[size])} at {size} px" for size in dict.fromkeys((small, large)))
     return Part(question, verdict, (words,), (f"sweep {sweep.key[:10]}",), command, reason, short, by_construction=True)
 
 

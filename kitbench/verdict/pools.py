@@ -81,7 +81,9 @@ def pool_sheets(runs: Sequence[RunFolder], data_sets: Sequence[str] = (), sizes:
             for column in columns:
                 rows = pool_rows(blocks_of, column)
                 if rows and comparison and (not data_sets or column[0] in data_sets):
-                    caption = f"{caption_of(next(iter(blocks_of.values())).first.run)}: {heading(column)}, {family}"
+                    suites = set[str]().union(*(block.suites for block in blocks_of.values()))
+                    shared = caption_of(next(iter(blocks_of.values())).first.run, suites)
+                    caption = f"{shared}: {heading(column)}, {family}"
                     unlike = dict.fromkeys(note for block in blocks_of.values() for note in block.unlike())
                     sheets.append(_sheet(f"PSNR against the size of the tiles, {caption}", rows, list(unlike)))
     if not sheets:

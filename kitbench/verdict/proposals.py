@@ -14,6 +14,7 @@ from kitbench.spec.shipped import suite_names
 from kitbench.spec.suite import SetNames
 from kitbench.store.records import Run
 from kitbench.verdict.contrasts import ONE, OWN, SMOKE, ComparedRuns, Contrast, Runs
+from kitbench.verdict.entries import shipped_methods
 from kitbench.verdict.statistics import FEWEST_IMAGES, FEWEST_SEEDS
 
 SEEDS = 5
@@ -28,7 +29,8 @@ CARRIED = ("--set", "--train-set", "--test-set")
 def contrast_command(contrast: Contrast, runs: Runs) -> str:
     """The next step towards a decision: the search of rates, then another length of training, then twice as many seeds.
 
-    Twice is a step and no estimate of what decides. Empty where images are too few: no number of seeds makes up for it.
+    Twice is a step and no estimate of what decides. Empty where images are too few: no number of seeds makes up for it;
+    and where no shipped suite can train both methods as the stored runs were trained.
     """
     methods = (contrast.a, contrast.b)
     if not contrast.setups:
@@ -39,14 +41,7 @@ def contrast_command(contrast: Contrast, runs: Runs) -> str:
     seeds = max(compared.found.seeds for compared in contrast.setups.values())
     blocks = runs.under_one_recipe(*methods)
     for steps in sorted(lengths[ONE] - lengths[OWN], reverse=True):
-        block = blocks[steps]
-        suite = _suite_of(block.first.run, methods)
-        searched = [method for search in runs.searches(block) if search.suite == suite for method in search.best]
-        if set(methods) <= set(searched):
-            return run_command(block, methods, seeds, tuned=True)
-        # A stored search keeps the rates of all its methods only where they are named again.
-        every = tuple(dict.fromkeys((*methods, *searched)))
-        return f"python -m kitbench tune{_settings(block.first.run, suite)}{_chosen(every)} {_place(block)}"
+        return _own_rates(blocks[steps], methods, runs, seeds)
     undecided = {
         setup: compared.found.seeds
         for setup, compared in contrast.setups.items()
@@ -57,7 +52,37 @@ def contrast_command(contrast: Contrast, runs: Runs) -> str:
     setup = min(undecided, key=lambda setup: (undecided[setup], setup))
     if contrast.setups[setup].found.images < FEWEST_IMAGES:
         return ""
-    return run_command(blocks[setup.steps], methods, max(SEEDS, 2 * undecided[setup]), tuned=setup.comparison == OWN)
+    more = max(SEEDS, 2 * undecided[setup])
+    if setup.comparison == OWN:
+        return _own_rates(blocks[setup.steps], methods, runs, more)
+    return run_command(blocks[setup.steps], methods, more)
+
+
+def _own_rates(block: ComparedRuns, methods: tuple[str, str], runs: Runs, seeds: int) -> str:
+    """The search of both methods' rates; where it is stored, runs at these rates.
+
+    Two searches of one method each lie in two suites: the method with fewer seeds at its rate comes first.
+    """
+    pair = runs.searched(block, *methods)
+    if pair is None:
+        return _tune_command(block, methods, runs)
+    if pair[0] is pair[1]:
+        return run_command(block, methods, seeds, tuned=True)
+    found = [runs.at_rate(block, m, search.best[m]) or {} for m, search in zip(methods, pair, strict=True)]
+    stored = [len({entry.run.seed for group in columns.values() for entry in group}) for columns in found]
+    fewest = methods[stored.index(min(stored))]
+    return run_command(block, [fewest], seeds, tuned=True)
+
+
+def _tune_command(block: ComparedRuns, methods: Sequence[str], runs: Runs) -> str:
+    run = _run_of(block, methods)
+    if (suite := _suite_for(run, methods, block)) is None:
+        return ""
+    # A stored search keeps the rates of all its methods only where they are named again.
+    place = suite, run.preset, run.mode, block.steps
+    stored = [s for s in runs.searches.records if (s.suite, s.preset, s.mode, s.steps) == place]
+    every = tuple(dict.fromkeys((*methods, *(method for search in stored for method in search.best))))
+    return f"python -m kitbench tune{_settings(run, suite)}{_chosen(every)} {_place(block)}"
 
 
 def run_command(
@@ -71,13 +96,17 @@ def run_command(
 ) -> str:
     """The command that trains these methods as those of a comparison were trained, or else by the full recipe.
 
-    longer: so many times as long. tuned: each method at its own best rate.
+    longer: so many times as long. tuned: each method at its own best rate. Empty where no suite trains all of them so.
     """
     if block is None:
-        settings = f" --suite {_naming(task, 'full', task, methods)} --preset full"
+        suite = next((name for name in (task, *suite_names()) if _names(name, "full", task, methods)), None)
+        settings = f" --suite {suite} --preset full"
     else:
-        run = block.first.run
-        settings = _settings(run, _suite_of(run, methods), longer, tuned)
+        run = _run_of(block, methods)
+        suite = _suite_for(run, methods, block)
+        settings = "" if suite is None else _settings(run, suite, longer, tuned)
+    if suite is None:
+        return ""
     numbers = ",".join(map(str, range(seeds)))
     return f"python -m kitbench run{settings}{_chosen(methods)}{' --tuned' * tuned} --seeds {numbers} {_place(block)}"
 
@@ -87,20 +116,39 @@ def _chosen(methods: Sequence[str]) -> str:
     return "".join(f" --method {name}" for name in methods if " " not in name)
 
 
-def _suite_of(run: Run, methods: Sequence[str]) -> str:
-    """The suite of a run, or a shipped one like it that names more of these methods."""
-    return _naming(run.suite, run.preset, run.task.kind, methods) if run.suite in suite_names() else run.suite
+def _run_of(block: ComparedRuns, methods: Sequence[str]) -> Run:
+    """A run of a comparison whose suite trains all these methods, if there is one: its settings are those to add to."""
+    every = [block.first.run, *(block.run_of(method) for method in methods if method in block.methods)]
+    shipped = [run for run in every if run.suite in suite_names()]
+    return next((run for run in shipped if _names(run.suite, run.preset, run.task.kind, methods)), every[0])
 
 
-def _naming(usual: str, preset: str, task: str, methods: Sequence[str]) -> str:
-    """The shipped suite of a task, with this preset, that names most of these methods: the usual one of equals."""
-    named = dict[str, int]()
-    for name in (usual, *suite_names()):
-        with suppress(InputError):  # it has no such preset
-            suite = load_suite(name, preset)
-            if suite.task.kind == task:
-                named.setdefault(name, len(suite.methods.keys() & set(methods)))
-    return max(named, key=lambda name: named[name], default=usual)
+def _suite_for(run: Run, methods: Sequence[str], block: ComparedRuns) -> str | None:
+    """The suite that trains these methods as a run was trained: its own, or a shipped one of the same degradation,
+    images and protocol. None where there is none."""
+    if run.suite not in suite_names():
+        known = {entry.run.method for entry in block.entries if entry.run.suite == run.suite} | shipped_methods()
+        return run.suite if set(methods) <= known else None
+    if _names(run.suite, run.preset, run.task.kind, methods):
+        return run.suite
+    for name in suite_names():
+        if not _names(name, run.preset, run.task.kind, methods):
+            continue
+        suite = load_suite(name, run.preset)
+        sources = [getattr(source, run.mode) for source in (suite.data.embedded, suite.data.folder)]
+        trained = any(sets is not None and set(sets.train) == run.train_sets.keys() for sets in sources)
+        degraded = [task.model_dump(exclude={"sigma_test"}) for task in (suite.task, run.task)]
+        if trained and degraded[0] == degraded[1] and block.first.evaluation.stamp in suite.stamps:
+            return name
+    return None
+
+
+def _names(suite: str, preset: str, task: str, methods: Sequence[str]) -> bool:
+    """Whether a shipped suite of a task has this preset, and trains all these methods: its own, and any shipped one."""
+    with suppress(InputError):  # it has no such preset
+        loaded = load_suite(suite, preset)
+        return loaded.task.kind == task and set(methods) <= loaded.methods.keys() | shipped_methods()
+    return False
 
 
 def _settings(run: Run, suite: str, longer: int = 1, tuned: bool = False) -> str:

@@ -141,7 +141,12 @@ def _sheet(block: ComparedRuns, condition: str, kind: str, found: Sequence[Gain]
         *block.unlike(),
     )
     stamp = block.first.evaluation.stamp
-    return Sheet(f"Gain from {KINDS[kind]}: {caption_of(block.first.run)}, {condition}, {stamp}", header, lines, notes)
+    return Sheet(
+        f"Gain from {KINDS[kind]}: {caption_of(block.first.run, block.suites)}, {condition}, {stamp}",
+        header,
+        lines,
+        notes,
+    )
 
 
 def _beyond(gain: Gain, control: Gain) -> str:

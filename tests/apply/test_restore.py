@@ -351,24 +351,28 @@ def test_explain_finds_the_twin_of_a_patch(tiny_runs) -> None:
     cells[6, 5] = cells[1, 2]
     picture = Picture(cells.repeat(32, 0).repeat(32, 1), None)
     [one] = [c for c in choices(model, picture, Pixel(2 * 32 + 16, 32 + 16), CPU) if c.name.startswith("bottom")]
-    own, *others = one.squares
-    assert own == (80, 48, 8)  # the patch of 4 x 4 at half resolution that holds the pixel
-    assert len(set(one.squares)) == 4
+    own, *others = one.patches
+    assert own == (80, 48, 8, 8)  # the patch of 4 x 4 at half resolution that holds the pixel
+    assert len(set(one.patches)) == 4
     twins = {(2, 1), (5, 6)}
-    assert all((left // 32, top // 32) in twins for left, top, _ in others)
+    assert all((left // 32, top // 32) in twins for left, top, *_ in others)
 
 
 def test_explain_takes_any_attention_that_says_which_patches_it_attends_to(tiny_runs) -> None:
-    """Four patches, each of which attends to itself and the next one."""
+    """Two columns and four rows of patches, each of which attends to itself and the next one."""
     model, _ = trained.load_trained(run_of(tiny_runs, "conv"), None, CPU)
-    patches = torch.tensor([[[0, 1], [1, 2], [2, 3], [3, 0]]])
+    patches = torch.tensor([[[number, (number + 1) % 8] for number in range(8)]])
     for _, module in model.attentions():
         module.attended = lambda tokens: (patches, 2)
     picture = Picture(np.zeros((64, 96, 3), np.uint8), None)
-    for at, squares in (((60, 10), [(48, 0, 48), (0, 48, 48)]), ((10, 60), [(0, 48, 48), (48, 48, 48)])):
+    for at, expected in (((60, 10), [(48, 0), (0, 16)]), ((10, 60), [(0, 48), (48, 48)])):
         found = choices(model, picture, Pixel(*at), CPU)
         assert found
-        assert all(one.squares == squares for one in found)
+        assert all(one.patches == [(left, top, 48, 16) for left, top in expected] for one in found)
+    with pytest.raises(
+        InputError, match=r"2 x 4 patches, into which a map of \d+ x 31 does not divide; give the attent"
+    ):
+        choices(model, Picture(np.zeros((62, 96, 3), np.uint8), None), Pixel(1, 1), CPU)
 
 
 def test_explain_draws_and_prints_what_was_chosen(tiny_runs, tmp_path) -> None:

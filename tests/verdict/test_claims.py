@@ -112,6 +112,7 @@ def test_claims_that_the_numbers_support_are_supported_with_figure_interval_and_
     assert (retrieval.verdict, neighbours.verdict) == ("supported", "supported")
     assert "each at its own best rate, 3,000 steps: kit - kit-k1 +0.1" in evidence_of(neighbours)
     assert recall.words == "not decided: no interval over seeds"  # every seed the same
+    assert recall.figure == "mean of levels 0.600, 5 seeds"
     assert evidence_of(recall) == (
         "3,000 steps, 5 seeds: of the 3 neighbours besides itself, at level 1 recall 0.700 (random patches 0.100), 20% touch the "
         "query patch, median distance 5 patches; at level 2 recall 0.900 (random patches 0.300), 40% touch the query "
@@ -127,10 +128,11 @@ def test_claims_that_the_numbers_support_are_supported_with_figure_interval_and_
     assert "memory 1.00 ± 0.00 (4 sizes from 64 to 512 px)" in evidence_of(measured)
     assert measured.runs == ("sweep abcdef0123",)
     assert re.fullmatch(
-        r"kit - local \+0\.30\d dB \[\+0\.2\d+, \+0\.3\d+\], 3,000 steps, 5 seeds; adjusted p [\d.]+e-\d+", reach.figure
+        r"kit - local \+0\.30\d dB \[\+0\.2\d+, \+0\.3\d+\], 3,000 steps, 5 seeds; adjusted p of all 4 setups [\d.]+e-\d+",
+        reach.figure,
     )
     assert measured.figure == "exponent of memory 1.00 ± 0.00, time 1.00 ± 0.00"
-    assert found[6].parts[0].figure == "1 times at 64 px and 64 times at 512 px"
+    assert found[6].parts[0].figure == "ratio 1 at 64 px and 64 at 512 px"
     assert found[5].parts[0].figure.startswith("kit - global +0.5")
     assert found[5].parts[1].figure == ""  # no runs of deblurring
 

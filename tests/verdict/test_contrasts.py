@@ -191,37 +191,6 @@ def test_a_search_with_another_recipe_is_no_search_for_these_runs(tmp_path: Path
         assert len(select(found, searched).compare("kit", "local")) == setups
 
 
-def test_a_search_in_another_suite_holds_where_the_rates_and_all_that_decides_the_numbers_are_the_same(
-    tmp_path: Path,
-) -> None:
-    """Controls of two suites are compared: each was searched in its own."""
-    for steps in (700, 3000):
-        tuned(runs(tmp_path, BETTER, steps=steps), BETTER, steps=steps)
-    found = entries(find([tmp_path]), None)
-
-    def of(record: Tuning, method: str, **changes: Any) -> Tuning:
-        shared = shared_with_search(_identity(found, record.steps))
-        of_method = {
-            "trials": tuple(trial for trial in record.trials if trial.method == method),
-            "best": {method: record.best[method]},
-        }
-        return record.model_copy(update={**of_method, "shared": shared, **changes})
-
-    def setups(**changes: Any) -> int:
-        searches = [of(record, "kit") for record in tunings(tmp_path)]
-        searches += [of(record, "local", **changes) for record in tunings(tmp_path)]
-        return len(select(found, searches).compare("kit", "local"))
-
-    assert setups() == setups(suite="ablate", preset="standard") == 4
-    for other in (
-        {"rates": (LR, BEST, 2 * BEST)},
-        {"seed": 98},
-        {"validation": "others"},
-        {"shared": {}, "suite": "x"},
-    ):
-        assert setups(**other) == 2
-
-
 @pytest.mark.parametrize(
     ("methods", "suite"),
     [(("kit", "kit-k1"), "ablate"), (("kit", "window"), "denoise"), (("kit", "kit-random"), "denoise")],

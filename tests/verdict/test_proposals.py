@@ -16,10 +16,12 @@ from kitbench.spec import loading
 from kitbench.spec.suite import Suite
 from kitbench.verdict.claims import claims, load
 from tests.conftest import TINY
-from tests.stored import evidence_of
+from tests.stored import evidence_of, rewrite, store
+from tests.verdict.test_claims import ALONE as PATCH_ALONE
 from tests.verdict.test_claims import GOOD, LR, QUICK, everything, page, runs
 
 EQUAL = dict.fromkeys(GOOD, 0.0)
+ALONE = "do the nearest patches restore better than the patch alone, without neighbours?"
 
 
 def parsed(command: str) -> tuple[str, dict[str, Any], Suite | None]:
@@ -125,9 +127,18 @@ def test_a_suite_of_the_users_own_is_proposed_by_the_file_that_was_given(
 def test_every_command_of_a_page_of_any_shipped_suite_parses(tmp_path: Path, task: str, preset: str) -> None:
     of = loading.load_suite(task, preset)
     sigma = 25 if task == "denoise" else None
-    runs(tmp_path, GOOD, seeds=(0,), of=of, lr=of.recipe.lr, protocol=of.protocol.id, sigma=sigma)
-    commands = {part.command for claim in claims(*load([tmp_path])) for part in claim.parts}
-    groups = {parsed(command)[0] for command in commands}
+    own = {method: gain for method, gain in GOOD.items() if method != "kit-k1"}
+    runs(tmp_path, own, seeds=(0,), of=of, lr=of.recipe.lr, protocol=of.protocol.id, sigma=sigma)
+    trained_on = of.data.folder.colour
+    assert trained_on is not None
+    recorded(tmp_path, train_sets=dict.fromkeys(trained_on.train, "aa"))
+    parts = [part for claim in claims(*load([tmp_path])) for part in claim.parts]
+    groups = {parsed(part.command)[0] for part in parts if part.command}
+    commands = {part.command for part in parts}
+    # The patch alone is a row of a suite for denoising.
+    without = [part for part in parts if not part.command]
+    assert [part.question.partition(", ")[2] for part in without] == ([] if task == "denoise" else [ALONE])
+    assert all(part.reason.endswith(", and no shipped suite trains both like the stored runs") for part in without)
     assert groups == {"run", "tune", "scale"}
     assert not any("smoke" in command for command in commands)
 
@@ -169,3 +180,71 @@ def test_runs_on_embedded_photographs_are_proposed_on_these(tmp_path: Path) -> N
     assert page(tmp_path)[2].parts[0].command.endswith("--data DIR --out OUT")
     recorded(tmp_path, train_sets={"skimage-train": "aa"})
     assert page(tmp_path)[2].parts[0].command.endswith("--method kit --method local --out OUT")
+
+
+def alone(*paths: Path) -> str:
+    """What is proposed for the contrast of KiT and its own patch alone."""
+    return page(*paths)[3].parts[2].command
+
+
+@pytest.mark.parametrize(
+    ("suite", "preset", "changes", "proposed"),
+    [
+        ("denoise", "quick", [], "ablate"),
+        ("ablate", "quick", [], "ablate"),
+        ("denoise", "gpu-hour", [], None),  # a preset that the other suite does not have
+        ("reach", "standard", [], None),  # another degradation, and other tiles
+        ("denoise", "quick", ["protocol=awgn8"], None),
+        ("derain", "quick", [], None),
+    ],
+)
+def test_another_suite_is_proposed_only_where_it_trains_like_the_stored_runs(
+    tmp_path: Path, suite: str, preset: str, changes: list[str], proposed: str | None
+) -> None:
+    of = loading.load_suite(suite, preset, changes)
+    sigma = 25 if of.task.kind == "denoise" else None
+    runs(tmp_path, {"kit": 0.5, "local": 0.0}, seeds=(0,), of=of, lr=of.recipe.lr, protocol=of.protocol.id, sigma=sigma)
+    recorded(tmp_path, train_sets=dict.fromkeys(of.data.folder.colour.train if of.data.folder.colour else (), "aa"))
+    command = alone(tmp_path)
+    assert (f"--suite {proposed} " in command) if proposed else command == ""
+    assert "local" not in command
+    of_local = page(tmp_path)[2].parts[0].command
+    assert f"--suite {suite} --preset {preset}" in of_local  # what its own suite can train stays there
+
+
+def test_a_suite_of_the_users_own_is_not_asked_for_a_method_that_it_may_not_have(tmp_path: Path) -> None:
+    for file in runs(tmp_path, {"kit": 0.0, "local": 0.0}, seeds=(0,)).glob("*/run.json"):
+        rewrite(file, lambda raw: raw.update(suite="tiny", preset="only"))
+    assert alone(tmp_path) == ""
+    assert "--suite tiny.toml" in page(tmp_path)[2].parts[0].command
+
+
+def test_of_two_searches_that_hold_side_by_side_the_runs_that_lack_are_proposed(tmp_path: Path) -> None:
+    """And a search where theirs were not made alike: no run at such rates would be compared."""
+    both = {"kit": 0.5, "kit-k1": 0.4}
+    everything(tmp_path, both, (700, 3000), notes=None)
+    for file in tmp_path.glob("tuning-*.json"):
+        record = json.loads(file.read_text())
+        file.unlink()
+        record.pop("sha256")
+        for method, suite in (("kit", "denoise"), ("kit-k1", "ablate")):
+            trials = [t | {"lr": rate, "key": trial_of(tmp_path, method, rate)} for t in record["trials"]
+                      if t["method"] == method for rate in (LR, 2 * LR)]  # fmt: skip
+            best = {"kit": LR, "kit-k1": 2 * LR}[method]
+            trials = [t | {"psnr_db": 31.0 if t["lr"] == best else 30.0} for t in trials]
+            changes = {"suite": suite, "trials": trials, "best": {method: best}, "rates": [LR, 2 * LR]}
+            (tmp_path / f"tuning-{method}-{record['steps']}.json").write_text(json.dumps(record | changes))
+    group, options, suite = parsed(alone(tmp_path))
+    assert suite is not None
+    assert (group, options["tuned"], suite.name, set(suite.methods)) == ("run", True, "ablate", {"kit-k1"})
+    for file in tmp_path.glob("tuning-kit-k1-*.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"seed": 98}))
+    group, _, suite = parsed(alone(tmp_path))
+    assert suite is not None
+    assert (group, suite.name, set(suite.methods)) == ("tune", "ablate", {"kit", "kit-k1"})
+
+
+def trial_of(out: Path, method: str, lr: float) -> str:
+    """A stored trial of a search, and its key."""
+    stored = {"lr": lr, "data_set": "validation"} | (PATCH_ALONE if method == "kit-k1" else {"of": QUICK})
+    return store(out, method, 30.0, 99, **stored).run.key

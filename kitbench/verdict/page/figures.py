@@ -203,7 +203,8 @@ def galleries_of(found: Sequence[Entry], folders: dict[str, RunFolder]) -> tuple
     captions: dict[str, dict[str, tuple[int, str]]] = {}
     for run in sorted((entry.run for entry in found), key=lambda run: run.key):
         if run.recipe is not None:
-            captions.setdefault(run.mode, {})[run.comparison] = (run.recipe.steps, caption_of(run))
+            suites = {other.run.suite for other in found if other.run.comparison == run.comparison}
+            captions.setdefault(run.mode, {})[run.comparison] = (run.recipe.steps, caption_of(run, suites))
     groups: dict[tuple[Any, ...], dict[str, tuple[Path, Entry, int]]] = {}
     for entry in sorted(found, key=lambda e: (bool(e.run.comparison), names[e.run.key, e.run.method], e.run.seed or 0)):
         evaluation, own = entry.evaluation, captions.get(entry.run.mode, {"": (0, "")})

@@ -214,7 +214,9 @@ def _settings(found: Sequence[Entry]) -> list[dict[str, str]]:
                 "recipe": run.recipe.model_dump(mode="json"),
                 "training sets": run.train_sets,
             }
-            shown[run.comparison] = {"title": caption_of(run), "text": json.dumps(shared, indent=1, ensure_ascii=False)}
+            suites = {other.run.suite for other in found if other.run.comparison == run.comparison}
+            text = json.dumps(shared, indent=1, ensure_ascii=False)
+            shown[run.comparison] = {"title": caption_of(run, suites), "text": text}
     names = labels(found)
     own = {names[e.run.key, e.run.method]: dict(e.run.settings) for e in found if e.run.settings}
     methods = {"title": "Settings of the attentions", "text": json.dumps(dict(sorted(own.items())), indent=1)}
