@@ -221,8 +221,8 @@ def curves(paths: tuple[Path, ...], protocol: str | None, out: Path | None) -> N
     from kitbench.verdict.claims import load
     from kitbench.verdict.curves import curves_markdown
 
-    runs, _, tunings = load(paths)
-    give(curves_markdown(runs, tunings, protocol), out)
+    runs, _, searches = load(paths)
+    give(curves_markdown(runs, searches.records, protocol), out)
 
 
 @click.command()

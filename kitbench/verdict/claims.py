@@ -38,6 +38,7 @@ from kitbench.verdict.growth import Part, costly_part, linear_measured, linear_o
 from kitbench.verdict.proposals import contrast_command, run_command
 from kitbench.verdict.provenance import deviations, unlike_sentences
 from kitbench.verdict.retrieval import Retrieval, noted
+from kitbench.verdict.searches import NONE_SEARCHED, Searches
 from kitbench.verdict.statistics import MOST_SEEDS, mean_interval, seeds_to_find
 
 FULL_STEPS = 100_000
@@ -83,21 +84,22 @@ class Claim:
         return combined(part.verdict for part in self.parts)
 
 
-def load(paths: Sequence[Path]) -> tuple[list[RunFolder], list[Sweep], list[Tuning]]:
+def load(paths: Sequence[Path]) -> tuple[list[RunFolder], list[Sweep], Searches]:
     """Runs, sweeps and searches of learning rates in these folders, or one folder below.
 
     Raises InputError where a folder holds neither runs nor a sweep.
     """
-    runs, sweeps, tunings = [], [], []
+    runs: list[RunFolder] = []
+    sweeps, records, trials = [], [], []
     for path in paths:
         found = [p for p in [path / "scale.json", *sorted(path.glob("*/scale.json"))] if p.is_file()]
         sweeps += [_sweep(p) for p in found]
-        tunings += [
-            read_record(Tuning, p) for p in sorted([*path.glob("tuning*.json"), *path.glob("*/tuning*.json")])
-        ]  # fmt: skip
+        searches = sorted([*path.glob("tuning*.json"), *path.glob("*/tuning*.json")])
+        records += [read_record(Tuning, p) for p in searches]
+        trials += [RunFolder(p.parent) for search in searches for p in search.parent.glob("tuning/*/run.json")]
         if not found or any(any(path.glob(f"{below}run.json")) for below in ("", "*/", "*/*/")):
             runs += find([path])
-    return runs, sweeps, tunings
+    return runs, sweeps, Searches.read(records, [*runs, *trials])
 
 
 def _sweep(path: Path) -> Sweep:
@@ -110,10 +112,10 @@ def _sweep(path: Path) -> Sweep:
 
 
 def claims(
-    runs: Sequence[RunFolder], sweeps: Sequence[Sweep], tunings: Sequence[Tuning] = (), protocol: str | None = None
+    runs: Sequence[RunFolder], sweeps: Sequence[Sweep], searches: Searches = NONE_SEARCHED, protocol: str | None = None
 ) -> list[Claim]:
     """All six, in order. Raises InputError for runs of one task and two protocols."""
-    by_task = _by_task(runs, tunings, protocol)
+    by_task = _by_task(runs, searches, protocol)
     # The questions are put to denoising, or else to the task with the weightiest runs.
     main = max(
         by_task.values(), default=Runs(()),
@@ -140,7 +142,7 @@ def claims(
     ]
 
 
-def _by_task(runs: Sequence[RunFolder], tunings: Sequence[Tuning], protocol: str | None) -> dict[str, Runs]:
+def _by_task(runs: Sequence[RunFolder], searches: Searches, protocol: str | None) -> dict[str, Runs]:
     """The runs of each task: tasks have protocols of their own, which never meet."""
     kinds: dict[str, list[RunFolder]] = {}
     for folder in runs:
@@ -151,7 +153,7 @@ def _by_task(runs: Sequence[RunFolder], tunings: Sequence[Tuning], protocol: str
         kind: [f for f in folders if protocol is None or any(scored_under(e, protocol) for e in f.evaluations())]
         for kind, folders in kinds.items()
     }
-    return {kind: select(entries(folders, protocol), tunings) for kind, folders in scored.items() if folders}
+    return {kind: select(entries(folders, protocol), searches) for kind, folders in scored.items() if folders}
 
 
 def _quality(main: Runs, by_task: Mapping[str, Runs]) -> dict[str, Part]:

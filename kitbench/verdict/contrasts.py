@@ -229,7 +229,7 @@ class Runs:
         )
 
 
-def select(found: Sequence[Entry], tunings: Sequence[Tuning]) -> Runs:
+def select(found: Sequence[Entry], searches: Searches) -> Runs:
     """The runs among these entries, of one task, that claims are put to.
 
     Left out: smoke runs; trials of a search of learning rates and scores on its validation set; variants of a method
@@ -237,7 +237,6 @@ def select(found: Sequence[Entry], tunings: Sequence[Tuning]) -> Runs:
     backbone, colour mode) the one with the weightiest comparison is taken; the rest are its `others`.
     """
     trained = [entry for entry in found if entry.run.comparison]
-    searches = Searches.read(tunings, trained)
     kept = [entry for entry in trained if not _smoke(entry.run) and not searches.decided_by(entry)]
     defaults, left_out = _default_variants(kept)
     groups: dict[str, list[ComparedRuns]] = {}

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kitbench.spec.fields import digest
+from kitbench.store.folder import RunFolder
 from kitbench.store.records import Run, Tuning, shared_with_search
 from kitbench.verdict.entries import Entry
 
@@ -22,12 +23,13 @@ class Searches:
     """By the key of a trial, what it was scored on; empty where the trial is not stored."""
 
     @classmethod
-    def read(cls, records: Sequence[Tuning], found: Sequence[Entry]) -> Searches:
-        """Searches, and of these entries those that are their trials."""
+    def read(cls, records: Sequence[Tuning], folders: Sequence[RunFolder]) -> Searches:
+        """Searches, and what the trials of theirs that lie in these folders were scored on. Raises InputError."""
         trials: dict[str, frozenset[ScoredOn]] = {trial.key: frozenset() for one in records for trial in one.trials}
-        for run, scored in ((entry.run, entry.evaluation) for entry in found):
-            if run.key in trials:
-                trials[run.key] |= {(scored.data_set, scored.condition, scored.stamp)}
+        for folder in folders:
+            if trials and folder.run.key in trials:
+                scored = {(one.data_set, one.condition, one.stamp) for one in folder.evaluations()}
+                trials[folder.run.key] |= scored
         return cls(tuple(records), trials)
 
     def decided_by(self, entry: Entry) -> bool:
@@ -77,6 +79,9 @@ class Searches:
         """What all trials of a search were scored on; empty where one is not stored."""
         known = [self.trials[trial.key] for trial in search.trials if trial.psnr_db is not None]
         return frozenset.intersection(*known) if known else frozenset()
+
+
+NONE_SEARCHED = Searches()
 
 
 def _validates(search: Tuning, entry: Entry) -> bool:

@@ -17,6 +17,7 @@ from kitbench.verdict.compare import Compared
 from kitbench.verdict.contrasts import ONE, OWN, UNDECIDED, Setup, combined, decide, decide_contrasts, select
 from kitbench.verdict.entries import Entry, entries, labels
 from kitbench.verdict.proposals import contrast_command
+from kitbench.verdict.searches import NONE_SEARCHED, Searches
 from tests.conftest import Kitbench
 from tests.stored import store
 
@@ -96,11 +97,15 @@ def tuned(out: Path, gains: dict[str, float], steps: int = 700, best: float = BE
 def tunings(out: Path) -> list[Tuning]:
     from kitbench.verdict.claims import load
 
-    return load([out])[2]
+    return list(load([out])[2].records)
+
+
+def searches_in(out: Path) -> Searches:
+    return Searches.read(tunings(out), find([out]))
 
 
 def verdict(out: Path, a: str = "kit", b: str = "local") -> tuple[str, str]:
-    chosen = select(entries(find([out]), None), tunings(out))
+    chosen = select(entries(find([out]), None), searches_in(out))
     found = decide_contrasts({"it": (a, b, chosen.compare(a, b))})["it"]
     return found.verdict, found.reason
 
@@ -145,12 +150,12 @@ def test_a_set_that_one_seed_was_scored_on_takes_no_seed_from_the_others_and_is_
     """As `kitbench eval --run` leaves it: with that set, the contrast would have one seed, and decide nothing."""
     runs(tmp_path, BETTER)
     runs(tmp_path, WORSE, seeds=(0,), data_set="Set_B")
-    [compared] = select(entries(find([tmp_path]), None), []).compare("kit", "local").values()
+    [compared] = select(entries(find([tmp_path]), None), NONE_SEARCHED).compare("kit", "local").values()
     assert (compared.found.seeds, compared.found.images) == (5, 12)
     assert "12 images" in in_words(compared)
     assert "; without Set_B σ25, which fewer than 3 of these seeds were scored on" in in_words(compared)
     runs(tmp_path, WORSE, seeds=(1, 2), data_set="Set_B")
-    [compared] = select(entries(find([tmp_path]), None), []).compare("kit", "local").values()
+    [compared] = select(entries(find([tmp_path]), None), NONE_SEARCHED).compare("kit", "local").values()
     assert (compared.found.seeds, compared.found.images, compared.without) == (3, 24, "")
 
 
@@ -158,7 +163,7 @@ def test_two_seeds_decide_nothing_however_much_they_agree(tmp_path: Path) -> Non
     """Two of the five seeds of a stored contrast, the first, had the largest differences: with them it was decided."""
     for steps, seeds in ((700, (0, 1)), (3000, range(5))):
         tuned(runs(tmp_path, BETTER, seeds, steps), BETTER, steps=steps)
-    chosen = select(entries(find([tmp_path]), None), tunings(tmp_path))
+    chosen = select(entries(find([tmp_path]), None), searches_in(tmp_path))
     contrast = decide_contrasts({"it": ("kit", "local", chosen.compare("kit", "local"))})["it"]
     assert all(compared.decided for compared in contrast.setups.values())
     assert (contrast.verdict, contrast.reason) == (UNDECIDED, "fewer than 3 seeds were run of one recipe, 700 steps")
@@ -188,7 +193,7 @@ def test_a_search_with_another_recipe_is_no_search_for_these_runs(tmp_path: Path
             for record in records
             for own in [_identity(found, record.steps)]
         ]
-        assert len(select(found, searched).compare("kit", "local")) == setups
+        assert len(select(found, Searches.read(searched, find([tmp_path]))).compare("kit", "local")) == setups
 
 
 @pytest.mark.parametrize(
@@ -204,7 +209,7 @@ def test_the_next_step_is_in_a_suite_that_names_both_methods(tmp_path: Path, met
         settings={"k": 1, "patch": 4},
         of=loading.load_suite("ablate", "quick"),
     )
-    chosen = select(entries(find([tmp_path]), None), ())
+    chosen = select(entries(find([tmp_path]), None), NONE_SEARCHED)
     found = decide_contrasts({"it": (*methods, chosen.compare(*methods))})["it"]
     command = contrast_command(found, chosen)
     assert f"tune --suite {suite} --preset quick" in command
@@ -218,7 +223,7 @@ def _identity(found: list[Entry], steps: int) -> dict[str, Any]:
 
 def test_trials_of_the_search_are_not_compared(tmp_path: Path) -> None:
     tuned(runs(tmp_path, BETTER), BETTER)
-    chosen = select(entries(find([tmp_path]), None), tunings(tmp_path))
+    chosen = select(entries(find([tmp_path]), None), searches_in(tmp_path))
     seeds = {e.run.seed for b in chosen.blocks for of in b.methods.values() for group in of.values() for e in group}
     columns = {column for b in chosen.blocks for of in b.methods.values() for column in of}
     assert seeds == set(range(5))
@@ -230,14 +235,16 @@ def test_scores_on_any_validation_set_of_a_search_are_not_compared(tmp_path: Pat
     runs(tmp_path, BETTER, data_set="Set_B")
     [record] = tunings(tuned(tmp_path, BETTER))
     for sets, compared in (("validation", {"Set_A", "Set_B"}), ("validation, Set_B", {"Set_A"})):
-        chosen = select(entries(find([tmp_path]), None), [record.model_copy(update={"validation": sets})])
+        chosen = select(
+            entries(find([tmp_path]), None), Searches.read([record.model_copy(update={"validation": sets})], [])
+        )
         assert {column[0] for b in chosen.blocks for of in b.methods.values() for column in of} == compared
 
 
 def test_variants_are_left_out_and_named(tmp_path: Path) -> None:
     runs(tmp_path, BETTER, settings={"k": 4})
     runs(tmp_path, {"kit": -1.0}, settings={"k": 8}, changed=["k"])
-    chosen = select(entries(find([tmp_path]), None), [])
+    chosen = select(entries(find([tmp_path]), None), NONE_SEARCHED)
     assert chosen.left_out == ("kit (k 8)",)
     [compared] = chosen.compare("kit", "local").values()
     assert compared.found.mean == pytest.approx(0.2, abs=0.03)
@@ -256,7 +263,7 @@ def test_the_record_says_which_settings_the_command_changed(kitbench: Kitbench, 
 def test_a_variant_alone_does_not_stand_for_its_method(tmp_path: Path) -> None:
     runs(tmp_path, {"local": 0.0})
     runs(tmp_path, {"kit": 1.0}, settings={"k": 8}, changed=["k"])
-    chosen = select(entries(find([tmp_path]), None), [])
+    chosen = select(entries(find([tmp_path]), None), NONE_SEARCHED)
     assert chosen.left_out == ("kit (k 8)",)
     assert chosen.compare("kit", "local") == {}
 
@@ -264,7 +271,7 @@ def test_a_variant_alone_does_not_stand_for_its_method(tmp_path: Path) -> None:
 def test_a_file_with_a_shipped_name_is_another_method(tmp_path: Path) -> None:
     runs(tmp_path, {"local": 0.0})
     runs(tmp_path, {"kit": 1.0}, attention="ab" * 32)
-    chosen = select(entries(find([tmp_path]), None), [])
+    chosen = select(entries(find([tmp_path]), None), NONE_SEARCHED)
     assert list(chosen.blocks[0].methods) == ["kit (file abababab)", "local"]
     assert chosen.compare("kit", "local") == {}
 
@@ -278,14 +285,14 @@ def test_no_file_passes_for_a_shipped_method_that_its_suite_does_not_name(tmp_pa
 
 def test_smoke_runs_decide_nothing(tmp_path: Path) -> None:
     runs(tmp_path, BETTER, of=loading.load_suite("denoise", "smoke"))
-    chosen = select(entries(find([tmp_path]), None), [])
+    chosen = select(entries(find([tmp_path]), None), NONE_SEARCHED)
     assert chosen.smoke
     assert chosen.blocks == ()
 
 
 def test_a_contrast_is_corrected_for_the_others_of_the_page(tmp_path: Path) -> None:
     runs(tmp_path, {"kit": 0.2, "local": 0.0, "window": 0.2, "global": 0.2, "conv": 0.2})
-    chosen = select(entries(find([tmp_path]), None), [])
+    chosen = select(entries(find([tmp_path]), None), NONE_SEARCHED)
     asked = {b: ("kit", b, chosen.compare("kit", b)) for b in ("local", "window", "global", "conv")}
     found = decide_contrasts(asked | {"nothing": ("kit", "missing", {})})
     [local] = found["local"].setups.values()
@@ -297,7 +304,7 @@ def test_a_contrast_is_corrected_for_the_others_of_the_page(tmp_path: Path) -> N
 
 def test_a_setup_without_a_difference_does_not_weaken_the_correction_of_the_others(tmp_path: Path) -> None:
     runs(tmp_path, {"kit": 0.2, "local": 0.0})
-    chosen = select(entries(find([tmp_path]), None), [])
+    chosen = select(entries(find([tmp_path]), None), NONE_SEARCHED)
     [measured] = chosen.compare("kit", "local").values()
 
     def contrast(*p: float | None) -> tuple[str, str, dict[Setup, Compared]]:

@@ -11,9 +11,11 @@ import pytest
 from kitbench.spec.fields import digest
 from kitbench.store.folder import find
 from kitbench.store.records import Trial, Tuning, shared_with_search
+from kitbench.verdict.claims import load
 from kitbench.verdict.compare import Compared
 from kitbench.verdict.contrasts import Runs, Setup, select
 from kitbench.verdict.entries import entries
+from kitbench.verdict.searches import Searches
 from tests.stored import rewrite
 from tests.verdict.test_contrasts import (
     BEST,
@@ -29,7 +31,7 @@ from tests.verdict.test_contrasts import (
 
 
 def selected(out: Path, searches: list[Tuning]) -> Runs:
-    return select(entries(find([out]), None), searches)
+    return select(entries(find([out]), None), Searches.read(searches, find([out])))
 
 
 def compared(out: Path, searches: list[Tuning]) -> dict[Setup, Compared]:
@@ -120,3 +122,15 @@ def test_no_search_of_the_task_was_decided_on_the_images_of_a_comparison(tmp_pat
     for suite, stated in (("denoise", {}), ("ablate", shared(tmp_path))):
         chosen = selected(tmp_path, [record.model_copy(update={"suite": suite, "shared": stated})])
         assert {column[0] for block in chosen.blocks for of in block.methods.values() for column in of} == {"Set_A"}
+
+
+def test_trials_are_read_where_tune_stores_them(tmp_path: Path, record: Tuning) -> None:
+    """In a folder beside the record, which no table reads."""
+    (tmp_path / "tuning").mkdir()
+    for folder in list(tmp_path.glob("*-s99-*")):
+        folder.rename(tmp_path / "tuning" / folder.name)
+    runs, _, searches = load([tmp_path])
+    assert not any(folder.run.seed == 99 for folder in runs)
+    assert {scored for trial in record.trials for scored in searches.trials[trial.key]} == {
+        ("validation", "σ25", "awgn8.v1")
+    }

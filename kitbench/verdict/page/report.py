@@ -18,7 +18,7 @@ import pandas as pd
 
 from kitbench.errors import InputError
 from kitbench.store.folder import RunFolder
-from kitbench.store.records import Run, Tuning
+from kitbench.store.records import Run
 from kitbench.store.sweeps import Sweep
 from kitbench.text import capitalised
 from kitbench.verdict import published
@@ -32,15 +32,16 @@ from kitbench.verdict.page import pictures
 from kitbench.verdict.page.figures import Figure, curves_of, galleries_of, ladder_of, pictures_of, scaling, tuning_of
 from kitbench.verdict.page.tables import Grid, ablation, differences_of, table_cell, table_of
 from kitbench.verdict.rows import rows, split, suites_of
+from kitbench.verdict.searches import NONE_SEARCHED, Searches
 
 
 def report(
-    runs: Sequence[RunFolder], sweeps: Sequence[Sweep], tunings: Sequence[Tuning] = (), protocol: str | None = None
+    runs: Sequence[RunFolder], sweeps: Sequence[Sweep], searches: Searches = NONE_SEARCHED, protocol: str | None = None
 ) -> str:
     """The HTML text. Raises InputError where the runs cannot be in one table."""
-    page = _page(runs, tunings, protocol)
+    page = _page(runs, searches, protocol)
     found = page.found
-    judged = claims(runs, sweeps, tunings, protocol)
+    judged = claims(runs, sweeps, searches, protocol)
     galleries, left_out = galleries_of(found, page.folders)
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("kitbench", "verdict/page"), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -52,7 +53,7 @@ def report(
         sections=page.sections(rows(runs, protocol)),
         claims=judged,
         ladders=page.ladders(),
-        searches=[tuning_of(record, page.look) for record in tunings],
+        searches=[tuning_of(record, page.look) for record in searches.records],
         galleries=galleries,
         left_out=left_out,
         error_full=pictures.ERROR_FULL,
@@ -67,7 +68,7 @@ def report(
 def figures(
     runs: Sequence[RunFolder],
     sweeps: Sequence[Sweep],
-    tunings: Sequence[Tuning] = (),
+    searches: Searches = NONE_SEARCHED,
     protocol: str | None = None,
     form: pictures.Form = "svg",
 ) -> dict[str, bytes]:
@@ -77,11 +78,11 @@ def figures(
     """
     shown: list[Figure] = []
     if runs:
-        page = _page(runs, tunings, protocol, form)
+        page = _page(runs, searches, protocol, form)
         for section in page.sections(rows(runs, protocol)):
             shown += section["pictures"]
             shown += section["curves"].pictures if section["curves"] else []
-        for drawn, _ in [*page.ladders(), *(tuning_of(record, page.look) for record in tunings)]:
+        for drawn, _ in [*page.ladders(), *(tuning_of(record, page.look) for record in searches.records)]:
             shown += drawn
     named: dict[str, bytes] = {}
     for figure in [*shown, *(scaling(sweep, form) for sweep in sweeps)]:
@@ -93,12 +94,10 @@ def figures(
     return named
 
 
-def _page(
-    runs: Sequence[RunFolder], tunings: Sequence[Tuning], protocol: str | None, form: pictures.Form = "svg"
-) -> _Page:
+def _page(runs: Sequence[RunFolder], searches: Searches, protocol: str | None, form: pictures.Form = "svg") -> _Page:
     found = entries(runs, protocol)
     compared = blocks(found)
-    names = {m for block in compared for m in block.methods} | {m for record in tunings for m in record.best}
+    names = {m for block in compared for m in block.methods} | {m for record in searches.records for m in record.best}
     look = pictures.Look(pictures.styles(sorted(names)), form)
     return _Page(found, compared, {folder.run.key: folder for folder in runs}, look)
 
