@@ -13,8 +13,9 @@ import pytest
 from kitbench.cli.main import cli
 from kitbench.errors import InputError
 from kitbench.spec import loading
+from kitbench.spec.fields import digest
 from kitbench.store.folder import RunFolder, find
-from kitbench.store.records import Trial, Tuning, read_record
+from kitbench.store.records import Trial, Tuning, read_record, shared_with_search
 from kitbench.store.sweeps import Point, Sweep
 from kitbench.verdict.claims import FULL_STEPS, Claim, claims, load
 from kitbench.verdict.contrasts import UNDECIDED
@@ -47,10 +48,15 @@ def everything(out: Path, gains: dict[str, float], steps=(700, 3000), notes: dic
     suite = stored.get("of", QUICK)
     for length in steps:
         runs(out, gains, steps=length, notes=notes, **stored)
-        trials = [Trial(method=m, lr=LR, psnr_db=30, key=f"{m}{length}") for m in gains]
+        of = {
+            folder.run.method: folder.run for folder in find([out]) if folder.run.identity["recipe"]["steps"] == length
+        }
+        variants = {m: digest([of[m].attention, of[m].settings]) for m in gains}
+        trials = [Trial(method=m, lr=LR, psnr_db=30, key=f"{m}{length}", variant=variants[m]) for m in gains]
         record = Tuning(
             suite=suite.name, preset=suite.preset, mode="colour", steps=length, seed=99, lr=LR, rates=(LR,),
             widened=False, validation="validation", trials=tuple(trials), best=dict.fromkeys(gains, LR),
+            shared=shared_with_search(next(iter(of.values())).identity),
         )  # fmt: skip
         RunFolder(out).write(f"tuning-{length}.json", record)
     return out
