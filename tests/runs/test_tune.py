@@ -16,7 +16,8 @@ from skimage import data as photographs
 from kitbench.errors import InputError, RunError
 from kitbench.model.methods import load_method
 from kitbench.runs import tune
-from kitbench.runs.cell import Cell, decisive
+from kitbench.runs.cell import Cell, Rates, axes, decisive
+from kitbench.runs.failure import record_failure
 from kitbench.runs.plan import Planned
 from kitbench.runs.prepare import Options, choose_sets
 from kitbench.spec import loading
@@ -261,6 +262,23 @@ def test_a_rate_of_its_own_gives_a_cell_the_key_of_the_recipe_with_that_rate() -
     assert cell(suite, LOW).key == cell(changed).key != cell(suite).key
     assert Planned.of(cell(suite, LOW)).name == "denoise-colour-kit-s1000 lr 0.001"
     assert Planned.of(cell(suite)).name == "denoise-colour-kit-s1000"
+
+
+def test_a_mode_without_a_searched_rate_is_refused() -> None:
+    rates: Rates = {"colour": {"kit": (LOW,), "local": (HIGH,)}}
+    assert [(cell.label, cell.lr) for cell in axes(suite_of(700), ["colour"], rates) if cell.seed == 0] == [
+        ("colour/kit/0", LOW), ("colour/local/0", HIGH)
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="No learning rate of kit in mode gray was searched; run `kitbench tune`"):
+        axes(suite_of(700), ["colour", "gray"], rates)
+
+
+def test_a_failed_trial_is_named_with_its_rate(tmp_path: Path) -> None:
+    (tmp_path / "origin.json").touch()  # of an imported run, in which nothing is noted
+    prepared: Any = SimpleNamespace(folder=lambda cell: SimpleNamespace(path=tmp_path))
+    cell = Cell(suite_of(700), "colour", "kit", "kit", None, {}, 1000, "cpu", "00", lr=HIGH)
+    sentence = record_failure(prepared, cell, RunError("training diverged"))
+    assert sentence == f"{cell.folder} (learning rate 0.004): training diverged"
 
 
 def rates_in(out: Path) -> dict[str, float]:
