@@ -240,7 +240,7 @@ def test_processes_join_for_one_suite_after_another_and_the_first_speaks_for_all
     asked = ("tune", "--suite", "tiny.toml", "--set", "data.validation=skimage-validation", *changes)
     out, said = started(tmp_path, "-m", "kitbench", *asked).communicate(timeout=250)
     assert out.count("wrote results/tuning-tiny-only-colour-2.json") == 1, said
-    assert out.count("learning rate 0.001") == 1
+    assert out.count("rates     0.001, 0.002") == 1
 
 
 SCRIPT = """
