@@ -82,8 +82,13 @@ def test_one_patch_alone_learns_more_slowly() -> None:
     own = scores("kit-k1", "CBSD68", quick, lr=SHORT_LR)
     found = gaps(kit, own)
     assert len(found) == 25
-    says(PAGE, f"After 700 steps KiT lies {fmean(found):.2f} dB above that patch in the mean over 25 seeds")
-    assert set(own) >= set(scores("kit-k1", "CBSD68", quick, lr=2 * SHORT_LR)) == {"0", "1", "2"}
+    tuned = gaps(kit, scores("kit-k1", "CBSD68", quick, lr=2 * SHORT_LR))
+    assert len(tuned) == 16
+    says(
+        PAGE,
+        f"After 700 steps KiT lies {fmean(found):.2f} dB above that patch in the mean over 25 seeds at the recipe's rate, "
+        f"and {fmean(tuned):.2f} dB over 16 seeds where each has its own best one",
+    )
 
 
 def test_the_search_of_the_patch_alone() -> None:
