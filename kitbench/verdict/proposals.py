@@ -40,8 +40,8 @@ def contrast_command(contrast: Contrast, runs: Runs) -> str:
     }
     seeds = max(compared.found.seeds for compared in contrast.setups.values())
     blocks = runs.under_one_recipe(*methods)
-    for steps in sorted(lengths[ONE] - lengths[OWN], reverse=True):
-        return _own_rates(blocks[steps], methods, runs, seeds)
+    if without := lengths[ONE] - lengths[OWN]:
+        return _own_rates(blocks[max(without)], methods, runs, seeds)
     undecided = {
         setup: compared.found.seeds
         for setup, compared in contrast.setups.items()
