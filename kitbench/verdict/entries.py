@@ -122,6 +122,14 @@ def mean_lpips(evaluation: Evaluation) -> float | None:
     return math.fsum(known) / len(known) if len(known) == len(evaluation.scores) else None
 
 
+def suites_by_comparison(found: Sequence[Entry]) -> dict[str, set[str]]:
+    """The suites that the runs of each comparison were made by."""
+    suites: dict[str, set[str]] = {}
+    for entry in found:
+        suites.setdefault(entry.run.comparison, set()).add(entry.run.suite)
+    return suites
+
+
 @cache
 def shipped_methods() -> frozenset[str]:
     """The names of the shipped methods, which any suite takes."""

@@ -15,7 +15,7 @@ import pandas as pd
 from kitbench.store.folder import RunFolder
 from kitbench.store.records import Run
 from kitbench.verdict.compare import Column, Columns, Compared, against_best, equal_seeds
-from kitbench.verdict.entries import Entry, entries, labels, mean_psnr, mean_ssim
+from kitbench.verdict.entries import Entry, entries, labels, mean_psnr, mean_ssim, suites_by_comparison
 from kitbench.verdict.provenance import Deviation, deviation_text, deviations
 from kitbench.verdict.retrieval import noted
 from kitbench.verdict.statistics import mean_interval
@@ -211,9 +211,7 @@ def suites_of(block: pd.DataFrame) -> list[str]:
 
 def _comparison_order(found: Sequence[Entry]) -> dict[str, str]:
     """Sorts blocks by suites, recipe and key, whatever the order of the folders."""
-    suites: dict[str, set[str]] = {}
-    for entry in found:
-        suites.setdefault(entry.run.comparison, set()).add(entry.run.suite)
+    suites = suites_by_comparison(found)
     return {
         run.comparison[:10]: "/".join(
             (*sorted(suites[run.comparison]), run.recipe.name if run.recipe else "", run.comparison)

@@ -18,7 +18,7 @@ from kitbench.verdict.claims import QUESTIONS
 from kitbench.verdict.compare import Column, Compared, heading
 from kitbench.verdict.contrasts import ComparedRuns
 from kitbench.verdict.curves import learning_curves, target_sheet, time_to_target
-from kitbench.verdict.entries import Entry, labels
+from kitbench.verdict.entries import Entry, labels, suites_by_comparison
 from kitbench.verdict.ladder import Ladder, ladder_sheet
 from kitbench.verdict.layout import caption_of
 from kitbench.verdict.page import curve_pictures, pictures
@@ -200,11 +200,14 @@ def galleries_of(found: Sequence[Entry], folders: dict[str, RunFolder]) -> tuple
     A gallery shows the runs of one comparison, with the references that need no training.
     """
     names = labels(found)
+    suites = suites_by_comparison(found)
     captions: dict[str, dict[str, tuple[int, str]]] = {}
     for run in sorted((entry.run for entry in found), key=lambda run: run.key):
         if run.recipe is not None:
-            suites = {other.run.suite for other in found if other.run.comparison == run.comparison}
-            captions.setdefault(run.mode, {})[run.comparison] = (run.recipe.steps, caption_of(run, suites))
+            captions.setdefault(run.mode, {})[run.comparison] = (
+                run.recipe.steps,
+                caption_of(run, suites[run.comparison]),
+            )
     groups: dict[tuple[Any, ...], dict[str, tuple[Path, Entry, int]]] = {}
     for entry in sorted(found, key=lambda e: (bool(e.run.comparison), names[e.run.key, e.run.method], e.run.seed or 0)):
         evaluation, own = entry.evaluation, captions.get(entry.run.mode, {"": (0, "")})

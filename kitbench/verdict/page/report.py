@@ -25,7 +25,7 @@ from kitbench.verdict import published
 from kitbench.verdict.claims import claims
 from kitbench.verdict.compare import Compared, against_best, equal_seeds, paired_scores
 from kitbench.verdict.contrasts import ComparedRuns, blocks
-from kitbench.verdict.entries import Entry, entries, labels
+from kitbench.verdict.entries import Entry, entries, labels, suites_by_comparison
 from kitbench.verdict.ladder import ladders
 from kitbench.verdict.layout import caption_of, detects, layout_of
 from kitbench.verdict.page import pictures
@@ -204,6 +204,7 @@ def _above(block: pd.DataFrame, others: Collection[str], best: str) -> list[str]
 def _settings(found: Sequence[Entry]) -> list[dict[str, str]]:
     """Everything that determines the numbers: shared parts for each comparison, then settings of each method."""
     shown: dict[str, dict[str, str]] = {}
+    suites = suites_by_comparison(found)
     for entry in found:
         run = entry.run
         if run.recipe is not None and run.backbone is not None and run.comparison not in shown:
@@ -213,9 +214,8 @@ def _settings(found: Sequence[Entry]) -> list[dict[str, str]]:
                 "recipe": run.recipe.model_dump(mode="json"),
                 "training sets": run.train_sets,
             }
-            suites = {other.run.suite for other in found if other.run.comparison == run.comparison}
             text = json.dumps(shared, indent=1, ensure_ascii=False)
-            shown[run.comparison] = {"title": caption_of(run, suites), "text": text}
+            shown[run.comparison] = {"title": caption_of(run, suites[run.comparison]), "text": text}
     names = labels(found)
     own = {names[e.run.key, e.run.method]: dict(e.run.settings) for e in found if e.run.settings}
     methods = {"title": "Settings of the attentions", "text": json.dumps(dict(sorted(own.items())), indent=1)}
