@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from typing import Any, Literal
@@ -11,11 +12,12 @@ from kitbench.spec.fields import Frozen
 from kitbench.spec.messages import parse
 from kitbench.spec.tasks import condition
 from kitbench.verdict.compare import Column, heading
+from kitbench.verdict.sheets import Sheet
 
 HEADING = "Published, not run here"
 CAUTION = (
     "Trained on other data with other recipes, and scored under other protocols: do not rank these figures against the "
-    "rows above. Each is quoted from the source in the last column."
+    "rows of stored runs."
 )
 
 
@@ -54,33 +56,43 @@ def published() -> tuple[Published, ...]:
     )
 
 
-def lines(columns: set[Column] | None = None) -> list[list[str]]:
-    """Rows (method, task, data set, metric, dB, read in) of the figures at these (data set, condition); of all without.
+def sheets(columns: Sequence[Column]) -> list[Sheet]:
+    """For each task with figures at these (data set, condition): models down, columns across in the given order.
 
-    A model without any printed score is a row with n/a, where another row has its task.
+    A model without any printed score is a row of n/a where another row has its task.
     """
-    found = []
-    for model in published():
-        for figure in model.figures:
-            column = figure.data_set, condition(figure.sigma)
-            if columns is None or column in columns:
-                found.append(
-                    [
-                        model.method,
-                        model.task,
-                        heading(column),
-                        figure.metric,
-                        f"{figure.psnr_db:.2f}",
-                        model.source,
-                    ]
-                )
-    tasks = {line[1] for line in found}
-    return found + [
-        [m.method, m.task, "", "", "n/a", m.source] for m in published() if not m.figures and m.task in tasks
+    tasks = dict.fromkeys(model.task for model in published() if any(_column(f) in columns for f in model.figures))
+    return [_sheet(task, columns) for task in tasks]
+
+
+def _column(figure: Figure) -> Column:
+    return figure.data_set, condition(figure.sigma)
+
+
+def _sheet(task: str, columns: Sequence[Column]) -> Sheet:
+    models = [model for model in published() if model.task == task]
+    figures = {(m.method, f.metric, m.source, _column(f)): f"{f.psnr_db:.2f}" for m in models for f in m.figures}
+    own = [column for column in dict.fromkeys(columns) if any(column == of for *_, of in figures)]
+    rows = dict.fromkeys((method, metric, source) for method, metric, source, column in figures if column in own)
+    sources = {source: f"[{at}]" for at, source in enumerate(dict.fromkeys(source for _, _, source in rows), 1)}
+    lines = [
+        (method, metric, sources[source], *(figures.get((method, metric, source, column), "") for column in own))
+        for method, metric, source in rows
     ]
+    without = [model for model in models if not model.figures]
+    return Sheet(
+        f"{HEADING}: {task}, PSNR in dB",
+        ("Method", "Metric", "Read in", *map(heading, own)),
+        (*lines, *((model.method, "", "", *("n/a" for _ in own)) for model in without)),
+        (
+            CAUTION,
+            "Read in: " + "; ".join(f"{sign} {source}" for source, sign in sources.items()) + ".",
+            *(f"{model.method}: {model.source}." for model in without),
+        ),
+    )
 
 
-def records(columns: set[Column]) -> list[dict[str, Any]]:
+def records(columns: Sequence[Column]) -> list[dict[str, Any]]:
     """The figures at these (data set, condition) as rows of the long form: `read_in` says where, `protocol` of what."""
     return [
         {
@@ -92,6 +104,3 @@ def records(columns: set[Column]) -> list[dict[str, Any]]:
         for figure in model.figures
         if (figure.data_set, condition(figure.sigma)) in columns
     ]  # fmt: skip
-
-
-HEADER = ["Method", "Task", "Data set", "Metric", "dB", "Read in"]

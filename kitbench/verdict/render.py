@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pandas as pd
-from tabulate import tabulate
+from tabulate import MIN_PADDING, tabulate
 
 from kitbench.store.folder import RunFolder
 from kitbench.verdict import published
 from kitbench.verdict.entries import entries
 from kitbench.verdict.layout import Layout, TableColumn, TableValue, caption_of, layout_of
 from kitbench.verdict.rows import rows, split, suites_of
+from kitbench.verdict.sheets import Sheet
 
 Format = Literal["markdown", "latex", "csv", "json", "terminal"]
 NARROW = 100
@@ -37,7 +38,7 @@ def render(runs: Sequence[RunFolder], form: Format, protocol: str | None = None,
     On the terminal it is at most NARROW characters wide and shows PSNR and the main costs; `wide`: all columns.
     """
     table = rows(runs, protocol)
-    columns = set(zip(table["data_set"], table["condition"], strict=True))
+    columns = list(dict.fromkeys(zip(table["data_set"], table["condition"], strict=True)))
     if form in ("csv", "json"):
         own = table.assign(read_in=None)
         printed = pd.DataFrame(published.records(columns), columns=own.columns)
@@ -55,19 +56,14 @@ def render(runs: Sequence[RunFolder], form: Format, protocol: str | None = None,
         _block(layout_of(block, caption_of(run, suites_of(block))), form, narrow)
         for block, run in split(table, entries(runs, protocol))
     ]
-    figures = published.lines(columns)
-    if figures:
-        blocks.append(_published(figures, form))
+    blocks += [_published(sheet, form, narrow) for sheet in published.sheets(columns)]
     return "\n".join(blocks)
 
 
-def _published(figures: list[list[str]], form: Format) -> str:
+def _published(sheet: Sheet, form: Format, narrow: bool) -> str:
     styles = _STYLES[form]
-    lines = [[styles.escape(cell) for cell in line] for line in figures]
-    if form == "latex":
-        return _latex(published.HEADING, published.HEADER, lines, [published.CAUTION], aligned="llllrl")
-    caution = _wrapped(published.CAUTION) if form == "terminal" else published.CAUTION
-    return f"{styles.bold(published.HEADING)}\n\n{_grid(published.HEADER, lines, form)}\n\n{caution}\n"
+    cells = zip(*([styles.escape(cell) for cell in line] for line in sheet.lines), strict=True)
+    return _printed(sheet.caption, dict(zip(sheet.header, map(list, cells), strict=True)), sheet.notes, form, narrow)
 
 
 def _block(layout: Layout, form: Format, narrow: bool) -> str:
@@ -76,13 +72,19 @@ def _block(layout: Layout, form: Format, narrow: bool) -> str:
     notes = list(layout.notes)
     if not narrow:
         notes.append("Runs: " + "; ".join(f"{name} {', '.join(keys)}" for name, keys in layout.runs.items()) + ".")
+    return _printed(layout.caption, columns, notes, form, narrow)
+
+
+def _printed(caption: str, columns: dict[str, list[str]], notes: Sequence[str], form: Format, narrow: bool) -> str:
+    """A table of escaped cells by title, its caption above and its notes below."""
+    styles = _STYLES[form]
     if form == "latex":
         lines = [list(line) for line in zip(*columns.values(), strict=True)]
-        return _latex(layout.caption, list(columns), lines, notes, "l" + "r" * (len(columns) - 1))
+        return _latex(caption, list(columns), lines, notes)
     below = "".join(f"\n{styles.escape(note)}\n" if form == "markdown" else f"{_wrapped(note)}\n" for note in notes)
     grids = [_grid(list(part), [list(line) for line in zip(*part.values(), strict=True)], form)
              for part in (_parts(columns) if narrow else [columns])]  # fmt: skip
-    head = styles.bold(_wrapped(layout.caption) if form == "terminal" else layout.caption)
+    head = styles.bold(_wrapped(caption) if form == "terminal" else caption)
     return f"{head}\n\n{chr(10).join(f'{grid}{chr(10)}' for grid in grids)}{below}"
 
 
@@ -122,7 +124,7 @@ def _parts(layout: dict[str, list[str]]) -> Iterator[dict[str, list[str]]]:
 
 def _width(title: str, cells: Sequence[str]) -> int:
     plain = (re.sub(r"\033\[\d+m", "", cell) for cell in cells)
-    return max(*(len(line) for line in _broken(title).splitlines()), *map(len, plain))
+    return max(*(len(line) + MIN_PADDING for line in _broken(title).splitlines()), *map(len, plain))
 
 
 def _wrapped(text: str) -> str:
@@ -180,7 +182,7 @@ def _broken(title: str) -> str:
     return title.replace(": ", ":\n").replace(" per step (MiB)", "\na step (MiB)").replace(" at ", "\nat ")
 
 
-def _latex(caption: str, header: list[str], lines: list[list[str]], notes: list[str], aligned: str) -> str:
+def _latex(caption: str, header: list[str], lines: list[list[str]], notes: Sequence[str]) -> str:
     """A booktabs table of escaped cells; needs \\usepackage{booktabs} and \\usepackage{graphicx}."""
     body = [" & ".join(line) + r" \\" for line in lines]
     below = [rf"\par {{\footnotesize {_tex(note)}}}" for note in notes]
@@ -190,7 +192,7 @@ def _latex(caption: str, header: list[str], lines: list[list[str]], notes: list[
             r"\centering",
             rf"\caption{{{_tex(caption)}}}",
             r"\resizebox{\linewidth}{!}{%",
-            rf"\begin{{tabular}}{{{aligned}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
             r"\toprule",
             " & ".join(map(_tex, header)) + r" \\",
             r"\midrule",

@@ -1,14 +1,11 @@
-"""Paired comparisons between stored runs, and how tables show them; published figures; LaTeX that compiles."""
+"""Paired comparisons between stored runs, and how tables show them; LaTeX that compiles."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 import shutil
 import subprocess
-import tomllib
 from itertools import combinations
 from pathlib import Path
 
@@ -19,9 +16,7 @@ from scipy import stats
 from kitbench.data.cards import card
 from kitbench.data.photograph import read_set
 from kitbench.spec.loading import load_suite
-from kitbench.spec.shipped import builtin
 from kitbench.store.folder import RunFolder, find
-from kitbench.verdict import published
 from kitbench.verdict.against import against_sheets
 from kitbench.verdict.compare import against_best, compare, equal_seeds, paired_scores, scene
 from kitbench.verdict.contrasts import blocks
@@ -306,68 +301,6 @@ def test_every_table_names_the_runs_of_every_row(three: Path) -> None:
     for form in ("markdown", "latex", "terminal", "csv", "json"):
         text = render(runs, form, wide=True)
         assert all(run.run.key[:10] in text for run in runs)
-
-
-def test_published_figures_stand_apart_with_their_source(three: Path, tmp_path: Path) -> None:
-    text = render(find([three]), "markdown")
-    block = text[text.index("Published, not run here") :]
-    assert "28.56" in block
-    assert "open-mmlab/mmagic" in block
-    assert "not available to the authors of this suite" in block
-    assert "Kodak24" not in block  # only what stands beside a column of the table
-    store(tmp_path / "other", "kit", 30.0)
-    assert "Published" not in render(find([tmp_path / "other"]), "markdown")
-
-
-def test_a_table_of_cbsd68_shows_what_cbm3d_and_networks_reach_in_print(tmp_path: Path) -> None:
-    text = render([store(tmp_path, "kit", 30.0, data_set="CBSD68")], "markdown")
-    block = text[text.index("Published, not run here") :]
-    figures = {line.split("|")[1].strip(): line.split("|")[5].strip() for line in block.splitlines() if "σ25" in line}
-    assert figures == {"CBM3D": "30.71", "CDnCNN": "31.23", "FFDNet": "31.21"}
-
-
-@pytest.mark.parametrize("form", ["markdown", "latex", "terminal", "csv", "json"])
-def test_published_figures_stand_beside_a_table_in_every_format(tmp_path: Path, form: str) -> None:
-    for data_set, sigma, protocol in (("CBSD68", 15, "awgn8"), ("Rain100L", None, "rain-y8-ssim2d")):
-        run = store(tmp_path / data_set, "kit", 30.0, data_set=data_set, sigma=sigma, protocol=protocol)
-        text = render([run], form)
-        for model in published.published():
-            for figure in model.figures:
-                expected = (figure.data_set, figure.sigma) == (data_set, sigma)
-                found = [line for line in text.splitlines() if model.method in line and f"{figure.psnr_db:g}" in line]
-                if form == "json":
-                    found = [
-                        r for r in json.loads(text) if (r["method"], r["psnr_db"]) == (model.method, figure.psnr_db)
-                    ]
-                assert bool(found) == expected, (model.method, figure)
-
-
-def test_published_rows_of_the_long_form_say_where_they_were_read(tmp_path: Path) -> None:
-    run = store(tmp_path, "kit", 30.123456789, data_set="CBSD68", sigma=25)
-    own, *printed = csv.DictReader(io.StringIO(render([run], "csv")))
-    assert (own["method"], own["psnr_db"], own["read_in"]) == ("kit", "30.12345679", "")
-    assert {(r["method"], r["psnr_db"]) for r in printed} == {
-        ("CBM3D", "30.71"),
-        ("CDnCNN", "31.23"),
-        ("FFDNet", "31.21"),
-    }
-    assert {r["protocol"] for r in printed} == {"PSNR RGB, as printed"}
-    assert all(r["read_in"] and not r["runs"] and not r["comparison"] for r in printed)
-    assert set(own) == set(json.loads(render([run], "json"))[-1])
-
-
-def test_every_published_figure_has_a_source_and_a_plausible_value_on_a_set_that_has_a_card() -> None:
-    assert {model.task for model in published.published()} == {"denoise", "deblur", "derain", "denoise-real"}
-    cards = {tomllib.loads(path.read_text("utf-8"))["name"]: path for path in (ROOT / "datasets").glob("*.toml")}
-    for model in published.published():
-        assert model.source
-        assert (model.protocol in builtin("protocols")) == bool(model.weights_sha256)
-        for figure in model.figures:
-            assert 20 < figure.psnr_db < 45
-            card = tomllib.loads(cards[figure.data_set].read_text("utf-8"))  # else it would stand beside no table
-            assert model.task in card["tasks"]
-            assert (figure.metric == "PSNR gray") == (not card["colour"])
-            assert (figure.sigma is None) == (model.task != "denoise")
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex here: install texlive-latex-recommended")

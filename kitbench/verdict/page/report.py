@@ -30,7 +30,7 @@ from kitbench.verdict.ladder import ladders
 from kitbench.verdict.layout import caption_of, detects, layout_of
 from kitbench.verdict.page import pictures
 from kitbench.verdict.page.figures import Figure, curves_of, galleries_of, ladder_of, pictures_of, scaling, tuning_of
-from kitbench.verdict.page.tables import Grid, ablation, differences_of, table_cell, table_of
+from kitbench.verdict.page.tables import Grid, ablation, differences_of, grid_of, table_of
 from kitbench.verdict.rows import rows, split, suites_of
 from kitbench.verdict.searches import NONE_SEARCHED, Searches
 
@@ -58,7 +58,10 @@ def report(
         left_out=left_out,
         error_full=pictures.ERROR_FULL,
         scaling=[scaling(sweep) for sweep in sweeps],
-        published=_published(found),
+        published=[
+            grid_of(sheet)
+            for sheet in published.sheets([(entry.evaluation.data_set, entry.evaluation.condition) for entry in found])
+        ],
         settings=_settings(found),
         reproduce=_reproduce(found, page.folders),
         environments=_environments(found),
@@ -100,16 +103,6 @@ def _page(runs: Sequence[RunFolder], searches: Searches, protocol: str | None, f
     names = {m for block in compared for m in block.methods} | {m for record in searches.records for m in record.best}
     look = pictures.Look(pictures.styles(sorted(names)), form)
     return _Page(found, compared, {folder.run.key: folder for folder in runs}, look)
-
-
-def _published(found: Sequence[Entry]) -> Grid:
-    """Printed figures of the sets that these runs were scored on."""
-    lines = published.lines({(entry.evaluation.data_set, entry.evaluation.condition) for entry in found})
-    if not lines:
-        return Grid("None of these sets.", [], [], [])
-    return Grid(
-        published.HEADING, published.HEADER, [[table_cell(c) for c in line] for line in lines], [published.CAUTION]
-    )
 
 
 @dataclass(frozen=True)
