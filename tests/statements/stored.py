@@ -11,7 +11,8 @@ from kitbench.store.folder import find
 from kitbench.verdict.entries import entries
 from tests.conftest import ROOT
 
-REFERENCE = ROOT / "results" / "reference"
+RESULTS = "results"
+REFERENCE = ROOT / RESULTS / "reference"
 SEEDS, MORE, TUNED = "denoise-standard-seeds-cpu", "denoise-standard-more-seeds-cpu", "denoise-standard-tuned-cpu"
 SETS, REACH, GRAY = "denoise-standard-sets-seeds-cpu", "reach-standard-cpu", "denoise-standard-gray-cpu"
 RAIN, SHAKE = "derain-standard-rain100l-cpu", "deblur-standard-levin09-cpu"
@@ -48,11 +49,13 @@ def gaps(a: Scores, b: Scores) -> list[float]:
     return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
 
 
-def says(page: str, *sentences: str) -> None:
-    """Fails unless the page contains each of these texts, wherever its lines break."""
-    text = " ".join((ROOT / page).read_text("utf-8").split())
+def says(place: str, *sentences: str) -> None:
+    """Fails unless a page, or the pages in a folder, contain each of these texts, wherever their lines break."""
+    path = ROOT / place
+    pages = [path] if path.is_file() else sorted(path.glob("*.md"))
+    text = "\n\n".join(" ".join(page.read_text("utf-8").split()) for page in pages)
     for sentence in sentences:
-        assert sentence in text, f"{page} does not say: {sentence}"
+        assert sentence in text, f"{place} does not say: {sentence}"
 
 
 def up(value: float) -> str:

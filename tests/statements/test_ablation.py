@@ -1,4 +1,4 @@
-"""What results/README.md says of the choices that the paper leaves open: the suite `ablate`."""
+"""What the pages in results/ says of the choices that the paper leaves open: the suite `ablate`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from kitbench.verdict.claims import load
 from kitbench.verdict.compare import adjusted
 from kitbench.verdict.contrasts import blocks, compare_methods
 from kitbench.verdict.entries import entries
-from tests.statements.stored import LR, MORE, REFERENCE, SEEDS, SHORT_LR, TUNED, gaps, says, scores, up
+from tests.statements.stored import LR, MORE, REFERENCE, RESULTS, SEEDS, SHORT_LR, TUNED, gaps, says, scores, up
 
-PAGE = "results/README.md"
 SHORT, LONG = "ablate-standard-cbsd68-cpu", "ablate-standard-24000-cpu"
 """3,000 and 24,000 steps."""
 SEARCH = ("kit-exact", "kit-rounds1", "kit-chunk-only")
@@ -37,7 +36,7 @@ def test_no_setting_is_told_from_kit_after_a_short_training() -> None:
     assert set(sorted(mean, key=mean.__getitem__)[-2:]) == {"kit-patch", "kit-k16"}
     assert f"{mean['kit-patch']:.2f}" == f"{mean['kit-k16']:.2f}"
     says(
-        PAGE,
+        RESULTS,
         f"that change anything but the number of keys lie within {up(max(abs(mean[n]) for n in (*SEARCH, *OTHERS)))} dB",
         f"lie {min(search):.3f} to {max(search):.3f} dB below `kit`",
         f"patches of 8 x 8 and 16 neighbours, {mean['kit-k16']:.2f} dB above `kit` in the mean",
@@ -55,7 +54,7 @@ def test_one_patch_alone_after_a_long_training() -> None:
     assert min(*gained, *tuned) > 0
     assert sum(one < 0 for one in lost) == sum(one < 0 for one in lost_best) == 5
     says(
-        PAGE,
+        RESULTS,
         f"Three neighbours are worth {fmean(gained):.2f} dB in tiles of 256 px",
         f"KiT lies {min(gained):.3f} to {max(gained):.3f} dB above its own patch alone",
         f"where each has its own best rate, KiT lies {min(tuned):.3f} to {max(tuned):.3f} dB above it, in six of six",
@@ -73,10 +72,10 @@ def test_one_patch_alone_after_a_long_training() -> None:
         assert 0.4 < fmean(more) / fmean(less) < 0.6  # "about half"
         shares.append([(sum(more) - a) / (sum(less) - b) for a, b in zip(more, less, strict=True)])
     ranges = [f"{min(found):.1f} to {max(found):.1f}" for found in shares]
-    says(PAGE, f"the share of the nearest is {ranges[0]} at the recipe's rate, and {ranges[1]} at the best rates")
+    says(RESULTS, f"the share of the nearest is {ranges[0]} at the recipe's rate, and {ranges[1]} at the best rates")
     beside = gaps(scores("window", "CBSD68", SEEDS), own)
     assert len(beside) == 5
-    says(PAGE, f"lie {min(beside):.2f} to {max(beside):.2f} dB above that patch, in five of five seeds")
+    says(RESULTS, f"lie {min(beside):.2f} to {max(beside):.2f} dB above that patch, in five of five seeds")
 
 
 def test_one_patch_alone_learns_more_slowly() -> None:
@@ -88,7 +87,7 @@ def test_one_patch_alone_learns_more_slowly() -> None:
     tuned = gaps(kit, scores("kit-k1", "CBSD68", quick, lr=2 * SHORT_LR))
     assert len(tuned) == 16
     says(
-        PAGE,
+        RESULTS,
         f"After 700 steps KiT lies {fmean(found):.2f} dB above that patch in the mean over 25 seeds at the recipe's rate, "
         f"and {fmean(tuned):.2f} dB over 16 seeds where each has its own best one",
     )
@@ -100,7 +99,7 @@ def test_the_search_of_the_patch_alone() -> None:
     assert last is None
     assert record.best == {"kit-k1": 2 * LR}
     first, second, third = (f"{psnr:.2f}" for psnr in reached if psnr is not None)
-    says(PAGE, f"(`kit-k1`) reached {first}, {second} and {third} dB at the first three rates")
+    says(RESULTS, f"(`kit-k1`) reached {first}, {second} and {third} dB at the first three rates")
 
 
 def test_what_neighbours_are_worth_falls_with_the_size_of_the_tiles() -> None:
@@ -111,7 +110,7 @@ def test_what_neighbours_are_worth_falls_with_the_size_of_the_tiles() -> None:
     near, middle, whole = (found["kit"][stamp] - found["kit-k1"][stamp] for stamp in stamps)
     assert near > middle > whole > 0
     says(
-        PAGE,
+        RESULTS,
         f"KiT lies {near:.2f} dB above its own patch in tiles of 64 px, {middle:.2f} in tiles of 128, and {whole:.2f} on",
     )
 
@@ -120,4 +119,4 @@ def test_more_keys_do_not_pay_after_a_long_training() -> None:
     kit = scores("kit", "CBSD68", SEEDS)["0"]
     of = {name: scores(name, "CBSD68", LONG)["0"] - kit for name in ("kit-k16", "kit-patch")}
     assert abs(of["kit-patch"]) < 0.005
-    says(PAGE, f"16 patches in place of 4 cost {-of['kit-k16']:.2f} dB, patches of 8 x 8 gained nothing")
+    says(RESULTS, f"16 patches in place of 4 cost {-of['kit-k16']:.2f} dB, patches of 8 x 8 gained nothing")

@@ -9,13 +9,13 @@ from kitbench.store.folder import find
 from kitbench.store.sweeps import Sweep
 from kitbench.verdict.anchors import anchors
 from kitbench.verdict.scaling.fit import exponent
-from tests.statements.stored import CAMERA, GRAY, RAIN, REACH, REFERENCE, SEEDS, SHAKE, says
+from tests.statements.stored import CAMERA, GRAY, RAIN, REACH, REFERENCE, RESULTS, SEEDS, SHAKE, says
 
 
 def test_how_near_published_weights_come_to_print() -> None:
     found = anchors(find([REFERENCE / "anchors"]))
     largest = max(abs(anchor.difference) for anchor in found)
-    for page in ("results/README.md", "docs/protocols.md"):
+    for page in (RESULTS, "docs/protocols.md"):
         says(page, f"within {largest:.3f} dB")
 
 
@@ -26,11 +26,11 @@ def test_the_cost_of_kit_in_time() -> None:
             if run.training is not None and run.training.cost.step_seconds is not None:
                 steps.setdefault((folder, run.run.method), []).append(run.training.cost.step_seconds)
     ratios = [median(steps[folder, "kit"]) / median(steps[folder, "window"]) for folder, name in steps if name == "kit"]
-    says("results/README.md", f"takes {min(ratios):.1f} to {max(ratios):.1f} times that of windows")
+    says(RESULTS, f"takes {min(ratios):.1f} to {max(ratios):.1f} times that of windows")
     points = json.loads((REFERENCE / "scale-cpu" / "scale.json").read_text())["points"]
     time = {(p["method"], p["what"], p["size"]): p["seconds"] for p in points if p["seconds"] and not p["noisy"]}
     alone = [seconds / time["window", *rest] for (name, *rest), seconds in time.items() if name == "kit"]
-    says("results/README.md", f"with four times the keys of windows, {min(alone):.0f} to {max(alone):.1f} times")
+    says(RESULTS, f"with four times the keys of windows, {min(alone):.0f} to {max(alone):.1f} times")
 
 
 def test_the_time_of_global_attention_grows_with_the_square_of_the_pixels() -> None:
@@ -41,6 +41,6 @@ def test_the_time_of_global_attention_grows_with_the_square_of_the_pixels() -> N
     assert found.half_width is not None
     sides = sorted(point.size for point in points)
     says(
-        "results/README.md",
+        RESULTS,
         f"its time from {sides[0]} to {sides[-1]} px (exponent {found.value:.2f} ± {found.half_width:.2f})",
     )

@@ -1,4 +1,4 @@
-"""What README.md and results/README.md say of denoising."""
+"""What README.md and the pages in results/ say of denoising."""
 
 from __future__ import annotations
 
@@ -8,7 +8,21 @@ from statistics import fmean
 
 from kitbench.store.folder import find
 from tests.conftest import ROOT
-from tests.statements.stored import GRAY, MORE, REACH, REFERENCE, SEEDS, SETS, TUNED, gaps, mean, says, scores, up
+from tests.statements.stored import (
+    GRAY,
+    MORE,
+    REACH,
+    REFERENCE,
+    RESULTS,
+    SEEDS,
+    SETS,
+    TUNED,
+    gaps,
+    mean,
+    says,
+    scores,
+    up,
+)
 
 ATTENTIONS = ("window", "local", "kit")
 
@@ -16,14 +30,14 @@ ATTENTIONS = ("window", "local", "kit")
 def test_the_main_methods_of_denoising_lie_close_together() -> None:
     means = {name: mean(name, "CBSD68", SEEDS) for name in ("conv", "window", "kit")}
     spread = max(means.values()) - min(means.values())
-    for page in ("README.md", "results/README.md"):
+    for page in ("README.md", RESULTS):
         says(page, f"within {up(spread)} dB of one another")
     others = [means[name] - means["conv"] for name in ("window", "kit")]
     long = {name: mean(name, "CBSD68", REACH) for name in ("conv", "window", "kit")}
     others += [long[name] - long["conv"] for name in ("window", "kit")]
     kodak = max(mean(name, "Kodak24", SETS) for name in ("window", "kit")) - mean("conv", "Kodak24", SETS)
     says(
-        "results/README.md",
+        RESULTS,
         f"no attention was more than {up(max(others))} dB above it on CBSD68, or {up(kodak)} dB on Kodak24, in the mean",
     )
 
@@ -33,7 +47,7 @@ def test_windows_lie_above_no_attention_on_mcmaster_in_every_seed() -> None:
     assert min(found) > 0
     assert len(found) == 5
     says(
-        "results/README.md",
+        RESULTS,
         f"on McMaster they were {fmean(found):.2f} dB above it in the mean, and above it in each "
         f"of five seeds (by {min(found):.2f} to {max(found):.2f};",
     )
@@ -48,7 +62,7 @@ def test_the_nearest_patches_lie_above_random_ones_in_every_seed() -> None:
     page = (ROOT / "results" / "claims.md").read_text("utf-8")
     [adjusted] = {float(p) for p in re.findall(r"Adjusted p of kit - kit-random: ([0-9.]+),", page)}  # from `claims`
     says(
-        "results/README.md",
+        RESULTS,
         f"by {fmean(one):.2f} dB after 24,000 steps (nine of nine seeds, adjusted p {adjusted:.3f})",
         f"the adjusted p of {adjusted:.3f}, doubled, is {2 * adjusted:.3f}",
     )
@@ -71,21 +85,19 @@ def test_on_gray_pictures_the_nearest_patches_gain_nothing_over_random_ones() ->
     below = {seed: sum(gain < 0 for gain in found) for seed, found in gains.items()}
     assert below == {"0": 6, "1": 2}
     means = [fmean(pair) for pair in zip(*gains.values(), strict=True)]
-    says(
-        "results/README.md", f"they lie {min(means):+.2f} to {max(means):+.2f} dB above them in the mean over two seeds"
-    )
+    says(RESULTS, f"they lie {min(means):+.2f} to {max(means):+.2f} dB above them in the mean over two seeds")
 
 
 def test_what_the_learning_rate_and_the_length_of_training_move() -> None:
     record = json.loads((REFERENCE / TUNED / "tuning-denoise-standard-colour-24000.json").read_text())
     tried = {(trial["method"], trial["lr"]): trial["psnr_db"] for trial in record["trials"] if trial["psnr_db"]}
     moved = [abs(tried[name, 2 * rate] - psnr) for (name, rate), psnr in tried.items() if (name, 2 * rate) in tried]
-    says("results/README.md", f"twice the rate moved a method by up to {max(moved):.1f} dB in denoising after 24,000")
+    says(RESULTS, f"twice the rate moved a method by up to {max(moved):.1f} dB in denoising after 24,000")
     names = ("conv", "kit", "window", "local", "kit-random")
     short = {name: mean(name, "CBSD68", "denoise-cbsd68-cpu", lr=0.005) for name in names}
     long = {name: mean(name, "CBSD68", SEEDS) for name in names}
     assert (min(short, key=short.__getitem__), max(long, key=long.__getitem__)) == ("conv", "conv")
-    says("results/README.md", "on CBSD68 `conv` is last after the 700 steps of the recipe `quick`")
+    says(RESULTS, "on CBSD68 `conv` is last after the 700 steps of the recipe `quick`")
 
 
 def test_wider_tiles_put_kit_behind_windows() -> None:
@@ -97,7 +109,7 @@ def test_wider_tiles_put_kit_behind_windows() -> None:
             )
     apart = [kit - window for kit, window in zip(found["kit"], found["window"], strict=True)]
     says(
-        "results/README.md",
+        RESULTS,
         f"KiT of seed 0 is level with windows ({apart[0]:+.3f} dB); in tiles of 128 and 256 px and on whole pictures it "
         f"lies {-apart[1]:.3f}, {-apart[2]:.3f} and {-apart[3]:.3f} dB below them",
     )
@@ -112,7 +124,7 @@ def test_the_lead_of_attention_over_none_does_not_last() -> None:
     assert abs(window - local) < 0.005
     lagging, scaled = (scores("kit", "CBSD68", folder)["0"] for folder in ("denoise-standard-ema-cpu", early))
     says(
-        "results/README.md",
+        RESULTS,
         f"windows and local attention lie {window:.2f} dB above `conv` and KiT {kit:.2f} (seed 0)",
         f"KiT would have scored {lagging:.2f} dB after 3,000 steps in place of {scaled:.2f}",
     )

@@ -14,6 +14,7 @@ from tests.statements.stored import (
     LR,
     RAIN,
     REFERENCE,
+    RESULTS,
     SHAKE,
     SHORT_CAMERA,
     SHORT_LR,
@@ -38,17 +39,17 @@ def test_what_attention_is_worth_in_deraining() -> None:
     means = [fmean(gain) for gain in gains.values()]
     least = math.floor(10 * min(min(gain) for gain in gains.values())) / 10
     core = f"{min(means):.1f} to {max(means):.1f} dB above `conv` in the mean over three seeds"
-    for page, first in (("README.md", "w"), ("results/README.md", "W")):
+    for page, first in (("README.md", "w"), (RESULTS, "W")):
         says(
             page,
             f"{first}indows, KiT and random patches lie {core}, within {up(max(means) - min(means))} dB of one another",
         )
-    says("results/README.md", f"The others lay above `conv` too, in all three seeds by {least} dB or more")
+    says(RESULTS, f"The others lay above `conv` too, in all three seeds by {least} dB or more")
     higher = sum(gain > 0 for gain in image_gains(RAIN, "window", "conv"))
-    says("results/README.md", f"windows lie above `conv` in {higher} of the 100 pictures")
+    says(RESULTS, f"windows lie above `conv` in {higher} of the 100 pictures")
     nearest, far = above("kit", "kit-random"), above("kit", "window")
     says(
-        "results/README.md",
+        RESULTS,
         f"the nearest patches lie {-fmean(nearest):.2f} dB below random ones ({min(nearest):+.2f} to {max(nearest):+.2f})",
         f"KiT lies {fmean(far):.2f} dB above windows ({', '.join(f'{gap:+.2f}' for gap in far)} in seeds 0, 1 and 2)",
     )
@@ -65,7 +66,7 @@ def test_global_attention_lies_above_all_others_in_deraining() -> None:
     assert len(above("global", "local")) == 1
     adjusted = rows(find([REFERENCE / RAIN])).set_index("method")["p_holm"]
     says(
-        "results/README.md",
+        RESULTS,
         f"{means['kit-random']:.2f} to {means['window']:.2f} dB above random patches, KiT and windows in the mean over "
         f"three seeds, by {least} dB or more in each, in {pictures} or more of the 100 pictures",
         f"and {means['conv']:.2f} dB above `conv`",
@@ -90,7 +91,7 @@ def test_global_attention_alone_gains_by_wider_tiles_in_deraining() -> None:
     assert whole <= in_tiles("global", 128)
     narrow = in_tiles("global", 64)
     says(
-        "results/README.md",
+        RESULTS,
         f"gains by wider tiles, {in_tiles('global', 128) - narrow:.2f} dB, and not beyond 128 px",
         f"it still lies {narrow - in_tiles('local', 64):.2f} dB above local attention and "
         f"{narrow - in_tiles('kit', 64):.2f} dB above KiT",
@@ -102,14 +103,14 @@ def test_another_rate_does_not_bring_no_attention_up_to_windows_in_deraining() -
     others = [mean("conv", "Rain100L", "derain-standard-rates-cpu", sigma=None, lr=lr) for lr in (LR / 2, 2 * LR)]
     assert max(others) < scores("window", "Rain100L", RAIN, sigma=None)["0"]
     said = f"reaches {others[0]:.2f} and {others[1]:.2f} dB, where the recipe's gives {own:.2f} (seed 0"
-    says("results/README.md", f"`conv` at half and at twice the rate {said}")
+    says(RESULTS, f"`conv` at half and at twice the rate {said}")
     faster = [mean(name, "Rain100L", "derain-standard-rates-cpu", sigma=None, lr=2 * LR) for name in ("kit", "window")]
     lost = [
         scores(m, "Rain100L", RAIN, sigma=None)["0"] - psnr for m, psnr in zip(("kit", "window"), faster, strict=True)
     ]
     assert abs(faster[1] - others[1]) < 0.02
     says(
-        "results/README.md",
+        RESULTS,
         f"At twice the rate KiT and windows reach {faster[0]:.2f} and {faster[1]:.2f} dB (seed 0)",
         f"windows are level with `conv` and KiT lies {faster[0] - others[1]:.2f} dB above it (seed 0)",
         f"by {fmean(lost):.1f} dB in deraining (KiT and windows, one seed)",
@@ -120,7 +121,7 @@ def test_deblurring_tells_nothing_apart() -> None:
     means = [mean(name, "Levin09", SHAKE, sigma=None) for name in ("conv", "kit", "kit-random", "window")]
     gains = [value - mean("input", "Levin09", SHAKE, sigma=None, lr=0.0) for value in means]
     says(
-        "results/README.md",
+        RESULTS,
         f"All four lie within {up(max(means) - min(means))} dB of one another, in one seed",
         f"They gain {min(gains):.1f} to {max(gains):.1f} dB over the blurred input",
     )
@@ -144,7 +145,7 @@ def test_real_noise_gains_nothing_from_longer_training_on_synthetic_noise() -> N
     assert all(values[-1] > max(values) - 0.02 for values in validated.values())  # no method has passed its best
     assert last["kit"] == max(last.values())
     says(
-        "results/README.md",
+        RESULTS,
         f"All four lie within {up(max(means.values()) - min(means.values()))} dB of one another, in one seed on 15",
         f"{min(lost):.2f} to {max(lost):.2f} dB below their mean",
         f"to {min(last.values()):.1f} to {max(last.values()):.1f} dB",

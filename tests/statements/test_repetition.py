@@ -6,7 +6,7 @@ import re
 from statistics import fmean
 
 from kitbench.store.folder import find
-from tests.statements.stored import REACH, REFERENCE, by_image, gaps, says, scores, stored, up
+from tests.statements.stored import REACH, REFERENCE, RESULTS, by_image, gaps, says, scores, stored, up
 
 
 def above_conv(method: str, name: str) -> list[float]:
@@ -18,7 +18,7 @@ def above_conv(method: str, name: str) -> list[float]:
 
 
 def test_what_repeated_content_is_worth() -> None:
-    page = "results/README.md"
+    page = RESULTS
     kit = {period: above_conv("kit", f"periodic-[0-9]+-{period:03}") for period in (16, 32, 64, 128)}
     window = {period: above_conv("window", f"periodic-[0-9]+-{period:03}") for period in kit}
     near = [gain for period in (16, 32, 64) for gain in kit[period]]
@@ -58,7 +58,7 @@ def test_what_is_owed_to_copies() -> None:
     )
     assert min(min(gain) for gain in owed_to_copies("copies-[0-9]+-(032|064)")) > 0
     says(
-        "results/README.md",
+        RESULTS,
         f"{of[0]:.2f}, {of[1]:.2f} and {of[2]:.2f} dB from textures with periods of 16, 32 and 64 px, and {of[3]:.2f} dB",
         f"{min(near):.2f} to {max(near):.2f} dB from squares that stand twice 32 or 64 px apart (six images), and "
         f"{min(far):+.2f} to {max(far):+.2f} dB from those 128 or 192 px apart (four)",
@@ -67,7 +67,7 @@ def test_what_is_owed_to_copies() -> None:
 
 
 def test_what_is_gained_on_buildings_and_over_random_patches() -> None:
-    page, houses = "results/README.md", "Urban100-centre512"
+    page, houses = RESULTS, "Urban100-centre512"
     kit, window = (gaps(scores(name, houses, REACH), scores("conv", houses, REACH)) for name in ("kit", "window"))
     assert len(kit) == len(window) == 3
     said = [f"{min(gains):.2f} to {max(gains):.2f}" for gains in (kit, window)]
@@ -99,7 +99,7 @@ def test_hashing_lost_nothing() -> None:
     [worst, *_, best] = sorted(
         gap for name in sets for gap in gaps(scores("kit", name, REACH), scores("kit-exact", name, REACH))
     )
-    says("results/README.md", f"{worst:.3f} to {best:.3f} dB above it on all four sets")
+    says(RESULTS, f"{worst:.3f} to {best:.3f} dB above it on all four sets")
     found: dict[int, list[float]] = {}
     for run in find([REFERENCE / REACH]):
         if run.run.method == "kit":
@@ -109,7 +109,7 @@ def test_hashing_lost_nothing() -> None:
                     found.setdefault(place["level"], []).append(100 * place["recall"])
     full, half = (fmean(found[level]) for level in sorted(found))
     says(
-        "results/README.md",
+        RESULTS,
         f"it misses {100 - half:.0f} to {100 - full:.0f} % of the nearest patches",
         f"hashing finds only {full:.0f} % (full resolution) and {half:.0f} % (half resolution)",
     )
