@@ -248,7 +248,7 @@ def test_latex_is_escaped_and_balanced(tmp_path: Path) -> None:
 
 def test_a_per_cent_sign_is_escaped_once(tmp_path: Path) -> None:
     r"""`\\%` would end the line, and comment out the rest of it."""
-    assert r"a & 50 \% \\" in _latex("", ["Method", "x"], [["a", r"50 \%"]], [], "lr").splitlines()
+    assert r"a & 50 \% \\" in _latex("", ["Method", "x"], [["a", r"50 \%"]], []).splitlines()
 
 
 def test_csv_has_every_digit_of_a_large_integer(tmp_path: Path) -> None:
