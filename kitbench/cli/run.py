@@ -193,7 +193,7 @@ def _submitted(jobs: list[str], out: Path) -> None:
 )
 @click.option(
     "--seed",
-    type=click.IntRange(0),
+    type=click.IntRange(0, 2**31 - 1),
     default=1000,
     show_default=True,
     help="Seed of all trials; no compared run may have it.",

@@ -8,8 +8,8 @@ can be read: a run of another machine of a cluster counts as running while its p
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -50,11 +50,15 @@ def survey(paths: Sequence[Path], now: Callable[[], float] = time.time) -> list[
         if not plans:
             raise
         folders = []
+    rates: dict[str, float] = {}
     for folder in folders:
         try:
             lines.append(_line(folder, folder.run, now()))
+            if folder.run.recipe is not None:
+                rates[folder.path.name] = folder.run.recipe.lr
         except InputError as error:
             lines.append(Line(folder.path.name, "damaged", "", None, None, None, str(error)))
+    lines = [replace(line, name=_with_rate(line.name, rates)) for line in lines]
     begun = {line.work for line in lines}
     for path in plans:
         plan = read_record(Plan, path)
@@ -65,6 +69,16 @@ def survey(paths: Sequence[Path], now: Callable[[], float] = time.time) -> list[
                 note = "not begun; the command that was to run it is gone" if plan.abandoned else ""
                 lines.append(Line(cell.name, state, cell.work, None, None, None, note))
     return sorted(lines, key=lambda line: STATES.index(line.state))
+
+
+def _with_rate(name: str, rates: Mapping[str, float]) -> str:
+    """The name of a run's folder, with its learning rate where others of its method and seed have another.
+
+    rates: by folder.
+    """
+    own = rates.get(name)
+    alike = {rate for other, rate in rates.items() if other.rpartition("-")[0] == name.rpartition("-")[0]}
+    return name if own is None or len(alike) < 2 else f"{name} lr {own:g}"
 
 
 def _line(folder: RunFolder, run: Run, now: float) -> Line:

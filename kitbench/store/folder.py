@@ -244,8 +244,9 @@ def find(paths: Sequence[Path]) -> list[RunFolder]:
             below = sorted({p.parent.parent for p in path.glob("*/*/run.json")})
             raise InputError(
                 f"No run in {path}: neither it nor its subfolders contain a run.json; "
-                + (f"give one of its {len(below)} folders of runs, for example {below[0]}." if below else
-                   "give another folder, or run a suite first.")
+                + ("give another folder, or run a suite first." if not below else
+                   f"give {below[0]}, which has some." if len(below) == 1 else
+                   f"give one of its {len(below)} folders of runs, for example {below[0]}.")
             )  # fmt: skip
         found |= {run.resolve(): RunFolder(run) for run in here}
     return list(found.values())

@@ -87,7 +87,7 @@ class Claim:
 def load(paths: Sequence[Path]) -> tuple[list[RunFolder], list[Sweep], Searches]:
     """Runs, sweeps and searches of learning rates in these folders, or one folder below.
 
-    Raises InputError where a folder holds neither runs nor a sweep.
+    Raises InputError where a folder holds none of them, or runs only deeper.
     """
     runs: list[RunFolder] = []
     sweeps, records, trials = [], [], []
@@ -97,7 +97,8 @@ def load(paths: Sequence[Path]) -> tuple[list[RunFolder], list[Sweep], Searches]
         searches = sorted([*path.glob("tuning*.json"), *path.glob("*/tuning*.json")])
         records += [read_record(Tuning, p) for p in searches]
         trials += [RunFolder(p.parent) for search in searches for p in search.parent.glob("tuning/*/run.json")]
-        if not found or any(any(path.glob(f"{below}run.json")) for below in ("", "*/", "*/*/")):
+        stored = (run for below in ("", "*/", "*/*/") for run in path.glob(f"{below}run.json"))
+        if not (found or searches) or any(run.parent.parent.name != "tuning" for run in stored):
             runs += find([path])
     return runs, sweeps, Searches.read(records, [*runs, *trials])
 

@@ -236,3 +236,9 @@ def test_commands_that_run_parts_of_one_suite_side_by_side_do_not_hide_each_othe
 def test_status_of_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="No run in"):
         survey([tmp_path])
+
+
+def test_runs_that_differ_in_their_learning_rate_alone_are_told_apart(tmp_path: Path) -> None:
+    names = [store(tmp_path, "kit", 30.0, seed=99, lr=rate).path.name for rate in (0.001, 0.002)]
+    other = store(tmp_path, "window", 30.0, seed=99, lr=0.001).path.name
+    assert {line.name for line in survey([tmp_path])} == {f"{names[0]} lr 0.001", f"{names[1]} lr 0.002", other}

@@ -9,11 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 from rich.console import Console
 from skimage import data as photographs
 
-from kitbench.errors import InputError, RunError
+from kitbench.cli.main import cli
+from kitbench.errors import ExitCode, InputError, RunError
 from kitbench.model.methods import load_method
 from kitbench.runs import tune
 from kitbench.runs.cell import Cell, Rates, axes, decisive
@@ -162,6 +164,8 @@ def test_what_cannot_be_searched_is_refused(tmp_path: Path) -> None:
     free = loading.load_suite("denoise", "quick", [], ["nlm"], (), {"nlm": "training-free"})
     with pytest.raises(InputError, match="Nothing is to be tuned"):
         tune.tune(free, options, tune.Search(RATES, 1000), console)
+    seed = CliRunner().invoke(cli, ["tune", "--suite", "denoise", "--seed", str(2**31), "--dry-run"])
+    assert (seed.exit_code, "0<=x<=2147483647" in seed.output) == (ExitCode.BAD_INPUT, True)  # as of a suite's seeds
 
 
 def test_rates_below_the_last_of_the_schedule_are_refused(tmp_path: Path) -> None:

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
+from kitbench.errors import InputError
 from kitbench.spec.fields import digest
 from kitbench.store.folder import find
 from kitbench.store.records import Trial, Tuning, shared_with_search
 from kitbench.verdict.claims import load
 from kitbench.verdict.compare import Compared
 from kitbench.verdict.contrasts import Runs, Setup, select
+from kitbench.verdict.curves import curves_markdown
 from kitbench.verdict.entries import entries
 from kitbench.verdict.searches import Searches
 from tests.stored import rewrite
@@ -134,3 +136,20 @@ def test_trials_are_read_where_tune_stores_them(tmp_path: Path, record: Tuning) 
     assert {scored for trial in record.trials for scored in searches.trials[trial.key]} == {
         ("validation", "σ25", "awgn8.v1")
     }
+
+
+def test_a_search_may_lie_in_a_folder_without_runs(tmp_path: Path, record: Tuning) -> None:
+    """As `tune` leaves it where --out holds nothing else."""
+    alone = tmp_path / "search"
+    (alone / "tuning").mkdir(parents=True)
+    for path in (*tmp_path.glob("*-s99-*"), *tmp_path.glob("tuning-*.json")):
+        path.rename(alone / ("tuning" if path.is_dir() else "") / path.name)
+    found, _, searches = load([alone])
+    assert (found, searches.records) == ([], (record,))
+    assert "seed 99" in curves_markdown(found, searches.records)
+    runs, _, searches = load([tmp_path, alone])
+    assert len(select(entries(runs, None), searches).compare("kit", "local")) == 2
+    (alone / "folder" / "run").mkdir(parents=True)
+    (alone / "folder" / "run" / "run.json").touch()
+    with pytest.raises(InputError, match=r"of its 2 folders of runs, for example .*/folder\."):
+        load([alone])
