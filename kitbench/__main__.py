@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 
@@ -18,6 +20,7 @@ ENVIRONMENT = {
 def main() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    atexit.register(gc.freeze)  # or Python looks for garbage in all that torch has made, a second long, when it ends
     from kitbench.cli.main import cli
 
     cli(prog_name="kitbench" if not sys.argv[0].endswith("__main__.py") else "python -m kitbench")
