@@ -123,3 +123,25 @@ def test_the_lead_of_attention_over_none_does_not_last() -> None:
         f"windows and local attention lie {window:.2f} dB above `conv` and KiT {kit:.2f} (seed 0)",
         f"KiT would have scored {lagging:.2f} dB after 3,000 steps in place of {scaled:.2f}",
     )
+
+
+def test_the_gain_over_random_patches_does_not_come_from_wide_tiles() -> None:
+    stamps = ("awgn8-tile64.v1", "awgn8-tile128.v1", "awgn8-tile256.v1", "awgn8.v1")
+    found = {
+        run.run.method: {scored.stamp: scored.mean_psnr for scored in run.evaluations()}
+        for run in find([REFERENCE / "pools-cpu"])
+    }
+    below = [found["kit"][stamp] - found["kit-random"][stamp] for stamp in stamps]
+    lost = {name: found[name][stamps[0]] - found[name][stamps[-1]] for name in ("kit", "kit-random")}
+    conv = [found["conv"][stamp] for stamp in stamps]
+    assert abs(found["global"][stamps[0]] - conv[0]) < 0.005
+    assert all(
+        none >= found[name][stamp] for none, stamp in zip(conv, stamps, strict=True) for name in ("kit", "window")
+    )
+    says(
+        RESULTS,
+        f"in tiles of 64 px it is {below[0]:.2f} dB, in those of 256 px {below[2]:.2f} (seed 0)",
+        f"Random patches lie {min(below):.2f} to {max(below):.2f} dB below KiT in tiles of every size",
+        f"KiT lost {lost['kit']:.2f} dB that way and random patches {lost['kit-random']:.2f}",
+        f"and `conv` by {up(max(conv) - min(conv))}.",
+    )
