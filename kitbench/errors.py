@@ -22,6 +22,10 @@ class ExitCode(IntEnum):
     """A valid command failed or was interrupted; what was stored before is kept."""
 
 
+METHOD_ERRORS = (Exception, SystemExit)
+"""What the code of a method may raise: it may be a stranger's, and call sys.exit."""
+
+
 class InputError(Exception):
     """Bad input or usage: BAD_INPUT. The message is one sentence: what was found, what was expected, what to do."""
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from kitbench.apply.picture import read_picture, write_picture
 from kitbench.apply.restore import calls, restore_picture, side_by_side
 from kitbench.data.own import SUFFIXES, no_pictures, pictures_in
-from kitbench.errors import InputError, Interrupted, RunError, describe_error
+from kitbench.errors import METHOD_ERRORS, InputError, Interrupted, RunError, describe_error
 from kitbench.model.backbone import UNet
 from kitbench.system.progress import progress
 
@@ -113,7 +113,7 @@ def restore_all(how: Restoration, images: Sequence[Path], targets: Sequence[Path
                     failed.append(str(error).rstrip("."))
                 except BrokenPipeError:  # of the output, which says nothing of the picture
                     raise
-                except Exception as error:  # noqa: BLE001 - memory, the disk, or a stranger's network
+                except METHOD_ERRORS as error:  # or memory, or the disk
                     failed.append(f"{path}: {describe_error(error)}")
                 done += share
                 update(done, path.name)

@@ -40,6 +40,10 @@ class Cli(Group):
         except KeyboardInterrupt:  # which click gives the exit code of a failed check
             stopped = Interrupted("stopped; what was stored before is kept")
             _leave(ctx, stopped, str(stopped), ExitCode.RUN_FAILED)
+        except SystemExit as error:
+            if own_place(error) is None:
+                raise  # of kitbench
+            _leave(ctx, error, describe_error(error), ExitCode.RUN_FAILED)
         except Exception as error:  # noqa: BLE001 - of a method file, or a fault of kitbench
             whose = (
                 "" if own_place(error) or is_disk_full(error) else "; kitbench did not expect this: please report it"
@@ -48,7 +52,7 @@ class Cli(Group):
             _leave(ctx, error, f"{describe_error(error)}{whose}{shown}", ExitCode.RUN_FAILED)
 
 
-def _leave(context: click.Context, error: Exception, sentence: str, code: ExitCode) -> None:
+def _leave(context: click.Context, error: BaseException, sentence: str, code: ExitCode) -> None:
     """Print a sentence, and the traceback where it is wanted and tells more than the sentence."""
     expected = isinstance(error, InputError | RunError)
     if context.meta.get(TRACEBACK) and (cause := error.__cause__ if expected else error) is not None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kitbench.cost.flops import Count, count_module
 from kitbench.cost.second_counter import count_fvcore
+from kitbench.errors import METHOD_ERRORS
 
 TOLERANCE = 0.01
 COMPARED_SIDES = (256, 192, 128, 96, 64)
@@ -48,7 +49,7 @@ def state_macs(model: nn.Module, channels: int, side: int, closed: int | None) -
     with _attentions_apart(model, stated):
         try:
             counted = count_module(model, (1, channels, side, side))
-        except Exception as error:  # noqa: BLE001 - an attention may fail on fake tensors: the row says so
+        except METHOD_ERRORS as error:  # an attention may fail on fake tensors: the row says so
             return StatedMacs(closed, None, f"closed form only: it could not be counted ({type(error).__name__})")
         part = sum(stated) if stated else None
         notes = [
@@ -107,12 +108,12 @@ def compare_counters(model: nn.Module, channels: int, counted: Mapping[int, int]
             by_torch = counted[side] if side in counted else count_module(model, (1, channels, side, side)).macs
             if by_torch <= COMPARED_MACS:
                 break
-    except Exception as error:  # noqa: BLE001 - it may need sides that are multiples of something: the row says so
+    except METHOD_ERRORS as error:  # it may need sides that are multiples of something: the row says so
         return f"checked by one counter only: it cannot be run at {side} px ({type(error).__name__})"
     device = next((p.device for p in model.parameters()), None)
     try:
         by_fvcore, unsupported = count_fvcore(model, torch.zeros(1, channels, side, side, device=device))
-    except Exception as error:  # noqa: BLE001 - tracing fails on code that it does not support: the row says so
+    except METHOD_ERRORS as error:  # tracing fails on code that it does not support: the row says so
         return f"checked by one counter only: fvcore could not trace it ({type(error).__name__})"
     if agree(by_torch, by_fvcore):
         return None

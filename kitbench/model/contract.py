@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from kitbench.errors import InputError, describe_error, own_place, short_path
+from kitbench.errors import METHOD_ERRORS, InputError, describe_error, own_place, short_path
 from kitbench.model.methods import Loaded
 
 if typing.TYPE_CHECKING:
@@ -45,7 +45,7 @@ def check_method(method: Loaded, levels: Mapping[int, tuple[int, int, int]], set
                     raise InputError(f"{where}, shift={shift}: {fault}.")
             except InputError:
                 raise
-            except (Exception, SystemExit) as error:  # a stranger's code may raise anything
+            except METHOD_ERRORS as error:
                 told = describe_error(error)
                 if own_place(error) is None:
                     told += _forward_of(module, _tokens(side, dim))
@@ -214,7 +214,7 @@ def check_network(method: Loaded, network: nn.Module, channels: int, device: tor
     try:
         with torch.inference_mode():
             fault = _fault(network(x), x)
-    except (Exception, SystemExit) as error:  # a stranger's code may raise anything
+    except METHOD_ERRORS as error:
         raise InputError(f"{where} failed: {describe_error(error)}.") from error
     if fault:
         raise InputError(f"{where}: {fault}; pad inside forward where the network needs multiples.")
@@ -242,7 +242,7 @@ def check_restore(method: Loaded, channels: int, sigma: float | None) -> None:
     image = np.random.default_rng(0).random((32, 33, channels), dtype=np.float32)
     try:
         restored, again = (method.restore(image.copy(), sigma) for _ in range(2))
-    except (Exception, SystemExit) as error:  # a stranger's code may raise anything
+    except METHOD_ERRORS as error:
         raise InputError(f"Method {method.name!r} failed on {image.shape}: {describe_error(error)}.") from error
     if getattr(restored, "shape", None) != image.shape or not np.isfinite(restored).all():
         found = getattr(restored, "shape", type(restored).__name__)

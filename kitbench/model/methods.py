@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from kitbench.errors import InputError, describe_error, nearest, own_place
+from kitbench.errors import METHOD_ERRORS, InputError, describe_error, nearest, own_place
 from kitbench.spec.fields import Setting
 
 if typing.TYPE_CHECKING:
@@ -87,9 +87,7 @@ class Loaded:
             if key not in self.settings:
                 raise InputError(f"Method {self.name!r} has no setting {key!r}; {nearest(key, self.settings)}")
             try:
-                # Lax for whole numbers alone: they may stand for floats. True is no number.
-                adapter = TypeAdapter(self.settings[key][0])
-                resolved[key] = adapter.validate_python(value, strict=type(value) is not int)
+                resolved[key] = _typed(self.settings[key][0], value)
             except ValidationError as error:
                 message = error.errors(include_url=False)[0]["msg"]
                 hint = f"; write {value.lower()}" if value in ("True", "False") else ""
@@ -103,7 +101,7 @@ class Loaded:
         assert self.attention is not None, f"{self.name} is training-free"
         try:
             return self.attention(dim, heads, shift=shift, **settings)
-        except Exception as error:  # a stranger's code may raise anything
+        except METHOD_ERRORS as error:
             raise InputError(f"Method {self.name!r} cannot be built with {settings}: {_told(error)}") from error
 
     def build_network(self, channels: int, **settings: Any) -> nn.Module:
@@ -111,7 +109,7 @@ class Loaded:
         assert self.network is not None, f"{self.name} is no whole network"
         try:
             return self.network(channels, **settings)
-        except Exception as error:  # a stranger's code may raise anything
+        except METHOD_ERRORS as error:
             raise InputError(
                 f"Method {self.name!r} cannot be built for {channels} channels with {settings}: {_told(error)}"
             ) from error
@@ -163,7 +161,7 @@ def _import_file(path: Path) -> tuple[ModuleType, str]:
     try:
         source = path.read_bytes()
         exec(spec.loader.source_to_code(source, str(spec.origin)), vars(module))
-    except (Exception, SystemExit) as error:  # an import may raise anything
+    except METHOD_ERRORS as error:
         del sys.modules[name]
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         beside = missing is not None and path.with_name(f"{missing}.py").is_file()
@@ -172,7 +170,7 @@ def _import_file(path: Path) -> tuple[ModuleType, str]:
     return module, hashlib.sha256(source).hexdigest()
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     """What a constructor raised; of a shipped one that refuses a setting, its sentence alone."""
     refusal = isinstance(error, ValueError | TypeError) and own_place(error) is None
     return str(error) if refusal else f"{describe_error(error)}."
@@ -237,4 +235,16 @@ def _setting(parameter: inspect.Parameter, init: Callable[..., None], where: str
             f"{where}, the annotation of {parameter.name!r} cannot be checked ({type(error).__name__}: {first}); use "
             "bool, int, float, str or a Literal."
         ) from error
-    return annotation, parameter.default
+    try:
+        return annotation, _typed(annotation, parameter.default)
+    except ValidationError as error:
+        raise InputError(
+            f"{where}, the default of {parameter.name!r} is {parameter.default!r}, which its annotation does not "
+            f"allow; change one of them."
+        ) from error
+
+
+def _typed(annotation: Any, value: Any) -> Any:
+    """The value as the annotation has it: a whole number may stand for a float. Raises ValidationError."""
+    # Lax for whole numbers alone. True is no number.
+    return TypeAdapter(annotation).validate_python(value, strict=type(value) is not int)

@@ -13,7 +13,7 @@ from kitbench.runs.work import record_of
 from kitbench.store.folder import RunFolder
 
 
-def record_failure(prepared: PreparedSuite, cell: Cell, error: Exception) -> str:
+def record_failure(prepared: PreparedSuite, cell: Cell, error: BaseException) -> str:
     """One line of what went wrong; it and the traceback are kept in the run's folder as far as they can be, and not
     where the run was imported meanwhile.
     """

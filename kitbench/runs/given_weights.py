@@ -19,7 +19,7 @@ from rich.markup import escape
 from torch import Tensor, nn
 
 from kitbench.cost.agreement import state_macs
-from kitbench.errors import InputError, Interrupted, RunError, describe_error
+from kitbench.errors import METHOD_ERRORS, InputError, Interrupted, RunError, describe_error
 from kitbench.model import contract, methods
 from kitbench.model.noise_level import at_noise_level
 from kitbench.model.weights import fit, given_file_sha256, read_state
@@ -154,7 +154,7 @@ def score_all(
                     score_cell(scoring, one.cell, one.restore, CellReporter(display, one.cell), stop)
                 except (Interrupted, InputError):
                     raise
-                except Exception as error:  # a network may be a stranger's code, and raise anything
+                except METHOD_ERRORS as error:
                     raise RunError(f"{one.cell.folder}: {describe_error(error)}") from error
             folders.append(folder)
     return folders

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from kitbench.cost.memory import free_bytes, predict_peak_bytes
-from kitbench.errors import InputError, RunError
+from kitbench.errors import METHOD_ERRORS, InputError, RunError
 from kitbench.model.backbone import UNet
 from kitbench.runs.cell import Cell
 from kitbench.runs.prepare import PreparedSuite
@@ -74,7 +74,7 @@ def require_memory(prepared: PreparedSuite, model: UNet, cell: Cell) -> None:
     ):
         try:
             needed = predict_peak_bytes(call, model.train(call is step), shape) + extra
-        except Exception:  # noqa: BLE001 - a stranger's method may fail on fake tensors, as state_macs says
+        except METHOD_ERRORS:  # it may fail on fake tensors, as state_macs says
             return
         if needed > free:
             raise RunError(

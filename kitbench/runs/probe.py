@@ -19,6 +19,7 @@ from torch import nn
 from kitbench.cost.agreement import state_macs
 from kitbench.cost.memory import peak_bytes
 from kitbench.cost.timing import Sample, compare_times
+from kitbench.errors import METHOD_ERRORS
 from kitbench.runs.cell import Cell
 from kitbench.runs.limits import require_memory, tile_shape
 from kitbench.runs.prepare import PreparedSuite
@@ -58,16 +59,16 @@ class _Subject:
 
 def probe(
     prepared: PreparedSuite, cells: Sequence[Cell], console: Console
-) -> tuple[dict[str, Probe], dict[str, Exception]]:
+) -> tuple[dict[str, Probe], dict[str, BaseException]]:
     """What each trained method among the cells costs, or why it cannot be trained here, by name."""
     subjects: dict[str, _Subject] = {}
-    unfit: dict[str, Exception] = {}
+    unfit: dict[str, BaseException] = {}
     with console.status("measuring what each method costs") as status:
         for cell in {cell.method: cell for cell in cells if cell.trained}.values():
             status.update(f"measuring what {cell.method} costs")
             try:
                 subjects[cell.method] = _subject(prepared, cell)
-            except Exception as error:  # noqa: BLE001 - a method may be a stranger's code, and raise anything
+            except METHOD_ERRORS as error:
                 unfit[cell.method] = error
         status.update("measuring how long a step of each method takes")
         return _timed(prepared, subjects), unfit

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 
 from rich.console import Console
 
-from kitbench.errors import Interrupted, RunError, describe_error
+from kitbench.errors import METHOD_ERRORS, Interrupted, RunError, describe_error
 from kitbench.runs.announce import Expected, announce, expected
 from kitbench.runs.cell import Cell
 from kitbench.runs.display import CellReporter, Display
@@ -120,7 +120,7 @@ def run_here(
             queue.append(cell)
             if held.issuperset(queue):
                 time.sleep(0.5)
-        except Exception as error:
+        except METHOD_ERRORS as error:
             if not alone and stop():  # its connection to a process that has left before it is lost
                 raise Interrupted(f"stopped in {cell.folder}; what was stored before is kept") from error
             # One run's failure (out of memory, a full disk, a damaged record) must not take the others with it.

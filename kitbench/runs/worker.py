@@ -17,7 +17,7 @@ from pathlib import Path
 
 import cv2
 
-from kitbench.errors import Interrupted
+from kitbench.errors import METHOD_ERRORS, Interrupted
 from kitbench.model.methods import Restore
 from kitbench.runs.failure import record_failure
 from kitbench.runs.prepare import Options, PreparedSuite, prepare
@@ -160,7 +160,7 @@ class _Server:
             raise
         except RunLocked as error:
             return Ended(locked=str(error))
-        except Exception as error:  # noqa: BLE001
+        except METHOD_ERRORS as error:
             # One run's failure (out of memory, a full disk, a damaged record) must not take the others with it.
             return Ended(failed=record_failure(self.prepared, cell, error))
         return Ended()

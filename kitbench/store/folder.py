@@ -102,7 +102,11 @@ class RunFolder:
         return self.path / "log.csv"
 
     def evaluations(self) -> list[Evaluation]:
-        return [read_record(Evaluation, path, self.mend) for path in sorted((self.path / "eval").glob("*.json"))]
+        """All stored scores. Raises InputError for those of a training that is not known to have ended."""
+        found = [read_record(Evaluation, path, self.mend) for path in sorted((self.path / "eval").glob("*.json"))]
+        if found and not self.trained and self.run.recipe is not None:
+            raise InputError(f"{self.path} has scores, but no training.json, written before them; {self.mend}.")
+        return found
 
     def evaluation_path(self, data_set: str, sigma: float | None, stamp: str) -> Path:
         level = "" if sigma is None else f"{sigma:g}-"

@@ -115,6 +115,11 @@ def test_an_exception_of_the_own_file_is_told_with_its_line_before_anything_is_w
         ("reduction: int = 4", "reduction: int", "the setting 'reduction' has no default"),
         ("reduction: int = 4", "reduction: int = None", "the default of 'reduction' is None"),
         ("reduction: int = 4", "reduction=(1, 2)", "the default of 'reduction' is (1, 2)"),
+        (
+            "reduction: int = 4",
+            "reduction: int = 2.5",
+            "the default of 'reduction' is 2.5, which its annotation does not",
+        ),
         ("reduction: int = 4", "reduction: 'Nothing' = 4", "name 'Nothing' is not defined"),
         ("reduction: int = 4", "reduction: torch.Tensor = 4", "the annotation of 'reduction'"),
         ("(nn.Module)", "", "must be a torch.nn.Module"),
@@ -157,6 +162,13 @@ def test_a_setting_of_zero_names_the_line_that_divides_by_it(here: Path) -> None
     assert f"mine.py:{line_of(GOOD, 'dim // reduction')}" in sentence(done)
 
 
+def test_a_whole_number_as_the_default_of_a_float_gives_the_key_that_the_float_gives(here: Path) -> None:
+    (here / "mine.py").write_text(GOOD.replace("reduction: int = 4", "reduction: float = 4"))
+    mine = methods.load_method("mine.py", "mine")
+    found = [mine.resolve(given)["reduction"] for given in ({}, {"reduction": 4}, {"reduction": 4.0})]
+    assert [repr(value) for value in found] == ["4.0"] * 3
+
+
 def test_settings_may_be_positional_and_a_dataclass_may_stand_in_the_file(here: Path) -> None:
     head = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Window:\n    side: int = 8\n"
     text = GOOD.replace("import torch\n", "").replace("*, shift=False, reduction", "shift=False, reduction")
@@ -194,6 +206,23 @@ def test_a_late_exception_gives_line_traceback_and_exit_code_3(here: Path) -> No
     assert 'raise KeyError("late")' in record["traceback"]
     again = call("run", "--suite", "tiny.toml", "--method", "mine.py", *steps, "--jobs", "1", "--traceback", code=3)
     assert 'raise KeyError("late")' in again.stderr
+
+
+@pytest.mark.parametrize("when", [BY_SIZE, BY_CALLS])
+def test_an_exit_in_the_own_file_is_the_failure_of_its_run_alone(here: Path, when: str) -> None:
+    text = LATE.replace("{when}", when).replace('KeyError("late")', "SystemExit(0)")
+    (here / "mine.py").write_text(text)
+    chosen = ("--method", "mine.py", "--method", "conv", "--set", "recipe.steps=12", *FEW[2:], "--jobs", "1")
+    done = call("run", "--suite", "tiny.toml", *chosen, code=3)
+    assert f"SystemExit: 0 at mine.py:{line_of(text, 'raise SystemExit')} in forward" in sentence(done)
+    assert list(here.glob("results/*conv*/eval/*.json"))
+
+
+def test_an_exit_in_the_own_file_fails_the_command_that_reaches_it(here: Path) -> None:
+    text = LATE.replace("{when}", "x.shape[1] > 40").replace('KeyError("late")', "SystemExit(0)")
+    (here / "mine.py").write_text(text)
+    done = call("scale", "--method", "mine.py", "--sizes", "64", "--what", "infer", code=3)
+    assert f"SystemExit: 0 at mine.py:{line_of(text, 'raise SystemExit')} in forward" in sentence(done)
 
 
 def test_an_exception_in_a_worker_process_is_told_alike(kitbench: Kitbench, tmp_path: Path) -> None:

@@ -125,6 +125,17 @@ def test_a_record_of_another_schema_is_refused_with_what_to_do(tmp_path: Path) -
             _ = folder.training
 
 
+def test_scores_of_a_training_that_is_not_known_to_have_ended_are_refused(tmp_path: Path) -> None:
+    """By all that read scores; those of a training-free method, which has no training.json, are read."""
+    assert store(tmp_path, "input", 20.0, seed=None).evaluations()
+    folder = store(tmp_path, "kit", 30.25)
+    (folder.path / "training.json").unlink()
+    with pytest.raises(
+        InputError, match=r"has scores, but no training\.json, written before them; restore it or delete"
+    ):
+        folder.evaluations()
+
+
 @pytest.mark.parametrize("stamp", ["../../../x", "a/b.v1", "a.v1+12345", "/etc.v1", ""])
 def test_a_strangers_record_leads_to_no_file_outside_its_folder(stamp: str, tmp_path: Path) -> None:
     folder = store(tmp_path, "kit", 30.25)

@@ -240,6 +240,8 @@ def test_a_seed_that_one_method_lacks_fails_and_one_that_all_lack_is_named(kitbe
     assert "not checked, because no run here has it: seed 2 of ref.json" in done.stdout
     lost = next(run.path for run in find([runs(tmp_path / "lost")]) if (run.run.method, run.run.seed) == ("kit", 1))
     (lost / "training.json").unlink()
+    assert "has scores, but no training.json" in kitbench("check", "lost", "--against", "ref.json", code=2).stderr
+    assert "damaged" in kitbench("status", "lost").stdout
     shutil.rmtree(lost / "eval")
     done = kitbench("check", "lost", "--against", "ref.json", code=1)
     [line] = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]

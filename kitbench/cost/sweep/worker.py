@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from kitbench.cost.memory import RSS_ENVIRONMENT, peak, resident_peak_bytes
 from kitbench.cost.timing import FLUSH_BYTES, Sample, release_flush_buffer, sampler
-from kitbench.errors import InputError, describe_error
+from kitbench.errors import METHOD_ERRORS, InputError, describe_error
 from kitbench.model import methods
 from kitbench.spec.suite import Backbone
 from kitbench.store.sweeps import Outcome, Scope, What
@@ -195,7 +195,7 @@ def serve(connection: Connection, spec: Spec, device_name: str, threads: int, li
         try:
             reply: Any = bench.answer(request)
             bench.rest()
-        except Exception as error:  # noqa: BLE001 - any error is the result of this point
+        except METHOD_ERRORS as error:  # any error is the result of this point
             reply = _failure(error)
         connection.send(reply)
 
@@ -286,7 +286,7 @@ def _resident(call: Callable[[], object]) -> int | None:
     return found if found >= _SMALL_RSS else None
 
 
-def _failure(error: Exception) -> Failed:
+def _failure(error: BaseException) -> Failed:
     words = str(error).strip().split("\n")[0]
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in words:
         asked = re.search(
