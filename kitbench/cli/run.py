@@ -106,6 +106,11 @@ def run(
     _check_spread(given["jobs"], given["gpus"])
     options, console, again = Options(out, **given), _console(), _again(context)
     if tuned:
+        if any(override.partition("=")[0].strip() == "recipe.lr" for override in overrides):
+            raise InputError(
+                "--tuned trains each method at its own best learning rate, and recipe.lr of --set would not be used; "
+                "leave one of the two out."
+            )
         options = replace(options, rates=best_of_search(resolved, out, options.data))
     if only:
         resolved = plan.restrict(resolved, only)
@@ -229,17 +234,20 @@ def tune(
     from kitbench.verdict.tuning import tuning_table
 
     resolved = _suite(suite, preset, overrides_of(overrides, train_set, test_set), method)
-    search = job.Search(_rates(rates) or job.rate_grid(resolved.recipe.lr, 5), seed)
+    search = job.Search(job.rate_grid(resolved.recipe.lr, 5) if rates is None else _rates(rates), seed)
     _check_spread(jobs, gpus)
     options = Options(out, data, device, workers, None, jobs=jobs, gpus=gpus)
     if dry_run:
         trials = job.planned_trials(resolved, options, search, _console())
-        click.echo(f"{len(trials)} trials are to be run, and more where a method's best rate lies at the grid's edge")
+        count = f"{len(trials)} trials are to be run, and more" if trials else "all trials are stored; more are run"
+        click.echo(f"{count} where a method's best rate lies at the grid's edge")
         for rate, label in trials:
             click.echo(f"learning rate {rate:<10g}{label}")
         return
     try:
         found = job.tune(resolved, options, search, _console())
+    except job.NothingEnded:
+        raise  # again in the same command
     except RunError as error:
         raise RunError(f"{error}. {how_to_go_on()}") from error
     for record in found if leads() else ():
@@ -248,12 +256,12 @@ def tune(
         click.echo(f"wrote {out / job.record_name(resolved, record.mode)}")
 
 
-def _rates(text: str | None) -> tuple[float, ...]:
+def _rates(text: str) -> tuple[float, ...]:
     try:
-        found = tuple(sorted({float(part) for part in text.split(",")})) if text else ()
+        found = tuple(sorted({float(part) for part in text.split(",")}))
     except ValueError:
-        found = (0.0,)
-    if text and (len(found) < 2 or not all(0 < rate <= 1 for rate in found)):
+        found = ()
+    if len(found) < 2 or not all(0 < rate <= 1 for rate in found):
         raise InputError(f"--rates takes two or more learning rates in (0, 1], like 1e-3,2e-3,4e-3; found {text!r}.")
     return found
 
@@ -273,7 +281,7 @@ def _again(context: click.Context) -> list[str]:
 
 def _seeds(text: str | None) -> list[int]:
     try:
-        return [int(part) for part in text.split(",")] if text else []
+        return [] if text is None else [int(part) for part in text.split(",")]
     except ValueError as error:
         raise InputError(f"--seeds takes whole numbers like 0,1,2; found {text!r}.") from error
 

@@ -8,6 +8,7 @@ can be read: a run of another machine of a cluster counts as running while its p
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Literal
 
 from kitbench.errors import InputError
 from kitbench.runs.plan import Plan, work_of
-from kitbench.store.folder import RunFolder, find
+from kitbench.store.folder import TRIALS, RunFolder, find
 from kitbench.store.records import Run, host_name, read_record
 from kitbench.text import duration
 
@@ -41,24 +42,27 @@ class Line:
 
 
 def survey(paths: Sequence[Path], now: Callable[[], float] = time.time) -> list[Line]:
-    """Every run at the paths (folders of runs, or folders that hold them), then what is planned but not begun."""
-    lines = []
-    plans = [plan for path in paths for plan in sorted(path.glob(".launch/plan-*.json"))]
-    try:
-        folders = find(paths)
-    except InputError:
-        if not plans:
-            raise
-        folders = []
-    rates: dict[str, float] = {}
-    for folder in folders:
+    """Every run at the paths (folders of runs, or folders that hold them), then what is planned but not begun.
+
+    Trials of searches of learning rates are among them. Raises InputError for a path with nothing of these.
+    """
+    lines, plans = [], list[Path]()
+    folders: dict[Path, RunFolder] = {}
+    for path in paths:
+        places = [place for place in (path, path / TRIALS) if place == path or place.is_dir()]
+        planned = [plan for place in places for plan in sorted(place.glob(".launch/plan-*.json"))]
+        folders |= {folder.path.resolve(): folder for folder in _runs_at(places, bool(planned))}
+        plans += planned
+    rates: dict[str, dict[str, float]] = defaultdict(dict)
+    """By a name without the digits of its key, the rate of each run."""
+    for folder in folders.values():
         try:
             lines.append(_line(folder, folder.run, now()))
             if folder.run.recipe is not None:
-                rates[folder.path.name] = folder.run.recipe.lr
+                rates[_keyless(folder.path.name)][folder.path.name] = folder.run.recipe.lr
         except InputError as error:
             lines.append(Line(folder.path.name, "damaged", "", None, None, None, str(error)))
-    lines = [replace(line, name=_with_rate(line.name, rates)) for line in lines]
+    lines = [replace(line, name=_with_rate(line.name, rates[_keyless(line.name)])) for line in lines]
     begun = {line.work for line in lines}
     for path in plans:
         plan = read_record(Plan, path)
@@ -71,14 +75,30 @@ def survey(paths: Sequence[Path], now: Callable[[], float] = time.time) -> list[
     return sorted(lines, key=lambda line: STATES.index(line.state))
 
 
-def _with_rate(name: str, rates: Mapping[str, float]) -> str:
-    """The name of a run's folder, with its learning rate where others of its method and seed have another.
+def _runs_at(places: Sequence[Path], planned: bool) -> list[RunFolder]:
+    """The runs in these folders. Raises InputError, about the first, where there are none and nothing is planned."""
+    found, refused = list[RunFolder](), list[InputError]()
+    for place in places:
+        try:
+            found += find([place])
+        except InputError as error:
+            refused.append(error)
+    if not found and not planned:
+        raise refused[0]
+    return found
 
-    rates: by folder.
+
+def _keyless(name: str) -> str:
+    """The name of a run's folder without the digits of its key."""
+    return name.rpartition("-")[0]
+
+
+def _with_rate(name: str, rates: Mapping[str, float]) -> str:
+    """The name of a run's folder, with its learning rate where another run has another.
+
+    rates: by folder, of the runs of this method and seed.
     """
-    own = rates.get(name)
-    alike = {rate for other, rate in rates.items() if other.rpartition("-")[0] == name.rpartition("-")[0]}
-    return name if own is None or len(alike) < 2 else f"{name} lr {own:g}"
+    return name if name not in rates or len({*rates.values()}) < 2 else f"{name} lr {rates[name]:g}"
 
 
 def _line(folder: RunFolder, run: Run, now: float) -> Line:

@@ -8,7 +8,7 @@ Trials are ordinary stored runs, in OUT/tuning; the choice is a record with its 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from kitbench.runs.queue import planned_cells, run_suite
 from kitbench.spec.fields import Mode, digest
 from kitbench.spec.suite import Data, SetNames, Source, Suite
 from kitbench.spec.tasks import Denoise
-from kitbench.store.folder import RunFolder
+from kitbench.store.folder import TRIALS, RunFolder
 from kitbench.store.records import Evaluation, Run, Trial, Tuning, read_record, shared_with_search
 from kitbench.system.processes import leads
 
@@ -34,6 +34,10 @@ HIGHEST = 1.0
 """What a recipe's learning rate may be at most: the record of a run with a higher one could not be read back."""
 WIDENINGS = 3
 """How often the grid is widened, at most."""
+
+
+class NothingEnded(RunError):
+    """Every trial of a method diverged: the same search would end alike."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,9 @@ def tune(suite: Suite, options: Options, search: Search, console: Console) -> li
     """Search the best rate of every method of a suite, and store the choice; a record for each mode.
 
     A trial whose training diverges has no score. Raises InputError where the suite names no validation sets, its
-    comparison uses the search's seed, or the stored record holds methods that this search leaves out; RunError where no
-    trial of a method ended well, or one failed in another way than by diverging; Interrupted on Ctrl-C, after which the
-    same search goes on.
+    comparison uses the search's seed, or the stored record holds methods or rates that this search leaves out, or is of
+    another seed; NothingEnded where no trial of a method ended well, another RunError where one failed in another way
+    than by diverging; Interrupted on Ctrl-C, after which the same search goes on.
     """
     suite = _checked(suite, options, search)
     rates, scored, widened = search.rates, dict[Mode, list[Trial]](), 0
@@ -122,7 +126,9 @@ def _checked(suite: Suite, options: Options, search: Search) -> Suite:
             f"The learning rate {search.rates[0]:g} of --rates is below recipe.lr_min ({suite.recipe.lr_min:g}), to "
             "which rates fall; give higher rates, or set recipe.lr_min lower."
         )
-    _keep_methods(suite, _source(suite, options), options.out)
+    for path in (options.out / record_name(suite, mode) for mode in _source(suite, options)):
+        if path.is_file():
+            _keep(read_record(Tuning, path), suite, search, path)
     return initial_weights(suite, options.out)[0]
 
 
@@ -130,20 +136,32 @@ def _asked(suite: Suite, options: Options, rates: Sequence[float], seed: int) ->
     """What the trials of every method at these rates run, and where."""
     source = _source(suite, options)
     of_method = dict.fromkeys(suite.methods, tuple(rates))
-    chosen = replace(options, out=options.out / "tuning", rates=dict.fromkeys(source, of_method))
+    chosen = replace(options, out=options.out / TRIALS, rates=dict.fromkeys(source, of_method))
     return trial_suite(suite, source, seed), chosen
 
 
-def _keep_methods(suite: Suite, modes: Iterable[Mode], out: Path) -> None:
-    """Raises InputError where a stored record, which this search would replace, has a rate of other methods."""
-    for path in (out / record_name(suite, mode) for mode in modes):
-        known = tuple(read_record(Tuning, path).best) if path.is_file() else ()
-        if lost := [name for name in known if name not in suite.methods]:
-            both = ",".join([*known, *(name for name in suite.methods if name not in known)])
-            raise InputError(
-                f"{path} has a rate of {', '.join(lost)} too, which a search without it would lose. Search all with "
-                f"--method {both} (stored trials are not run again), or give another --out."
-            )
+def _keep(record: Tuning, suite: Suite, search: Search, path: Path) -> None:
+    """Raises InputError where a stored record, which this search would replace, has what this one leaves out."""
+    if lost := [name for name in record.best if name not in suite.methods]:
+        both = ",".join([*record.best, *(name for name in suite.methods if name not in record.best)])
+        raise InputError(
+            f"{path} has a rate of {', '.join(lost)} too, which a search without it would lose. Search all with "
+            f"--method {both} (stored trials are not run again), or give another --out."
+        )
+    if record.seed != search.seed:
+        raise InputError(
+            f"{path} is a search with seed {record.seed}, which one with seed {search.seed} would replace; give "
+            f"--seed {record.seed}, or another --out."
+        )
+    # A grid that was widened is widened again by the same search.
+    again = record.widened and set(search.rates) <= set(record.rates)
+    if not again and (left := sorted(set(record.rates) - set(search.rates))):
+        both = ",".join(f"{rate:g}" for rate in sorted({*record.rates, *search.rates}))
+        raise InputError(
+            f"{path} has the learning rate{'s' * (len(left) > 1)} {', '.join(f'{rate:g}' for rate in left)} too, which "
+            f"a search without would lose. Search all with --rates {both} (stored trials are not run again), or give "
+            "another --out."
+        )
 
 
 def beyond(rates: Sequence[float], best: Sequence[float], least: float) -> tuple[float, ...]:
@@ -163,13 +181,13 @@ def with_diverged(scored: Sequence[Trial], methods: Sequence[str], rates: Sequen
 def best_rates(trials: Sequence[Trial], mode: Mode) -> dict[str, float]:
     """By method, the rate with the highest PSNR, the lower of two equal ones, of the trials of one mode.
 
-    Raises RunError where a method has none.
+    Raises NothingEnded where a method has none.
     """
     best = {}
     for method in dict.fromkeys(trial.method for trial in trials):
         scored = [trial for trial in trials if trial.method == method and trial.psnr_db is not None]
         if not scored:
-            raise RunError(f"every trial of {method} diverged in mode {mode}; give lower --rates")
+            raise NothingEnded(f"every trial of {method} diverged in mode {mode}; give lower --rates")
         best[method] = max(scored, key=lambda trial: (trial.psnr_db, -trial.lr)).lr
     return best
 
@@ -290,7 +308,7 @@ def best_of_search(suite: Suite, out: Path, root: Path | None) -> dict[Mode, dic
     """By mode, every method's own best rate.
 
     root: the data folder, as of the run. Raises InputError where no search of a mode is stored in `out`, it was made
-    with another recipe or backbone, or a method is not in it.
+    with another recipe or backbone, or with a seed of these runs, or a method is not in it.
     """
     source = suite.data.embedded if root is None else suite.data.folder
     found: dict[Mode, dict[str, tuple[float, ...]]] = {}
@@ -305,6 +323,11 @@ def best_of_search(suite: Suite, out: Path, root: Path | None) -> dict[Mode, dic
                 f"{out}; run `kitbench tune` first, with the same --suite, --preset, --data and --out{alone}."
             )
         path, record = search
+        if record.seed in suite.seeds:
+            raise InputError(
+                f"{path} chose the rates by runs of seed {record.seed}, which cannot be compared at them; give other "
+                "--seeds."
+            )
         _check_shared(suite, record, path)
         _check_variants(suite, record, path)
         lacking = suite.methods.keys() - record.best.keys()

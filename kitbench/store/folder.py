@@ -50,6 +50,9 @@ from kitbench.store.records import (
     read_record,
 )
 
+TRIALS = "tuning"
+"""In a folder of runs, the folder of the trials of its searches of learning rates."""
+
 
 class RunLocked(RunError):
     """Another process works on the run."""

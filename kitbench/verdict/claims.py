@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from kitbench.errors import InputError
 from kitbench.spec.tasks import Kind
-from kitbench.store.folder import RunFolder, find
+from kitbench.store.folder import TRIALS, RunFolder, find
 from kitbench.store.records import Tuning, read_record
 from kitbench.store.sweeps import Sweep
 from kitbench.text import shown
@@ -96,9 +96,9 @@ def load(paths: Sequence[Path]) -> tuple[list[RunFolder], list[Sweep], Searches]
         sweeps += [_sweep(p) for p in found]
         searches = sorted([*path.glob("tuning*.json"), *path.glob("*/tuning*.json")])
         records += [read_record(Tuning, p) for p in searches]
-        trials += [RunFolder(p.parent) for search in searches for p in search.parent.glob("tuning/*/run.json")]
+        trials += [RunFolder(p.parent) for search in searches for p in search.parent.glob(f"{TRIALS}/*/run.json")]
         stored = (run for below in ("", "*/", "*/*/") for run in path.glob(f"{below}run.json"))
-        if not (found or searches) or any(run.parent.parent.name != "tuning" for run in stored):
+        if not (found or searches) or any(run.parent.parent.name != TRIALS for run in stored):
             runs += find([path])
     return runs, sweeps, Searches.read(records, [*runs, *trials])
 

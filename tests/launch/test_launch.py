@@ -241,4 +241,10 @@ def test_status_of_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
 def test_runs_that_differ_in_their_learning_rate_alone_are_told_apart(tmp_path: Path) -> None:
     names = [store(tmp_path, "kit", 30.0, seed=99, lr=rate).path.name for rate in (0.001, 0.002)]
     other = store(tmp_path, "window", 30.0, seed=99, lr=0.001).path.name
-    assert {line.name for line in survey([tmp_path])} == {f"{names[0]} lr 0.001", f"{names[1]} lr 0.002", other}
+    shown = [f"{names[0]} lr 0.001", f"{names[1]} lr 0.002", other]
+    assert sorted(line.name for line in survey([tmp_path])) == sorted(shown)
+    trial = store(tmp_path / "tuning", "kit", 30.0, seed=1000, lr=0.001).path.name
+    assert sorted(line.name for line in survey([tmp_path, tmp_path])) == sorted([*shown, trial])
+    assert [line.name for line in survey([tmp_path / "tuning"])] == [trial]
+    with pytest.raises(InputError, match="nowhere is not a folder"):
+        survey([tmp_path, tmp_path / "nowhere"])

@@ -205,6 +205,62 @@ def test_a_search_of_fewer_methods_does_not_drop_the_rates_of_the_others(search:
     assert path.read_bytes() == stored
 
 
+def test_a_search_of_fewer_rates_or_with_another_seed_does_not_replace_the_stored_one(
+    search: Search, tmp_path: Path
+) -> None:
+    search({"colour": FINE})
+    path = tmp_path / tune.record_name(suite_of(700), "colour")
+    stored = path.read_bytes()
+    options = Options(tmp_path, tmp_path, "cpu", 0, None)
+    with pytest.raises(InputError, match=r"rates 0\.001, 0\.004 too.*--rates 0\.001,0\.002,0\.003,0\.004 \("):
+        tune.tune(suite_of(700), options, tune.Search((MIDDLE, 3e-3), 1000), Console(quiet=True))
+    with pytest.raises(InputError, match="is a search with seed 1000, which one with seed 7 would replace"):
+        tune.tune(suite_of(700), options, tune.Search(RATES, 7), Console(quiet=True))
+    assert path.read_bytes() == stored
+
+
+def test_the_grid_that_was_widened_can_be_searched_again(search: Search) -> None:
+    scores = {"colour": {LOW: 31.0, MIDDLE: 30.0, HIGH: 29.0, LOW / 2: 30.5}}
+    assert search(scores) == search(scores)
+
+
+def test_runs_of_the_search_s_own_seed_are_not_compared_at_its_rates(search: Search, tmp_path: Path) -> None:
+    search({"colour": FINE})
+    chosen = suite_of(700).model_copy(update={"seeds": (0, 1000)})
+    with pytest.raises(InputError, match="chose the rates by runs of seed 1000, .* give other --seeds"):
+        rates_of(chosen, tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("run", "--suite", "denoise", "--tuned", "--set", "recipe.lr=1e-3"), "recipe.lr of --set would not be used"),
+        (("run", "--suite", "denoise", "--seeds", ""), "--seeds takes whole numbers like 0,1,2; found ''"),
+        (("tune", "--suite", "denoise", "--rates", ""), "--rates takes two or more learning rates in (0, 1]"),
+    ],
+)
+def test_an_option_that_says_nothing_or_is_not_used_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli, [*arguments, "--dry-run"])
+    assert done.exit_code == ExitCode.BAD_INPUT
+    assert expected in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_search_of_which_nothing_ended_is_not_to_be_given_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(chosen: Suite, options: Options, console: Console) -> tuple[list[Any], list[str]]:
+        return [], ["denoise-colour-kit-s1000: training diverged: loss nan at step 9; stopped"]
+
+    monkeypatch.setattr(tune, "run_suite", nothing)
+    done = CliRunner().invoke(cli, ["tune", "--suite", "denoise", "--method", "kit", "--out", str(tmp_path)])
+    assert done.exit_code == ExitCode.RUN_FAILED
+    assert done.stderr.strip() == "kitbench: every trial of kit diverged in mode colour; give lower --rates"
+
+
 def test_the_commands_plan_search_and_use_what_they_found(kitbench: Kitbench, tmp_path: Path) -> None:
     for folder, photograph in (("tested", photographs.astronaut()), ("validated", photographs.chelsea())):
         (tmp_path / folder).mkdir()
@@ -225,7 +281,9 @@ def test_the_commands_plan_search_and_use_what_they_found(kitbench: Kitbench, tm
     assert record.widened  # the best of two rates is at an edge
     assert {f"{rate:g}" for rate in record.rates} <= set(found.split())
     assert max(record.trials, key=lambda trial: (trial.psnr_db or 0, -trial.lr)).lr == record.best["conv"]
-    assert "0 trials are to be run" in kitbench(*search, "--dry-run").stdout
+    assert "all trials are stored" in kitbench(*search, "--dry-run").stdout
+    shown = kitbench("status", "results").stdout  # which holds the trials alone
+    assert len(re.findall(r"denoise-colour-conv-s1000-\w{10} lr 0\.00", shown)) == len(record.rates), shown
     kitbench("run", *recipe, "--tuned")
     assert rates_in(tmp_path / "results") == {"conv": record.best["conv"]}
 
