@@ -17,6 +17,7 @@ from kitbench.verdict.compare import Compared
 from kitbench.verdict.contrasts import Runs, Setup, select
 from kitbench.verdict.curves import curves_markdown
 from kitbench.verdict.entries import entries
+from kitbench.verdict.page.report import figures, report
 from kitbench.verdict.searches import Searches
 from tests.stored import rewrite
 from tests.verdict.test_contrasts import (
@@ -147,6 +148,9 @@ def test_a_search_may_lie_in_a_folder_without_runs(tmp_path: Path, record: Tunin
     found, _, searches = load([alone])
     assert (found, searches.records) == ([], (record,))
     assert "seed 99" in curves_markdown(found, searches.records)
+    assert list(figures(found, [], searches)) == ["rates-denoise-quick-colour-700"]
+    with pytest.raises(InputError, match="a report is about runs; of searches and sweeps alone `kitbench figures`"):
+        report(found, [], searches)
     runs, _, searches = load([tmp_path, alone])
     assert len(select(entries(runs, None), searches).compare("kit", "local")) == 2
     (alone / "folder" / "run").mkdir(parents=True)

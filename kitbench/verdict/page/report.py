@@ -38,7 +38,12 @@ from kitbench.verdict.searches import NONE_SEARCHED, Searches
 def report(
     runs: Sequence[RunFolder], sweeps: Sequence[Sweep], searches: Searches = NONE_SEARCHED, protocol: str | None = None
 ) -> str:
-    """The HTML text. Raises InputError where the runs cannot be in one table."""
+    """The HTML text. Raises InputError where there are no runs, or they cannot be in one table."""
+    if not runs:
+        raise InputError(
+            "There are no runs in these folders, and a report is about runs; of searches and sweeps alone `kitbench "
+            "figures` writes the figures, and `kitbench curves` prints searches."
+        )
     page = _page(runs, searches, protocol)
     found = page.found
     judged = claims(runs, sweeps, searches, protocol)
@@ -80,13 +85,12 @@ def figures(
     Raises InputError as `report` does, and where there is none.
     """
     shown: list[Figure] = []
-    if runs:
-        page = _page(runs, searches, protocol, form)
-        for section in page.sections(rows(runs, protocol)):
-            shown += section["pictures"]
-            shown += section["curves"].pictures if section["curves"] else []
-        for drawn, _ in [*page.ladders(), *(tuning_of(record, page.look) for record in searches.records)]:
-            shown += drawn
+    page = _page(runs, searches, protocol, form)
+    for section in page.sections(rows(runs, protocol)) if runs else ():
+        shown += section["pictures"]
+        shown += section["curves"].pictures if section["curves"] else []
+    for drawn, _ in [*page.ladders(), *(tuning_of(record, page.look) for record in searches.records)]:
+        shown += drawn
     named: dict[str, bytes] = {}
     for figure in [*shown, *(scaling(sweep, form) for sweep in sweeps)]:
         name = re.sub(r"[^\w.-]", "_", figure.name)  # of a user's suite, whose name may hold anything
@@ -98,7 +102,7 @@ def figures(
 
 
 def _page(runs: Sequence[RunFolder], searches: Searches, protocol: str | None, form: pictures.Form = "svg") -> _Page:
-    found = entries(runs, protocol)
+    found = entries(runs, protocol) if runs else []
     compared = blocks(found)
     names = {m for block in compared for m in block.methods} | {m for record in searches.records for m in record.best}
     look = pictures.Look(pictures.styles(sorted(names)), form)
