@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import glob
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from rich.console import Console
 
-from kitbench.apply.picture import read_picture, write_picture
+from kitbench.apply.picture import UNREADABLE, picture_header, read_picture, write_picture
 from kitbench.apply.restore import calls, restore_picture, side_by_side
 from kitbench.data.own import SUFFIXES, no_pictures, pictures_in
 from kitbench.errors import METHOD_ERRORS, InputError, Interrupted, RunError, describe_error
@@ -41,13 +39,18 @@ def pictures_named(arguments: Sequence[Path]) -> tuple[list[Path], int, list[Pat
 
     Of folders and wildcards two kinds of files are left out: pictures that an earlier call wrote, whose number is
     returned second, and files that are no pictures, which are returned third. A picture that is named twice counts
-    once. Raises InputError for an argument that names no picture.
+    once. Raises InputError for an argument that names no picture, or a file of a format that is not read.
     """
     found: list[Path] = []
     others: list[Path] = []
     left_out = 0
     for argument in arguments:
         if argument.is_file():
+            if argument.suffix.lower() not in SUFFIXES:
+                known = ", ".join(SUFFIXES)
+                raise InputError(
+                    f"{argument} is not of a format that is read; give one that ends in {known}."
+                )
             found.append(argument)
             continue
         if argument.exists() and not argument.is_dir():
@@ -153,10 +156,8 @@ def _counter(done: int, share: int, name: str, update: Callable[[int, str], None
 def _parts(how: Restoration, path: Path) -> int:
     """How many times the network is called for a picture, by the file's header; 1 where that cannot be read."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large pictures
-            with Image.open(path) as image:
-                width, height = image.size
-                return calls(how.model, (height, width, len(image.getbands())), how.tile)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        with picture_header(path) as image:
+            width, height = image.size
+            return calls(how.model, (height, width, len(image.getbands())), how.tile)
+    except UNREADABLE:
         return 1  # what is wrong with it is said when its turn comes

@@ -33,6 +33,8 @@ EXTRA_SAMPLES, UNASSOCIATED = 338, 2
 """The tag of a TIFF that says what its alpha is, and its value for one that no colour was multiplied by."""
 CIELAB = (8, 9, 10)
 """Colour spaces of a TIFF that OpenCV turns into another RGB than they mean: its grays come out yellowish."""
+PNG, COLOUR_TYPE, GRAY_WITH_ALPHA = b"\x89PNG\r\n\x1a\n", 25, 4
+"""How a PNG begins, the byte that says what its channels are (ISO/IEC 15948, 11.2.2), and its value for two of them."""
 UNREADABLE = (OSError, struct.error, ValueError, SyntaxError)
 """What Pillow and tifffile raise at a damaged file."""
 
@@ -75,14 +77,17 @@ def read_picture(path: Path) -> Picture:
 
 
 def _with_alpha(path: Path, data: bytes, image: np.ndarray) -> np.ndarray:
-    """A decoded picture with the alpha of a TIFF of 8 bits. Raises InputError for one of gray with another alpha, and
-    for one in CIELAB.
+    """A decoded picture with the alpha of a PNG of gray, or of a TIFF of 8 bits. Raises InputError for a TIFF of gray
+    with another alpha, and for one in CIELAB.
 
-    OpenCV drops the alpha of gray, and multiplies colours by an alpha that the file keeps apart from them.
+    OpenCV makes three colours of the gray of a PNG that has alpha; of a TIFF it drops the alpha of gray, and multiplies
+    colours by an alpha that the file keeps apart from them.
     """
+    if data.startswith(PNG) and data[COLOUR_TYPE] == GRAY_WITH_ALPHA:
+        return image[..., [0, 3]]
     if path.suffix.lower() not in TIFF:
         return image
-    with suppress(*UNREADABLE), _header(io.BytesIO(data)) as picture:  # OpenCV has read it
+    with suppress(*UNREADABLE), picture_header(io.BytesIO(data)) as picture:  # OpenCV has read it
         apart = isinstance(picture, TiffImageFile) and picture.tag_v2.get(EXTRA_SAMPLES) == (UNASSOCIATED,)
         if picture.mode == "LA" or (picture.mode == "RGBA" and image.dtype == np.uint8 and apart):
             picture.load()  # turns it upright; given a path, Pillow 13 would mix up the pixels of an uncompressed file
@@ -105,7 +110,7 @@ def _profile(path: Path) -> bytes | None:
                 pages = [page.aspage() for page in file.pages]
                 frames, profile = sum(not page.is_reduced for page in pages), pages[0].iccprofile
         else:
-            with _header(path) as header:
+            with picture_header(path) as header:
                 # JPEG files of telephones have previews and depth maps behind the picture.
                 frames = getattr(header, "n_frames", 1) if suffix in (".png", ".webp") else 1
                 profile = header.info.get("icc_profile")
@@ -115,8 +120,8 @@ def _profile(path: Path) -> bytes | None:
 
 
 @contextmanager
-def _header(file: Path | io.BytesIO) -> Iterator[Image.Image]:
-    """A picture whose pixels are not decoded. Its size is no reason to refuse it: OpenCV has decoded it."""
+def picture_header(file: Path | io.BytesIO) -> Iterator[Image.Image]:
+    """A picture whose pixels are not decoded. Its size is no reason to refuse it: OpenCV decodes it."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with warnings.catch_warnings():
@@ -142,7 +147,7 @@ TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 
 def _orientation(path: Path) -> int:
     """EXIF orientation of a picture that OpenCV has not turned; 1: upright, or a TIFF, which it has."""
-    with suppress(*UNREADABLE), _header(path) as header:
+    with suppress(*UNREADABLE), picture_header(path) as header:
         found = header.getexif().get(Base.Orientation, 1) if "exif" in header.info else 1
         return found if header.format != "TIFF" and found in TURNS else 1
     return 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import tifffile
@@ -62,6 +65,25 @@ def test_a_tiff_of_gray_with_an_alpha_that_would_be_lost_is_refused(dtype, alpha
     )
     with pytest.raises(InputError, match="gray with alpha that is not read; give a PNG"):
         read_picture(tmp_path / "one.tif")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_png_of_gray_with_alpha_has_one_channel_and_alpha(dtype, tmp_path) -> None:
+    """OpenCV decodes it as colour, and a network of colours would give it some."""
+    gray, alpha = photograph(20, 30, 1, dtype), photograph(20, 30, 1, dtype)[::-1]
+    both = np.concatenate([gray, alpha], 2)
+    header = struct.pack(">IIBBBBB", 30, 20, 8 * gray.itemsize, 4, 0, 0, 0)
+    rows = zlib.compress(b"".join(b"\0" + row.astype(f">u{gray.itemsize}").tobytes() for row in both))
+    chunks = (b"IHDR" + header, b"IDAT" + rows, b"IEND")
+    data = (struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks)
+    (tmp_path / "one.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(data))
+    read = read_picture(tmp_path / "one.png")
+    np.testing.assert_array_equal(read.pixels, gray)
+    np.testing.assert_array_equal(read.alpha, alpha)
+    write_picture(tmp_path / "again.png", read)
+    again = read_picture(tmp_path / "again.png")  # in three equal channels
+    np.testing.assert_array_equal(again.pixels, np.repeat(gray, 3, 2))
+    np.testing.assert_array_equal(again.alpha, alpha)
 
 
 def test_the_size_that_pillow_warns_of_does_not_hide_the_profile_and_alpha(tmp_path, monkeypatch) -> None:

@@ -259,6 +259,12 @@ def test_folders_and_wildcards_name_the_pictures_in_them_but_not_earlier_results
     ):
         others = [tmp_path / "notes.txt"] if argument in ("", "*") else []
         assert pictures_named([tmp_path / argument]) == ([tmp_path / name for name in found], left_out, others)
+    (tmp_path / "moving.gif").touch()  # read neither alone nor in a folder
+    with pytest.raises(
+        InputError, match=r"moving\.gif is not of a format that is read; give one that ends in \.bmp"
+    ):
+        pictures_named([tmp_path / "moving.gif"])
+    assert tmp_path / "moving.gif" in pictures_named([tmp_path])[2]
 
 
 def test_side_by_side_shows_the_input_left_and_the_result_right(tiny_runs, tmp_path) -> None:
@@ -304,7 +310,10 @@ def test_progress_counts_every_call_of_the_network(monkeypatch, tile, model_chan
 
 
 def test_a_large_picture_shows_at_once_how_far_it_is_and_then_how_long_it_takes(tmp_path, monkeypatch) -> None:
-    """Two pictures of nine tiles each, of ten seconds each by the clock that the progress reads."""
+    """Two pictures of nine tiles each, of ten seconds each by the clock that the progress reads, and of a size that
+    Pillow would refuse.
+    """
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     now = [0.0]
 
     class Slow(torch.nn.Module):
