@@ -49,7 +49,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    hint = f"did you mean {close[0]!r}? " if close and close[0] != word else ""
     if len(names) > MANY:
         similar = difflib.get_close_matches(word, names, n=5, cutoff=0.3)
         listed = f"Similar: {', '.join(similar)}. " if similar else ""

@@ -28,6 +28,12 @@ def shown(value: float, digits: int, sign: str = "") -> str:
     return text if float(text) or not value else f"{value:{sign}.0e}"
 
 
+def significant(value: float, digits: int = 3) -> str:
+    """With so many significant digits, never as a power of ten: `2.5`, `32,800`."""
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:,.0f}" if abs(rounded) >= 1000 else f"{rounded:g}"
+
+
 def capitalised(text: str) -> str:
     """The text with its first letter in upper case, all others as they are."""
     return text[:1].upper() + text[1:]

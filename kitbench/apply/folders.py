@@ -48,9 +48,7 @@ def pictures_named(arguments: Sequence[Path]) -> tuple[list[Path], int, list[Pat
         if argument.is_file():
             if argument.suffix.lower() not in SUFFIXES:
                 known = ", ".join(SUFFIXES)
-                raise InputError(
-                    f"{argument} is not of a format that is read; give one that ends in {known}."
-                )
+                raise InputError(f"{argument} is not of a format that is read; give one that ends in {known}.")
             found.append(argument)
             continue
         if argument.exists() and not argument.is_dir():

@@ -101,7 +101,7 @@ def reproduce(
 
 def _require_complete(stored: RunFolder) -> None:
     record = stored.run
-    if not stored.evaluations() or (record.seed is not None and stored.training is None):
+    if not stored.evaluations():
         raise InputError(f"{stored.path} is not complete, so there is nothing to compare with; finish it first.")
     given_weights = "weights_sha256" in record.identity
     if given_weights or (record.seed is None and record.attention not in methods.shipped()):

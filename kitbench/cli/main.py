@@ -25,7 +25,16 @@ SHARED = ("run", "tune")
 class Cli(Group):
     """Prints one sentence instead of a traceback, unless --traceback was given, and exits with the code of its kind."""
 
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **extra)
+        except OSError as error:  # --help and --version have printed where no space is left
+            click.echo(f"kitbench: {describe_error(error)}", err=True)
+            raise SystemExit(ExitCode.RUN_FAILED) from error
+
     def invoke(self, ctx: click.Context) -> Any:
+        if os.environ.get("NO_COLOR"):  # no-color.org: click does not know it
+            ctx.color = False
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.Abort, click.exceptions.Exit):

@@ -28,11 +28,21 @@ class RunPath(click.Path):
         path = Path(value)
         if not path.exists() and re.fullmatch(r"[0-9a-f]{4,64}", path.name):
             return _run_of_key(path.parent, path.name)
+        if not path.exists() and re.fullmatch(r"[0-9a-f]{1,3}", path.name):
+            raise InputError(f"{value} is no folder, and of a run's key it is too little; give four digits or more.")
         return super().convert(value, param, ctx)
+
+
+class WholeRange(click.IntRange):
+    """A whole number in a range. click would call a word that is none `not a valid integer range`."""
+
+    name = "integer"
 
 
 class FiniteRange(click.FloatRange):
     """A float in a range; not infinity, nor NaN, which no range excludes."""
+
+    name = "number"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         number = super().convert(value, param, ctx)
@@ -153,7 +163,7 @@ LPIPS = click.option(
 )
 DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 JOBS = click.option(
-    "--jobs", type=click.IntRange(1), envvar="KITBENCH_JOBS", show_envvar=True,
+    "--jobs", type=WholeRange(1), envvar="KITBENCH_JOBS", show_envvar=True,
     help="Runs at a time; by default as many as cores and memory, GPUs, or Slurm allow. 1: one after another.",
 )  # fmt: skip
 PATHS = click.argument("paths", nargs=-1, required=True, type=RunPath(), metavar="RUNS...")

@@ -24,6 +24,7 @@ from kitbench.cli.options import (
     SUITE,
     TEST_SET,
     TRAIN_SET,
+    WholeRange,
     overrides_of,
     shared_by_torchrun,
 )
@@ -45,12 +46,10 @@ if TYPE_CHECKING:
 @DATA
 @OUT
 @DEVICE
-@click.option(
-    "--workers", type=click.IntRange(0, 64), default=0, show_default=True, help="Processes that prepare batches."
-)
+@click.option("--workers", type=WholeRange(0, 64), default=0, show_default=True, help="Processes that prepare batches.")
 @LPIPS
 @click.option(
-    "--micro-batch", type=click.IntRange(1), metavar="N",
+    "--micro-batch", type=WholeRange(1), metavar="N",
     help="Most crops at a time on a device; their gradients add up to the batch's. Changes rounding only, "
          "except with method centres.",
 )  # fmt: skip
@@ -62,10 +61,10 @@ if TYPE_CHECKING:
 )
 @click.option("--dry-run", is_flag=True, help="Print what would be run, and run nothing.")
 @click.option("--launcher", type=click.Choice(["slurm"]), help="Submit the runs to Slurm instead of running them here.")
-@click.option("--cpus", type=click.IntRange(1), help="Slurm: CPU cores of a run.")
+@click.option("--cpus", type=WholeRange(1), help="Slurm: CPU cores of a run.")
 @click.option("--partition", help="Slurm: the partition that the runs are submitted to.")
 @click.option(
-    "--time", "minutes", type=click.IntRange(1), metavar="MINUTES",
+    "--time", "minutes", type=WholeRange(1), metavar="MINUTES",
     help="Slurm: time limit of a job; at the limit it is queued again and continues from its checkpoint.",
 )  # fmt: skip
 @click.option("--only", hidden=True, metavar="CELL", help="One cell, e.g. colour/kit/0: what a Slurm job runs.")
@@ -188,9 +187,7 @@ def _submitted(jobs: list[str], out: Path) -> None:
 @DATA
 @OUT
 @DEVICE
-@click.option(
-    "--workers", type=click.IntRange(0, 64), default=0, show_default=True, help="Processes that prepare batches."
-)
+@click.option("--workers", type=WholeRange(0, 64), default=0, show_default=True, help="Processes that prepare batches.")
 @click.option(
     "--rates",
     metavar="LR,LR,...",
@@ -198,7 +195,7 @@ def _submitted(jobs: list[str], out: Path) -> None:
 )
 @click.option(
     "--seed",
-    type=click.IntRange(0, 2**31 - 1),
+    type=WholeRange(0, 2**31 - 1),
     default=1000,
     show_default=True,
     help="Seed of all trials; no compared run may have it.",
@@ -309,7 +306,7 @@ def status(paths: tuple[Path, ...]) -> None:
 @METHOD_FILE
 @DATA
 @DEVICE
-@click.option("--workers", type=click.IntRange(0, 64), default=0, help="Processes that prepare batches.")
+@click.option("--workers", type=WholeRange(0, 64), default=0, help="Processes that prepare batches.")
 @JOBS
 @click.option("--out", type=click.Path(path_type=Path), help="Keep the new runs in this folder, and go on there.")
 def reproduce(

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from kitbench.cli.options import FiniteRange, listed
+from kitbench.cli.options import FiniteRange, WholeRange, listed
 from kitbench.cli.output import make_console
 from kitbench.errors import RunError
 
@@ -22,8 +22,8 @@ from kitbench.errors import RunError
 @click.option("--what", default="infer,train", show_default=True, help="infer, train, or infer,train for both.")
 @click.option("--scope", type=click.Choice(["attention", "block", "model"]), default="attention", show_default=True,
               help="What is measured: the attention alone, a block of the network, or the whole network.")  # fmt: skip
-@click.option("--dim", type=click.IntRange(1), default=32, show_default=True, help="Channels (attention, block).")
-@click.option("--heads", type=click.IntRange(1), default=1, show_default=True, help="Heads (attention, block).")
+@click.option("--dim", type=WholeRange(1), default=32, show_default=True, help="Channels (attention, block).")
+@click.option("--heads", type=WholeRange(1), default=1, show_default=True, help="Heads (attention, block).")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--memory", help="Memory limit of a point, e.g. 8GiB; by default 80 % of what is free.")
 @click.option(

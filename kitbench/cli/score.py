@@ -19,6 +19,7 @@ from kitbench.cli.options import (
     SET,
     TEST_SET,
     RunPath,
+    WholeRange,
     form_of,
     one_spelling,
     overrides_of,
@@ -40,7 +41,7 @@ SHOWN = 5
 @DEVICE
 @click.option(
     "--tile",
-    type=click.IntRange(0),
+    type=WholeRange(0),
     help="Side of the tiles in pixels, 0 for the whole picture; by default chosen by its size.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the results; by default that of each picture.")

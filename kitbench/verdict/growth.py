@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kitbench.store.sweeps import Point, Sweep
+from kitbench.text import significant
 from kitbench.verdict.contrasts import UNDECIDED, Verdict, combined
 from kitbench.verdict.scaling.fit import Exponent, exponent
 
@@ -151,7 +152,7 @@ def costly_part(sweeps: Sequence[Sweep]) -> Part:
         return Part(question, UNDECIDED, (), command=SWEEP, reason=reason)
     sweep, ours, theirs = max(both, key=lambda found: len(found[1].keys() & found[2].keys()))
     ratio = {size: ours[size].macs / theirs[size].macs for size in sorted(ours.keys() & theirs.keys())}
-    words = "global / window: " + ", ".join(f"{_three(r)} at {size} px" for size, r in ratio.items())
+    words = "global / window: " + ", ".join(f"{significant(r)} at {size} px" for size, r in ratio.items())
     small, large = min(ratio), max(ratio)
     verdict, reason = UNDECIDED, ""
     if ratio[large] < COSTLY_RATIO:
@@ -161,10 +162,7 @@ def costly_part(sweeps: Sequence[Sweep]) -> Part:
     else:
         reason = "the sweep holds no map small enough"
     command = SWEEP.replace("64:4096", "16:1024") if verdict == UNDECIDED else ""
-    short = "ratio " + " and ".join(f"{_three(ratio[size])} at {size} px" for size in dict.fromkeys((small, large)))
+    short = "ratio " + " and ".join(
+        f"{significant(ratio[size])} at {size} px" for size in dict.fromkeys((small, large))
+    )
     return Part(question, verdict, (words,), (f"sweep {sweep.key[:10]}",), command, reason, short, by_construction=True)
-
-
-def _three(number: float) -> str:
-    """With three significant digits: `2.5`, `32,800`."""
-    return f"{float(f'{number:.3g}'):,g}"

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
-from kitbench.cli.main import cli
 from kitbench.errors import InputError
 from kitbench.model import contract, methods
-from tests.conftest import TINY, Kitbench
+from tests.cli.conftest import call
+from tests.conftest import Kitbench
 
 GOOD = '''"""mine: scaled channels."""
 import torch
@@ -28,22 +28,6 @@ class Attention(nn.Module):
         return self.mix(x)
 '''
 FEW = ("--set", "recipe.steps=3", "--set", "recipe.warmup=0", "--set", "recipe.validations=0")
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that holds tiny.toml, and the present one."""
-    (tmp_path / "tiny.toml").write_text(TINY)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("KITBENCH_DATA", raising=False)
-    return tmp_path
-
-
-def call(*arguments: str, code: int) -> Result:
-    """The command line, in this process."""
-    done = CliRunner().invoke(cli, list(arguments))
-    assert done.exit_code == code, (done.output, done.exception)
-    return done
 
 
 def sentence(done: Result) -> str:

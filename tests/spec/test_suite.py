@@ -51,6 +51,7 @@ def test_an_override_changes_one_setting_and_nothing_else() -> None:
         ("recipe.lr=1e-7", "lr (1e-07) is below lr_min (1e-06), to which it falls; set both"),
         ("methods.kit.k=[1]", "methods.kit.k is [1]: expected true, false, a number or text"),
         ("methods.kitt.k=3", "did you mean 'kit'?"),
+        ("methods.kit=3", "a method's setting is methods.NAME.SETTING; Known: conv"),
         ("methods.kit=3", "methods.NAME.SETTING"),
         ("protocol.tile=8", "tile must be at least 32"),
         ("protocol=awgn9", "did you mean 'awgn8'?"),

@@ -59,7 +59,7 @@ def build(spec: Spec) -> nn.Module:
 
     loaded = methods.load_method(spec.method)
     if loaded.attention is None:
-        raise InputError(f"Method {spec.method!r} is training-free: the sweep measures attentions.")
+        raise InputError(f"Method {spec.method!r} has no class Attention; the sweep measures attentions: give one.")
     settings = loaded.resolve(spec.settings)
     torch.manual_seed(0)
     if spec.scope == "model":

@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from kitbench.store.files import write_atomic
 from kitbench.store.sweeps import Point, Sweep, What
-from kitbench.text import byte_size
+from kitbench.text import byte_size, significant
 from kitbench.verdict.scaling.fit import COMPARED_BYTES, WORDS, Exponent, Quantity, crossings, curves, exponent, largest
 from kitbench.verdict.scaling.plot import draw_sweep
 
@@ -124,15 +124,15 @@ def _points(sweep: Sweep, what: What) -> str:
     for method, _ in (curve for curve in curves(sweep) if curve[1] == what):
         for p in sweep.curve(method, what):
             memory = byte_size(p.bytes) if p.peak_bytes is not None else f"({byte_size(p.bytes)})"
-            spread = "" if p.quartiles is None else f"{1e3 * p.quartiles[0]:.3g}-{1e3 * p.quartiles[1]:.3g}"
+            spread = "" if p.quartiles is None else "-".join(significant(1e3 * end) for end in p.quartiles)
             rounds = f"{p.rounds} (+{p.dropped} dropped)" if p.dropped else f"{p.rounds or ''}"
-            time = "" if p.seconds is None else f"{1e3 * p.seconds:.3g}"
+            time = "" if p.seconds is None else significant(1e3 * p.seconds)
             rows.append(
                 [
                     method,
                     p.size,
-                    f"{p.macs / 1e9:.4g}",
-                    f"{2 * p.macs / 1e9:.4g}",
+                    significant(p.macs / 1e9, 4),
+                    significant(2 * p.macs / 1e9, 4),
                     memory,
                     time,
                     spread,
@@ -275,8 +275,8 @@ def _executed_and_needed(sweep: Sweep) -> list[str]:
     """The two counts of a forward pass, at the largest size, of each method that executes more than it needs."""
     largest_of = {p.method: p for p in sorted(sweep.points, key=lambda p: p.size) if p.macs_needed is not None}
     return [
-        f"{method} executes {(p.macs_closed or 0) / 1e9:.4g} GMACs in a forward pass at {p.size} px, of which its "
-        f"definition needs {p.macs_needed / 1e9:.4g}."
+        f"{method} executes {significant((p.macs_closed or 0) / 1e9, 4)} GMACs in a forward pass at {p.size} px, of "
+        f"which its definition needs {significant(p.macs_needed / 1e9, 4)}."
         for method, p in largest_of.items()
         if p.macs_needed is not None
     ]

@@ -225,8 +225,8 @@ def test_a_short_sweep_brackets_the_budget_with_predicted_sizes_and_a_new_budget
     assert {p.size for p in stored.points if p.reason is None} == {16, 32}
 
 
-def test_a_child_of_a_training_free_method_is_refused():
-    with pytest.raises(InputError, match="training-free"):
+def test_a_child_of_a_method_without_an_attention_is_refused():
+    with pytest.raises(InputError, match="has no class Attention"):
         build(Spec("nlm", {}, "attention", "infer", 16, 16, 1))
 
 
