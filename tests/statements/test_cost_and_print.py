@@ -19,6 +19,12 @@ def test_how_near_published_weights_come_to_print() -> None:
         says(page, f"within {largest:.3f} dB")
 
 
+def test_the_size_of_the_networks_beside_a_published_one() -> None:
+    [published] = {run.run.cost.parameters for run in find([REFERENCE / "anchors"]) if run.run.method == "ffdnet"}
+    sizes = [run.training.cost.parameters for run in find([REFERENCE / SEEDS]) if run.training is not None]
+    says("README.md", f"({published / 1e6:.2f} million parameters; these networks at most {max(sizes) / 1e6:.2f})")
+
+
 def test_the_cost_of_kit_in_time() -> None:
     steps: dict[tuple[str, str], list[float]] = {}
     for folder in (SEEDS, GRAY, RAIN, SHAKE, CAMERA, REACH, "reach-quick-cpu"):

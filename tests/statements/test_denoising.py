@@ -7,6 +7,7 @@ import re
 from statistics import fmean
 
 from kitbench.store.folder import find
+from kitbench.verdict.claims import claims, load
 from tests.conftest import ROOT
 from tests.statements.stored import (
     GRAY,
@@ -65,6 +66,27 @@ def test_the_nearest_patches_lie_above_random_ones_in_every_seed() -> None:
         "README.md",
         f"by {fmean(one):.2f} dB (nine seeds), and by {fmean(own):.2f} dB where random patches have their own best "
         "learning rate (six seeds)",
+    )
+
+
+def test_the_decision_at_the_best_rates_hangs_on_single_seeds() -> None:
+    page = (ROOT / "results" / "claims.md").read_text("utf-8")
+    [listed] = re.findall(r"made by: python -m kitbench claims (.*?) -->", page)
+    runs, sweeps, searches = load([ROOT / folder for folder in listed.split()])
+    adjusted, means = [], []
+    for seed in range(6):
+        left_out = [r.path for r in find([REFERENCE / TUNED]) if (r.run.method, r.run.seed) == ("kit-random", seed)]
+        decided = claims([run for run in runs if run.path not in left_out], sweeps, searches)
+        [part] = [part for claim in decided for part in claim.parts if "as many random ones" in part.question]
+        facts = " ".join(part.facts)
+        adjusted += map(float, re.findall(r"adjusted p of kit - kit-random: ([0-9.]+),", facts))
+        means += map(float, re.findall(r"best rate, 24,000 steps: kit - kit-random ([+0-9.]+) dB", facts))
+    above = sum(p > 0.05 for p in adjusted)
+    assert (len(adjusted), len(means), above) == (6, 6, 4)
+    says(
+        RESULTS,
+        f"the adjusted p is {min(adjusted):.2f} to {max(adjusted):.2f}, above 0.05 for four of the six, and the "
+        f"difference {min(means):.2f} to {max(means):.2f} dB",
     )
 
 
