@@ -11,7 +11,7 @@ import click
 
 from kitbench.cli.group import Group
 from kitbench.cli.options import DATA
-from kitbench.cli.output import check_failed, make_console
+from kitbench.cli.output import check_failed, make_console, show_grid
 from kitbench.errors import ExitCode, InputError, Interrupted
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def data_list(data: Path | None) -> None:
         found = described(card, folder).name if folder else ""
         present = {"": "no", name: "yes"}.get(found, f"no, but {found}")
         grid.add_row(name, ", ".join(card.tasks), str(card.count), present, card.title, card.licence)
-    make_console().print(grid)
+    show_grid(grid)
 
 
 @data.command()
@@ -195,7 +195,6 @@ def list_(data: Path | None) -> None:
     from kitbench.spec import loading, shipped
 
     check_root(data)
-    console = make_console()
 
     def show(title: str, columns: list[str], lines: list[list[str]]) -> None:
         grid = Table(title=title, title_justify="left", box=None, pad_edge=False, expand=False)
@@ -203,8 +202,8 @@ def list_(data: Path | None) -> None:
             grid.add_column(column, overflow="fold")
         for line in lines:
             grid.add_row(*line)
-        console.print(grid)
-        console.print()
+        show_grid(grid)
+        click.echo()
 
     names = shipped.suite_names()
     raws = {name: loading.read_toml(name, "suites", Path()) for name in names}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from kitbench.errors import ExitCode, InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 
 def show_tables(complete: list[Any], stamps: list[str], out: Path, console: Console) -> None:
@@ -67,6 +69,15 @@ def give(text: str, out: Path | None) -> None:
         writable_file(out)
         write_atomic(out, click.unstyle(text).encode())
         click.echo(f"wrote {out}")
+
+
+def show_grid(grid: Table, markup: bool = True) -> None:
+    """Print a table of the terminal's width; without blanks at the ends of lines where the output is no terminal."""
+    console = make_console()
+    with nullcontext() if console.is_terminal else console.capture() as caught:
+        console.print(grid, highlight=False, markup=markup)
+    if caught is not None:
+        click.echo("\n".join(line.rstrip() for line in caught.get().splitlines()))
 
 
 def make_console() -> Console:

@@ -28,7 +28,7 @@ from kitbench.cli.options import (
     overrides_of,
     shared_by_torchrun,
 )
-from kitbench.cli.output import check_failed, make_console, show_tables, show_tracebacks, wants_traceback
+from kitbench.cli.output import check_failed, make_console, show_grid, show_tables, show_tracebacks, wants_traceback
 from kitbench.errors import ExitCode, InputError, RunError
 
 if TYPE_CHECKING:
@@ -297,7 +297,7 @@ def status(paths: tuple[Path, ...]) -> None:
         grid.add_column(column, overflow="fold")
     for line in status_rows(lines):
         grid.add_row(*line)
-    make_console().print(grid, highlight=False, markup=False)
+    show_grid(grid, markup=False)
     click.echo(summary(lines))
 
 

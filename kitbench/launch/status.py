@@ -104,7 +104,7 @@ def _with_rate(name: str, rates: Mapping[str, float]) -> str:
 def _line(folder: RunFolder, run: Run, now: float) -> Line:
     progress, work = folder.progress, work_of(run.identity)
     steps = run.recipe.steps if run.recipe else None
-    failure = folder.failure
+    failure = folder.failure and _without_name(folder.failure, folder.path.name)
     if progress is not None:
         fresh = now - progress.updated < FRESH_SECONDS
         running = folder.held() if progress.host == host_name() else fresh
@@ -125,6 +125,12 @@ def _line(folder: RunFolder, run: Run, now: float) -> Line:
         return Line(folder.path.name, "stopped", work, done, steps, None, "not scored")
     _ = folder.evaluations(), folder.training, folder.logged()  # each refuses a damaged record
     return Line(folder.path.name, "done", work, steps, steps, None, "")
+
+
+def _without_name(failure: str, name: str) -> str:
+    """The sentence of a failure without the run's name and learning rate, which stand before it."""
+    named, _, why = failure.partition(": ")
+    return why if named.partition(" (learning rate ")[0] == name else failure
 
 
 def status_rows(lines: Sequence[Line]) -> Iterator[list[str]]:

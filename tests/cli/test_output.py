@@ -100,6 +100,14 @@ def test_scale_refuses_what_has_no_attention(here: Path) -> None:
         assert f"Method '{name}' has no class Attention; the sweep measures attentions" in refused
 
 
+def test_tables_have_no_blanks_at_the_ends_of_lines(here: Path) -> None:
+    store(here / "results", "kit", 30.0)
+    for words in (["list"], ["data", "list"], ["status", "results"]):
+        lines = call(*words).stdout.splitlines()
+        assert len(lines) > 2
+        assert not [line for line in lines if line != line.rstrip()]
+
+
 def test_errors_are_red_unless_no_colour_is_wanted(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def printed() -> str:
         return CliRunner().invoke(cli, ["table", "nowhere"], color=True).stderr

@@ -135,7 +135,7 @@ def test_status_tells_every_state_from_the_folders_alone(tmp_path: Path) -> None
     running = unfinished(tmp_path, 2, at(6))
     elsewhere = unfinished(tmp_path, 3, at(8, "another-host"))
     failed = unfinished(tmp_path, 4, at(9))
-    failed.fail(failed.run.key, "out of memory")
+    failed.fail(failed.run.key, f"{failed.path.name} (learning rate 0.001): out of memory: 1 MiB")
     begun = unfinished(tmp_path, 5, None)
     damaged = store(tmp_path, "kit", 30.0, seed=9)
     (damaged.path / "training.json").write_text("")
@@ -168,7 +168,7 @@ def test_status_tells_every_state_from_the_folders_alone(tmp_path: Path) -> None
     }
     table = {row[1]: row for row in status_rows(lines)}
     assert table[running.path.name][2:4] == ["6/20", "1 min 0 s"]
-    assert table[failed.path.name][4] == "out of memory"
+    assert table[failed.path.name][4] == "out of memory: 1 MiB"
     assert table[done.path.name][2] == "20/20"
     assert (
         summary(lines)
