@@ -16,6 +16,7 @@ REFERENCE = ROOT / RESULTS / "reference"
 SEEDS, MORE, TUNED = "denoise-standard-seeds-cpu", "denoise-standard-more-seeds-cpu", "denoise-standard-tuned-cpu"
 SETS, REACH, GRAY = "denoise-standard-sets-seeds-cpu", "reach-standard-cpu", "denoise-standard-gray-cpu"
 RAIN, SHORT_RAIN = "derain-standard-rain100l-cpu", "derain-standard-12000-cpu"
+AS_LONG_RAIN = "derain-standard-14000-cpu"
 SHAKE = "deblur-standard-levin09-cpu"
 CAMERA, SHORT_CAMERA = "denoise-real-standard-cc15-cpu", "denoise-real-cc15-cpu"
 LR, SHORT_LR = 0.002, 0.005
