@@ -50,19 +50,24 @@ class Outcome:
 
 
 def groups(runs: Sequence[RunFolder]) -> list[list[RunFolder]]:
-    """Runs that can be made again side by side, as methods of one suite: all but the method is the same."""
-    found: dict[str, list[RunFolder]] = {}
+    """Runs that can be made again side by side, as methods and seeds of one suite: all else is the same, and each of
+    the methods has each of the seeds.
+    """
+    of_seed: dict[tuple[str, int | None], list[RunFolder]] = {}
     for folder in runs:
         record = folder.run
         scored = [[e.data_set, e.data_sha256, e.sigma, e.stamp] for e in folder.evaluations()]
         one_protocol = len({stamp for *_, stamp in scored}) == 1
-        shared = [record.comparison, record.seed, record.mode, record.environment.threads, scored]
+        shared = [record.comparison, record.mode, record.environment.threads, scored]
         alone = record.seed is None or not one_protocol or record.attention not in methods.shipped()
-        key = digest([*shared, str(folder.path) if alone else ""])
-        same = found.setdefault(key, [])
+        same = of_seed.setdefault((digest([*shared, str(folder.path) if alone else ""]), record.seed), [])
         if any(other.run.method == record.method for other in same):
-            same = found.setdefault(digest([*shared, str(folder.path)]), [])
+            same = of_seed.setdefault((digest([*shared, str(folder.path)]), record.seed), [])
         same.append(folder)
+    found: dict[str, list[RunFolder]] = {}
+    for (key, _), same in of_seed.items():
+        of_methods = {one.run.method: [one.run.attention, one.run.settings] for one in same}
+        found.setdefault(digest([key, of_methods]), []).extend(same)
     return list(found.values())
 
 
@@ -82,7 +87,15 @@ def reproduce(
     suites = [_suite(record, own, method_file) for own in _by_protocol(evaluations)]
     for stored in group[1:]:
         other = _suite(stored.run, evaluations, method_file)
-        suites = [suite.model_copy(update={"methods": suite.methods | other.methods}) for suite in suites]
+        suites = [
+            suite.model_copy(
+                update={
+                    "methods": suite.methods | other.methods,
+                    "seeds": tuple(dict.fromkeys((*suite.seeds, *other.seeds))),
+                }
+            )
+            for suite in suites
+        ]
     notes = [_place(stored.run, options)[1] for stored in group]
     parted = _data(record, evaluations, prepare(suites[0], options))
     if parted is not None:
@@ -92,9 +105,9 @@ def reproduce(
             complete, failed = run_suite(suite, options, console)
             if failed:
                 raise RunError("; ".join(failed))
-    made = {folder.run.method: folder for folder in complete}
+    made = {(folder.run.method, folder.run.seed): folder for folder in complete}
     return [
-        compare_runs(stored, made[stored.run.method], _siblings(stored), [*own, *thread_notes])
+        compare_runs(stored, made[stored.run.method, stored.run.seed], _siblings(stored), [*own, *thread_notes])
         for stored, own in zip(group, notes, strict=True)
     ]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from real_commands import RUN, SUITE, Done, folder, kitbench
 
-from kitbench.apply.reproduce import compare_runs
-from kitbench.store.folder import RunFolder
+from kitbench.apply.reproduce import compare_runs, groups
+from kitbench.store.folder import RunFolder, find
 from kitbench.store.records import Environment, Run
 from kitbench.verdict.differences import differences
 from tests.conftest import ROOT
@@ -96,6 +96,26 @@ def test_a_committed_reference_run_is_reproduced() -> None:
     done = kitbench(ROOT, "reproduce", str(path), "--device", "cpu")
     assert done.code == 0, done.text
     assert f"{path.name}: bit-identical" in done.text or f"{path.name}: within the seed spread" in done.text
+
+
+def test_methods_and_seeds_are_made_again_side_by_side(tmp_path: Path) -> None:
+    """Those of which each method has each seed; another method of one seed, and one without training, are not."""
+    for seed in (0, 1):
+        store(tmp_path, "kit", 30.0, seed=seed)
+        store(tmp_path, "conv", 30.0, seed=seed)
+    store(tmp_path, "kit", 30.0, seed=2)
+    store(tmp_path, "kit", 30.0, seed=0, lr=0.002)
+    store(tmp_path, "input", 20.0, seed=None)
+    grouped = [sorted((f.run.method, f.run.seed) for f in group) for group in groups(find([tmp_path]))]
+    pairs = [("conv", 0), ("conv", 1), ("kit", 0), ("kit", 1)]
+    assert sorted(grouped) == [pairs, [("input", None)], [("kit", 0)], [("kit", 2)]]
+    with folder() as place:
+        few = (*RUN, "--method", "conv", "--set", "references=[]", "--set", "task.sigma_test=[25]", "--seeds", "0,1")
+        assert kitbench(place, *few).code == 0
+        done = kitbench(place, "reproduce", "results", "--device", "cpu")
+    assert done.code == 0, done.text
+    assert done.text.count(": bit-identical: weights") == 2
+    assert done.text.count("2 runs of 24 steps") == 1
 
 
 def test_other_data_is_named_before_anything_is_trained(finished: Path, tmp_path: Path) -> None:
