@@ -97,7 +97,16 @@ def reproduce(
             for suite in suites
         ]
     notes = [_place(stored.run, options)[1] for stored in group]
-    parted = _data(record, evaluations, prepare(suites[0], options))
+    try:
+        prepared = prepare(suites[0], options)
+    except InputError as error:
+        named = (*record.train_sets, *(evaluation.data_set for evaluation in evaluations))
+        if relative := next((name for name in named if "/" in name and not Path(name).is_absolute()), None):
+            raise InputError(
+                f"{error} The run names {relative} by that path: give the command where it leads."
+            ) from error
+        raise
+    parted = _data(record, evaluations, prepared)
     if parted is not None:
         return [Outcome("different", "the data differ, so nothing was run", parted, tuple(own)) for own in notes]
     with _threads(record, options.device) as thread_notes:

@@ -57,7 +57,7 @@ def assert_disjoint(
         raise InputError(
             f"{roles[0]} and {roles[1]} images overlap: {first.train} contains all or part of {first.test}: "
             f"{first.shared} of its {first.squares} squares of {SIDE} x {SIDE} px are equal "
-            f"({len(found)} such pairs in all); choose disjoint sets."
+            f"({len(found)} such pair{'s' * (len(found) > 1)} in all); choose disjoint sets."
         )
 
 

@@ -85,8 +85,7 @@ def _card_of_folder(name: str) -> Card:
     if not folder.is_dir():
         where = "" if folder.is_absolute() else f" in {Path.cwd()}"
         raise InputError(
-            f"{name} is not a folder{where}; give the path of a folder of pictures, or the name of a data set; a "
-            "stored run on a relative path is made again where that folder is."
+            f"{name} is not a folder{where}; give the path of a folder of pictures, or the name of a data set."
         )
     halves = [folder / half for half in (INPUT, TARGET)]
     there = [half for half in halves if half.is_dir()]

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 from real_commands import RUN, SUITE, Done, folder, kitbench
+from rich.console import Console
 
-from kitbench.apply.reproduce import compare_runs, groups
+from kitbench.apply.reproduce import compare_runs, groups, reproduce
+from kitbench.errors import InputError
+from kitbench.runs.prepare import Options
 from kitbench.store.folder import RunFolder, find
 from kitbench.store.records import Environment, Run
 from kitbench.verdict.differences import differences
@@ -116,6 +119,19 @@ def test_methods_and_seeds_are_made_again_side_by_side(tmp_path: Path) -> None:
     assert done.code == 0, done.text
     assert done.text.count(": bit-identical: weights") == 2
     assert done.text.count("2 runs of 24 steps") == 1
+
+
+def test_a_run_on_a_relative_path_says_where_to_give_the_command(tmp_path: Path) -> None:
+    for name, more in (
+        ("./photos", " The run names ./photos by that path: give the command where it leads."),
+        ("Nope", ""),
+    ):
+        run = store(tmp_path / name.strip("./"), "conv", 30.0, data_set=name)
+        with pytest.raises(InputError) as refused:
+            reproduce([run], Options(tmp_path / "out", None, "cpu", 0, None), None, Console(quiet=True))
+        assert str(refused.value).endswith(f"{more}")
+        assert "by that path" in str(refused.value) or not more
+        assert name in str(refused.value)
 
 
 def test_other_data_is_named_before_anything_is_trained(finished: Path, tmp_path: Path) -> None:
