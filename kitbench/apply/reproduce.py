@@ -103,7 +103,7 @@ def reproduce(
         named = (*record.train_sets, *(evaluation.data_set for evaluation in evaluations))
         if relative := next((name for name in named if "/" in name and not Path(name).is_absolute()), None):
             raise InputError(
-                f"{error} The run was made on {relative}; give the command in the folder from which that path leads."
+                f"{error} Give the command in the folder in which the run on {relative} was made."
             ) from error
         raise
     parted = _data(record, evaluations, prepared)

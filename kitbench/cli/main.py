@@ -28,6 +28,9 @@ class Cli(Group):
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
         try:
             return super().make_context(*args, **extra)
+        except BrokenPipeError as error:
+            _leave_closed_pipe()
+            raise SystemExit(ExitCode.RUN_FAILED) from error
         except OSError as error:  # --help and --version have printed where no space is left
             click.echo(f"kitbench: {describe_error(error)}", err=True)
             raise SystemExit(ExitCode.RUN_FAILED) from error
@@ -40,7 +43,7 @@ class Cli(Group):
         except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise  # click's own
         except BrokenPipeError:  # `| head`: to click this is 1, the code of a failed check
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails when it closes the pipe
+            _leave_closed_pipe()
             ctx.exit(ctx.meta.get(CHECK, ExitCode.RUN_FAILED))
         except InputError as error:
             _leave(ctx, error, str(error), ExitCode.BAD_INPUT)
@@ -59,6 +62,11 @@ class Cli(Group):
             )
             shown = "" if ctx.meta.get(TRACEBACK) else "; --traceback shows where"
             _leave(ctx, error, f"{describe_error(error)}{whose}{shown}", ExitCode.RUN_FAILED)
+
+
+def _leave_closed_pipe() -> None:
+    """Let nothing more be written to standard output, or Python fails when it closes the pipe."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _leave(context: click.Context, error: BaseException, sentence: str, code: ExitCode) -> None:

@@ -244,7 +244,7 @@ def tune(
     try:
         found = job.tune(resolved, options, search, _console())
     except job.NothingEnded:
-        raise  # again in the same command
+        raise  # the same command would end alike
     except RunError as error:
         raise RunError(f"{error}. {how_to_go_on()}") from error
     for record in found if leads() else ():

@@ -127,7 +127,7 @@ def test_a_run_on_a_relative_path_says_where_to_give_the_command(tmp_path: Path)
         run = store(tmp_path / name, "conv", 30.0, data_set=name)
         with pytest.raises(InputError, match=re.escape(name)) as refused:
             reproduce([run], Options(tmp_path / "out", None, "cpu", 0, None), None, Console(quiet=True))
-        assert ("made on ./photos; give the command in the folder from which that path" in str(refused.value)) is told
+        assert ("Give the command in the folder in which the run on ./photos was made." in str(refused.value)) is told
 
 
 def test_other_data_is_named_before_anything_is_trained(finished: Path, tmp_path: Path) -> None:

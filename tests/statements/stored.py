@@ -46,6 +46,18 @@ def mean(*of: object, **chosen: object) -> float:
     return fmean(scores(*of, **chosen).values())  # type: ignore[arg-type]
 
 
+def step_ratios(folder: str, a: str, b: str) -> list[float]:
+    """Time of a training step of a over that of b, where one command measured both in turn: the machine may be another
+    at another time.
+    """
+    measured: dict[float | None, dict[str, float]] = {}
+    for run in find([REFERENCE / folder]):
+        if run.training is not None and run.training.cost.step_seconds is not None:
+            cost = run.training.cost  # a calibration of its own for each command
+            measured.setdefault(cost.calibration_seconds, {})[run.run.method] = cost.step_seconds
+    return [both[a] / both[b] for both in measured.values() if {a, b} <= both.keys()]
+
+
 def gaps(a: Scores, b: Scores) -> list[float]:
     """a - b in dB, of the seeds that both have."""
     return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]

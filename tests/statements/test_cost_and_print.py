@@ -9,7 +9,7 @@ from kitbench.store.folder import find
 from kitbench.store.sweeps import Sweep
 from kitbench.verdict.anchors import anchors
 from kitbench.verdict.scaling.fit import exponent
-from tests.statements.stored import CAMERA, GRAY, RAIN, REACH, REFERENCE, RESULTS, SEEDS, SHAKE, says
+from tests.statements.stored import CAMERA, GRAY, RAIN, REACH, REFERENCE, RESULTS, SEEDS, SHAKE, says, step_ratios
 
 
 def test_how_near_published_weights_come_to_print() -> None:
@@ -26,17 +26,8 @@ def test_the_size_of_the_networks_beside_a_published_one() -> None:
 
 
 def test_the_cost_of_kit_in_time() -> None:
-    ratios = []
-    for folder in (SEEDS, GRAY, RAIN, SHAKE, CAMERA, REACH, "reach-quick-cpu"):
-        measured: dict[float | None, dict[str, float]] = {}
-        """By the calibration, which methods share that were measured in turn: at another time the machine is another."""
-        for run in find([REFERENCE / folder]):
-            if run.training is not None and run.training.cost.step_seconds is not None:
-                cost = run.training.cost
-                measured.setdefault(cost.calibration_seconds, {})[run.run.method] = cost.step_seconds
-        ratios.append(
-            median(one["kit"] / one["window"] for one in measured.values() if {"kit", "window"} <= one.keys())
-        )
+    folders = (SEEDS, GRAY, RAIN, SHAKE, CAMERA, REACH, "reach-quick-cpu")
+    ratios = [median(step_ratios(folder, "kit", "window")) for folder in folders]
     says(RESULTS, f"takes {min(ratios):.1f} to {max(ratios):.1f} times that of windows")
     points = json.loads((REFERENCE / "scale-cpu" / "scale.json").read_text())["points"]
     time = {(p["method"], p["what"], p["size"]): p["seconds"] for p in points if p["seconds"] and not p["noisy"]}

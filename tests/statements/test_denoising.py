@@ -78,10 +78,10 @@ def test_the_decision_at_the_best_rates_hangs_on_single_seeds() -> None:
     page = (ROOT / "results" / "claims.md").read_text("utf-8")
     [listed] = re.findall(r"made by: python -m kitbench claims (.*?) -->", page)
     runs, sweeps, searches = load([ROOT / folder for folder in listed.split()])
+    tuned = {run.run.seed: run.path for run in find([REFERENCE / TUNED]) if run.run.method == "kit-random"}
     adjusted, means = [], []
-    for seed in range(6):
-        left_out = [r.path for r in find([REFERENCE / TUNED]) if (r.run.method, r.run.seed) == ("kit-random", seed)]
-        decided = claims([run for run in runs if run.path not in left_out], sweeps, searches)
+    for left_out in tuned.values():
+        decided = claims([run for run in runs if run.path != left_out], sweeps, searches)
         [part] = [part for claim in decided for part in claim.parts if "as many random ones" in part.question]
         facts = " ".join(part.facts)
         adjusted += map(float, re.findall(r"adjusted p of kit - kit-random: ([0-9.]+),", facts))
@@ -128,15 +128,16 @@ def test_on_gray_pictures_no_attention_lies_above_none_but_on_set12() -> None:
     assert {len(gained) for column in found.values() for gained in column} == {3}
     large = [gain for (name, _), column in found.items() if name == "BSD68" for gained in column for gain in gained]
     assert max(large) < 0
-    small = max(fmean(gained) for (name, _), column in found.items() if name == "Set12" for gained in column)
     says(
         RESULTS,
         f"On the 68 pictures of BSD68 `conv` lies above KiT, windows and random patches in each of three seeds, by "
         f"{-max(large):.2f} to {-min(large):.2f} dB",
     )
     says("README.md", f"lie {-max(large):.2f} to {-min(large):.2f} dB below `conv` on BSD68, in each seed")
-    assert small < 0.025
-    assert all(gain < 0 for gained in found["Set12", 50] for gain in gained)
+    few = {sigma: [gain for gained in found["Set12", sigma] for gain in gained] for sigma in (15, 25, 50)}
+    assert max(few[50]) < 0
+    assert all(min(few[sigma]) < 0 < max(few[sigma]) for sigma in (15, 25))
+    says(RESULTS, "on the 12 of Set12 at sigma 50 too, while at 15 and 25 the order changes with the seed")
     [sheet] = against_sheets(find([REFERENCE / GRAY]), "conv")
     cells = [cell for _, *line in sheet.lines for cell in line]
     assert not [cell for cell in cells if "**" in cell]
