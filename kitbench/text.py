@@ -34,6 +34,11 @@ def significant(value: float, digits: int = 3) -> str:
     return f"{rounded:,.0f}" if abs(rounded) >= 1000 else f"{rounded:g}"
 
 
+def counted(number: int, what: str) -> str:
+    """`1 image`, `12 images`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def capitalised(text: str) -> str:
     """The text with its first letter in upper case, all others as they are."""
     return text[:1].upper() + text[1:]

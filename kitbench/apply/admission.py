@@ -31,6 +31,7 @@ from kitbench.spec.tasks import Denoise
 from kitbench.store.archive import ASK
 from kitbench.store.folder import RunFolder
 from kitbench.store.records import Evaluation, Run
+from kitbench.text import counted
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Characters that end a line, control a terminal or change the direction of the text, which tables print as it is."""
@@ -238,11 +239,11 @@ def _check_training(folder: RunFolder, run: Run) -> None:
         return
     steps = run.recipe.steps
     if training.steps != steps:
-        raise InputError(f"{name} was trained for {training.steps} steps, its recipe has {steps}; {ASK}.")
+        raise InputError(f"{name} was trained for {counted(training.steps, 'step')}, its recipe has {steps}; {ASK}.")
     if training.log_sha256 is None or not lines:
         raise InputError(f"{name} lacks its training log, or the log's checksum; {ASK}.")
     if lines[-1].step != steps or not all(math.isfinite(line.loss) for line in lines):
-        raise InputError(f"{name} has a training log that is not one of {steps} steps; {ASK}.")
+        raise InputError(f"{name} has a training log that is not one of {counted(steps, 'step')}; {ASK}.")
 
 
 def _check_recipe(run: Run, name: str, known: Known) -> None:
@@ -326,6 +327,6 @@ def _check_data(evaluation: Evaluation, run: Run, name: str, known: Known) -> No
         lacking, more = sorted(expected - set(images)), sorted(set(images) - expected)
         parts = [f"{words} {', '.join(own[:3])}" for words, own in (("without", lacking), ("with", more)) if own]
         raise InputError(
-            f"{name} was scored on {len(images)} images of {data_set} ({' and '.join(parts)}), the others on "
-            f"{len(expected)}; {ASK}."
+            f"{name} was scored on {counted(len(images), 'image')} of {data_set} ({' and '.join(parts)}), the others "
+            f"on {len(expected)}; {ASK}."
         )

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from kitbench.apply.picture import UNREADABLE, picture_header, read_picture, write_picture
+from kitbench.apply.picture import read_picture, write_picture
 from kitbench.apply.restore import calls, restore_picture, side_by_side
-from kitbench.data.own import SUFFIXES, no_pictures, pictures_in
+from kitbench.data.headers import UNREADABLE, picture_header
+from kitbench.data.own import SUFFIXES, no_pictures, other_files, pictures_in
 from kitbench.errors import METHOD_ERRORS, InputError, Interrupted, RunError, describe_error
 from kitbench.model.backbone import UNet
 from kitbench.system.progress import progress
@@ -56,10 +57,11 @@ def pictures_named(arguments: Sequence[Path]) -> tuple[list[Path], int, list[Pat
         if argument.is_dir():
             there = pictures_in(argument)
             nothing = "" if there else no_pictures(argument)
-            named = sorted(path for path in argument.iterdir() if not path.name.startswith("."))
+            others += other_files(argument)
         elif glob.has_magic(str(argument)):
             named = [Path(name) for name in sorted(glob.glob(str(argument), recursive=True))]  # noqa: PTH207 - absolute ones too
             there = [path for path in named if path.suffix.lower() in SUFFIXES and path.is_file()]
+            others += [path for path in named if not path.is_dir() and path not in there]
             nothing = f"No picture matches {argument}; give files, folders or wildcards like photos/*.jpg."
         else:
             raise InputError(f"{argument} does not exist; give pictures, folders or wildcards like photos/*.jpg.")
@@ -68,9 +70,6 @@ def pictures_named(arguments: Sequence[Path]) -> tuple[list[Path], int, list[Pat
         inputs = [path for path in there if not path.stem.endswith((RESTORED, BESIDE))]
         left_out += len(there) - len(inputs)
         found += inputs
-        others += [
-            path for path in named if not path.is_dir() and (path.suffix.lower() not in SUFFIXES or not path.is_file())
-        ]
     return list({path.resolve(): path for path in reversed(found)}.values())[::-1], left_out, others
 
 

@@ -6,24 +6,19 @@ An alpha channel and a colour profile are kept; other metadata are not, and a pi
 from __future__ import annotations
 
 import io
-import struct
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 import tifffile
-from PIL import Image
-from PIL.ExifTags import Base
 from PIL.TiffImagePlugin import TiffImageFile
 
+from kitbench.data.headers import TIFF, TURNS, UNREADABLE, orientation, picture_header, require_one_picture
 from kitbench.errors import InputError
 from kitbench.store.files import replace_with
 
-TIFF = (".tif", ".tiff")
 DEEP = (".png", *TIFF)
 """Of the files that can hold 16 bits."""
 JPEG_QUALITY = 95
@@ -35,8 +30,6 @@ CIELAB = (8, 9, 10)
 """Colour spaces of a TIFF that OpenCV turns into another RGB than they mean: its grays come out yellowish."""
 PNG, COLOUR_TYPE, GRAY_WITH_ALPHA = b"\x89PNG\r\n\x1a\n", 25, 4
 """How a PNG begins, the byte that says what its channels are (ISO/IEC 15948, 11.2.2), and its value for two of them."""
-UNREADABLE = (OSError, struct.error, ValueError, SyntaxError)
-"""What Pillow and tifffile raise at a damaged file."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +60,13 @@ def read_picture(path: Path) -> Picture:
     if image is None:
         raise InputError(f"{path} is not a readable picture; give PNG, JPEG, TIFF, WebP or BMP.")
     image = image[..., None] if image.ndim == 2 else image
-    image = image if upright else TURNS[_orientation(path)](image)
+    image = image if upright else TURNS[orientation(path)](image)
     image = _with_alpha(path, data, image)
     if image.dtype not in (np.uint8, np.uint16) or image.shape[2] not in (1, 2, 3, 4):
         raise InputError(f"{path} has {image.shape[2]} channels of {image.dtype}; give 8 or 16 bits, gray or colour.")
     alpha = image[..., -1:] if image.shape[2] in (2, 4) else None
     pixels = image[..., :1] if image.shape[2] < 3 else image[..., 2::-1]
+    require_one_picture(path)
     return Picture(np.ascontiguousarray(pixels), alpha, _profile(path))
 
 
@@ -102,55 +96,16 @@ def _with_alpha(path: Path, data: bytes, image: np.ndarray) -> np.ndarray:
 
 
 def _profile(path: Path) -> bytes | None:
-    """The ICC profile of a picture. Raises InputError where the file holds several pictures."""
-    frames, profile, suffix = 1, None, path.suffix.lower()
+    """The ICC profile of a picture."""
+    profile: bytes | None = None
     with suppress(*UNREADABLE):  # OpenCV has read it
-        if suffix in TIFF:
+        if path.suffix.lower() in TIFF:
             with tifffile.TiffFile(path) as file:
-                pages = [page.aspage() for page in file.pages]
-                frames, profile = sum(not page.is_reduced for page in pages), pages[0].iccprofile
+                profile = file.pages[0].aspage().iccprofile
         else:
             with picture_header(path) as header:
-                # JPEG files of telephones have previews and depth maps behind the picture.
-                frames = getattr(header, "n_frames", 1) if suffix in (".png", ".webp") else 1
                 profile = header.info.get("icc_profile")
-    if frames > 1:
-        raise InputError(f"{path} holds {frames} pictures (pages or frames); give each as a file of its own.")
     return profile or None
-
-
-@contextmanager
-def picture_header(file: Path | io.BytesIO) -> Iterator[Image.Image]:
-    """A picture whose pixels are not decoded. Its size is no reason to refuse it: OpenCV decodes it."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata
-            with Image.open(file) as header:
-                yield header
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
-
-
-TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    1: lambda image: image,
-    2: lambda image: image[:, ::-1],
-    3: lambda image: image[::-1, ::-1],
-    4: lambda image: image[::-1],
-    5: lambda image: image.swapaxes(0, 1),
-    6: lambda image: np.rot90(image, -1),
-    7: lambda image: image[::-1, ::-1].swapaxes(0, 1),
-    8: lambda image: np.rot90(image),
-}
-"""What shows [H, W, C] upright, by its EXIF orientation."""
-
-
-def _orientation(path: Path) -> int:
-    """EXIF orientation of a picture that OpenCV has not turned; 1: upright, or a TIFF, which it has."""
-    with suppress(*UNREADABLE), picture_header(path) as header:
-        found = header.getexif().get(Base.Orientation, 1) if "exif" in header.info else 1
-        return found if header.format != "TIFF" and found in TURNS else 1
-    return 1
 
 
 def write_picture(path: Path, picture: Picture) -> None:

@@ -31,6 +31,7 @@ from kitbench.spec.suite import Suite
 from kitbench.store.folder import RunFolder, find, without_imported
 from kitbench.store.records import Evaluation, Run
 from kitbench.system.environment import commit, device_name
+from kitbench.text import counted
 from kitbench.verdict.differences import RunDifference, differences, shared
 from kitbench.verdict.regression import FLOOR, ONE_SEED
 
@@ -152,7 +153,7 @@ def compare_runs(
     if not parted:
         images = sum(len(evaluation.scores) for evaluation, _ in pairs)
         what = "weights, losses and " if stored.trained else ""
-        return Outcome("bit-identical", f"{what}the scores of {images} images", None, tuple(notes))
+        return Outcome("bit-identical", f"{what}the scores of {counted(images, 'image')}", None, tuple(notes))
     beyond, moves = [], []
     same = stored.trained and not any(d.what == "weights" or d.what.startswith("loss at") for d in parted)
     for old, new in pairs:

@@ -5,20 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from PIL import Image
-from PIL.ExifTags import Base
 from tabulate import tabulate
 
 from kitbench.apply.folders import BESIDE, RESTORED
+from kitbench.data.headers import LYING, TURNS, UNREADABLE, orientation, require_plain
 from kitbench.data.images import decode
-from kitbench.data.own import no_pictures, one_picture_a_name, pictures_in, require_eight_bits
+from kitbench.data.own import no_pictures, one_picture_a_name, pictures_in
 from kitbench.data.photograph import Photograph
 from kitbench.errors import InputError
 from kitbench.scoring import evaluate
@@ -45,7 +44,7 @@ def partners(restored: Path, clean: Path) -> list[Partners]:
 
     A restored picture may be called NAME-restored, as `kitbench restore` writes it; its NAME-side-by-side is left out.
     Raises InputError for a folder without pictures, a picture without a partner, one that is not 8-bit RGB or gray, and
-    a pair of two sizes, of two EXIF orientations, or of gray and colour.
+    a pair of two sizes, or of gray and colour.
     """
     own, targets = _by_name(restored), _by_name(clean)
     own = {name: path for name, path in own.items() if not name.endswith(BESIDE)}
@@ -64,7 +63,7 @@ def partners(restored: Path, clean: Path) -> list[Partners]:
         if kinds[0] != kinds[1]:
             raise InputError(
                 f"{pair.restored} is {kinds[0]} and {pair.clean} is {kinds[1]}; the two pictures of a pair must have "
-                f"one size and one EXIF orientation, and both be gray or both in colour."
+                f"one size, and both be gray or both in colour."
             )
     return pairs
 
@@ -85,23 +84,24 @@ def _named(names: Sequence[str]) -> str:
 
 
 def _kind(path: Path) -> str:
-    """`640 x 480 px, RGB`, from the file's header. Raises InputError for a picture that cannot be scored.
-
-    Pixels are compared as they are stored: two pictures that a viewer turns differently do not match.
+    """`640 x 480 px, RGB`, from the file's header: the size as a viewer shows it. Raises InputError for a picture that
+    cannot be scored.
     """
     try:
         with Image.open(path) as image:
-            mode = image.mode
-            # Of a PNG without EXIF in its header, Pillow would decode all pixels to look for it behind them.
-            exif: Mapping[int, int] = {} if image.format == "PNG" and "exif" not in image.info else image.getexif()
-            turned = exif.get(Base.Orientation, 1)
-            kind = f"{image.width} x {image.height} px, {'gray' if mode == 'L' else mode}"
-    except (OSError, struct.error, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            mode, size = image.mode, (image.width, image.height)
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
         raise InputError(f"{path} is not a readable image ({error}); replace the file.") from error
     if mode not in ("L", "RGB"):
         raise InputError(f"{path} has pixel format {mode}, expected 8-bit RGB or gray; convert the file.")
-    require_eight_bits(path)
-    return kind if turned == 1 else f"{kind}, to be turned (EXIF orientation {turned})"
+    require_plain(path)
+    width, height = size[::-1] if orientation(path) in LYING else size
+    return f"{width} x {height} px, {'gray' if mode == 'L' else mode}"
+
+
+def _upright(path: Path) -> np.ndarray:
+    """The pixels of a picture as a viewer shows them, and `kitbench restore` writes them: uint8 [H, W, C]."""
+    return np.ascontiguousarray(TURNS[orientation(path)](decode(path)))
 
 
 def network_of(protocol: Protocol, weights: str | None) -> tuple[LPIPS | None, str | None]:
@@ -120,10 +120,10 @@ def scores_of(
     Raises InputError for a file that is not an 8-bit gray or RGB image, or that a metric cannot take.
     """
     for number, pair in enumerate(pairs, 1):
-        photo = Photograph(pair.name, decode(pair.clean), "")
+        photo = Photograph(pair.name, _upright(pair.clean), "")
         try:
             # In float64, so that an 8-bit value comes back as exactly that value.
-            found = evaluate.score(decode(pair.restored).astype(np.float64) / 255, photo, protocol, lpips, 0.0)
+            found = evaluate.score(_upright(pair.restored).astype(np.float64) / 255, photo, protocol, lpips, 0.0)
         except InputError as error:
             raise InputError(f"{pair.name}: {error}") from error
         each(number, pair.name)

@@ -45,8 +45,11 @@ def denoiser(model: UNet, device: torch.device) -> Denoise:
     return denoise
 
 
-def submit(card: Card, folder: Path, denoise: Denoise, out: Path, report: Report) -> None:
-    """Write the submission for a set. Raises InputError for a set without a server, or another file name suffix."""
+def submission(card: Card, folder: Path, out: Path) -> Callable[[Denoise, Report], None]:
+    """What restores a set and writes the file `out` for its server.
+
+    Raises InputError for a set without a server, another file name suffix, and a folder that is not the set.
+    """
     if card.name not in WRITERS:
         raise InputError(
             f"Data set {card.name} has no server, kitbench run scores it; sets with one: {', '.join(WRITERS)}."
@@ -57,7 +60,7 @@ def submit(card: Card, folder: Path, denoise: Denoise, out: Path, report: Report
             f"The server of {card.name} takes a {suffix} file; give --out FILE{suffix}, found {out.name!r}."
         )
     paths = [entry.input for entry in files_of_set(card, folder) if entry.input is not None]
-    replace_with(out, lambda aside: writer(paths, denoise, aside, report))
+    return lambda denoise, report: replace_with(out, lambda aside: writer(paths, denoise, aside, report))
 
 
 def _sidd(paths: list[Path], denoise: Denoise, out: Path, report: Report) -> None:

@@ -13,6 +13,7 @@ from kitbench.cli.group import Group
 from kitbench.cli.options import DATA
 from kitbench.cli.output import check_failed, make_console, show_grid
 from kitbench.errors import ExitCode, InputError, Interrupted
+from kitbench.text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,7 +48,7 @@ def data_list(data: Path | None) -> None:
         folder = locate(card, data)
         found = described(card, folder).name if folder else ""
         present = {"": "no", name: "yes"}.get(found, f"no, but {found}")
-        grid.add_row(name, ", ".join(card.tasks), str(card.count), present, card.title, card.licence)
+        grid.add_row(name, ", ".join(card.tasks), card.contents.partition(" ")[0], present, card.title, card.licence)
     show_grid(grid)
 
 
@@ -56,8 +57,9 @@ def data_list(data: Path | None) -> None:
 @DATA
 def where(names: tuple[str, ...], data: Path | None) -> None:
     """Show where each set is looked for, where it was found, and where to get it."""
-    from kitbench.data.locate import described, locate
+    from kitbench.data.locate import check_root, described, locate
 
+    check_root(data)
     for card in _cards(names):
         folder = locate(card, data)
         places = [str((data or Path("DIR")) / f) for f in ([card.own] if card.own else card.folders)]
@@ -69,7 +71,8 @@ def where(names: tuple[str, ...], data: Path | None) -> None:
         click.echo(f"{card.name}: {found}")
         click.echo(f"  looked for  {', '.join(places)}")
         click.echo(f"  as          {card.tree}")
-        click.echo(f"  from        {card.home} {card.ask}".rstrip())
+        if card.home:
+            click.echo(f"  from        {card.home} {card.ask}".rstrip())
 
 
 @data.command(name="check")
@@ -79,6 +82,7 @@ def data_check(names: tuple[str, ...], data: Path | None) -> None:
     """List every missing, extra or altered file of the named sets, or of all that are present. Exit code 1 if any."""
     from kitbench.data.audit import audit
     from kitbench.data.locate import check_root, locate, named_root, present
+    from kitbench.data.own import files_beside, left_out
 
     check_root(data)
     if data is not None and not names:
@@ -99,17 +103,18 @@ def data_check(names: tuple[str, ...], data: Path | None) -> None:
             continue
         problems = audit(card, folder)
         failed |= bool(problems)
-        what = "pairs" if card.pairs else "images"
         proof = f"checksums of {card.checksum.removesuffix('s')}s" if card.sha256 else "number and size only"
         if problems:
             check_failed()
-            faults = f"{len(problems)} fault{'s' * (len(problems) > 1)}"
+            faults = counted(len(problems), "fault")
             click.secho(f"{card.name}: {faults} in {folder}", fg="red")
             click.echo("\n".join(f"  {problem}" for problem in problems))
         elif card.own:
-            click.echo(f"{card.name}: {card.count} {what}, all readable")
+            click.echo(f"{card.name}: {card.contents}, all readable")
         else:
-            click.echo(f"{card.name}: {card.count} {what} in {folder}, as its card states (compared: {proof})")
+            click.echo(f"{card.name}: {card.contents} in {folder}, as its card states (compared: {proof})")
+        if card.own and (others := files_beside(card)):
+            click.echo(f"  {left_out(others)}")
     if failed:
         raise SystemExit(ExitCode.CHECK_FAILED)
 
@@ -217,7 +222,7 @@ def list_(data: Path | None) -> None:
     show(
         f"Data sets (data folder: {escape(str(data or 'none; give one with --data or KITBENCH_DATA'))})",
         ["name", "images", "present", "about"],
-        [[n, str(c.count), _presence(c, where[n] is not None), c.title] for n, c in cards().items()],
+        [[n, c.contents.partition(" ")[0], _presence(c, where[n] is not None), c.title] for n, c in cards().items()],
     )
     show(
         "Recipes",

@@ -8,6 +8,7 @@ import click
 
 from kitbench.cli.options import OUT, PATHS
 from kitbench.errors import InputError
+from kitbench.text import counted
 
 
 @click.command()
@@ -34,7 +35,7 @@ def export(paths: tuple[Path, ...], out: Path, by: str | None) -> None:
         writable_file(out)
         found = results(runs)
         write_results(found, out)
-        click.echo(f"wrote {out} ({len(found)} rows)")
+        click.echo(f"wrote {out} ({counted(len(found), 'row')})")
         return
     try:
         named = TypeAdapter(By).validate_python(by)
@@ -46,7 +47,7 @@ def export(paths: tuple[Path, ...], out: Path, by: str | None) -> None:
     done = export_runs(runs, out, named)
     for name, why in done.left_out.items():
         click.echo(f"left out {name}: {why}")
-    click.echo(f"wrote {out} ({len(done.done)} runs)")
+    click.echo(f"wrote {out} ({counted(len(done.done), 'run')})")
 
 
 @click.command(name="import")
@@ -64,6 +65,6 @@ def import_(archive: Path, out: Path) -> None:
         click.echo(f"left out {name}: {why}")
     for name in done.done:
         click.echo(f"wrote {out / name}")
-    click.echo(f"{len(done.done)} runs imported")
+    click.echo(f"{counted(len(done.done), 'run')} imported")
     if done.note:
         click.echo(done.note)

@@ -10,6 +10,7 @@ import click
 from kitbench.cli.options import MARKDOWN_OUT, PATHS, PROTOCOL, FiniteRange, RunPath, form_of
 from kitbench.cli.output import check_failed, give, one_run
 from kitbench.errors import ExitCode, InputError
+from kitbench.text import counted
 
 if TYPE_CHECKING:
     from kitbench.store.folder import RunFolder
@@ -83,7 +84,7 @@ def check(
     if update:
         runs = _made_here(paths)
         new = reference.collect(runs, protocol)
-        changed = [f"new: {len(new.rows)} rows"]
+        changed = [f"new: {counted(len(new.rows), 'row')}"]
         if against.exists():
             changed = reference.changes(reference.read_reference(against), new)
         click.echo("\n".join(changed or ["nothing changes"]))

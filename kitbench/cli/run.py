@@ -30,6 +30,7 @@ from kitbench.cli.options import (
 )
 from kitbench.cli.output import check_failed, make_console, show_grid, show_tables, show_tracebacks, wants_traceback
 from kitbench.errors import ExitCode, InputError, RunError
+from kitbench.text import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -118,7 +119,7 @@ def run(
         _submitted(slurm.slurm(resolved, options, cluster, again, dry_run, console), out)
     elif dry_run:
         labels = [cell.label for cell in queue.planned_cells(resolved, options, console)]
-        console.print(f"{len(labels)} cells are to be run", highlight=False)
+        console.print(f"{counted(len(labels), 'cell')} to be run", highlight=False)
         commands.show(labels, again, console)
     else:
         # The table of a Slurm job would show one run.
@@ -236,8 +237,8 @@ def tune(
     options = Options(out, data, device, workers, None, jobs=jobs, gpus=gpus)
     if dry_run:
         trials = job.planned_trials(resolved, options, search, _console())
-        count = f"{len(trials)} trials are to be run, and more" if trials else "all trials are stored; more are run"
-        click.echo(f"{count} where a method's best rate lies at the grid's edge")
+        count = f"{counted(len(trials), 'trial')} to be run" if trials else "all trials are stored"
+        click.echo(f"{count}; more are run where a method's best rate lies at the grid's edge")
         for rate, label in trials:
             click.echo(f"learning rate {rate:<10g}{label}")
         return

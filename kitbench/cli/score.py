@@ -26,9 +26,9 @@ from kitbench.cli.options import (
 )
 from kitbench.cli.output import give, make_console, one_run, show_tables
 from kitbench.errors import InputError, RunError
+from kitbench.text import counted
 
 SCORES = ("terminal", "markdown", "csv")
-SHOWN = 5
 """Most file names that a message lists."""
 
 
@@ -64,6 +64,7 @@ def restore(
     """
     from kitbench.apply.folders import Restoration, pictures_named, restore_all, targets_of
     from kitbench.apply.trained import load_trained
+    from kitbench.data.own import left_out as not_pictures
     from kitbench.store.files import writable
     from kitbench.store.folder import find
     from kitbench.system.environment import choose_device
@@ -79,13 +80,9 @@ def restore(
     model, _ = load_trained(run_folder, method_file, chosen)
     console = make_console()
     if left_out:
-        console.print(f"without {left_out} pictures that were written by an earlier call", highlight=False)
+        console.print(f"without {counted(left_out, 'picture')} written by an earlier call", highlight=False)
     if others:
-        more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
-        listed = ", ".join(path.name for path in others[:SHOWN])
-        console.print(
-            f"left out: {listed}{more}, not PNG, JPEG, TIFF, WebP or BMP", markup=False, highlight=False, soft_wrap=True
-        )
+        console.print(not_pictures(others), markup=False, highlight=False, soft_wrap=True)
     restore_all(Restoration(model, chosen, tile, beside), found, targets, console)
 
 
@@ -100,8 +97,7 @@ def submit(name: str, folder: Path, method_file: Path | None, data: Path | None,
     """Restore a set whose targets are not public (SIDD-benchmark, DND), and write the file to submit to its server."""
     from rich.progress import Progress
 
-    from kitbench.apply.submit import denoiser
-    from kitbench.apply.submit import submit as write_submission
+    from kitbench.apply.submit import denoiser, submission
     from kitbench.apply.trained import load_trained
     from kitbench.data.cards import card
     from kitbench.data.locate import locate
@@ -115,6 +111,7 @@ def submit(name: str, folder: Path, method_file: Path | None, data: Path | None,
         where = data or "any data folder: give one with --data"
         raise InputError(f"Data set {name} is not in {where} (looked for {', '.join(chosen.folders)}). {chosen.ask}")
     writable_file(out)
+    write = submission(chosen, place, out)
     [run_folder] = one_run(find([folder]))
     device_ = choose_device(device)
     model, run_ = load_trained(run_folder, method_file, device_)
@@ -122,10 +119,7 @@ def submit(name: str, folder: Path, method_file: Path | None, data: Path | None,
         raise InputError(f"{run_folder.path} was trained on gray images, {name} is in colour; give another run.")
     with Progress(console=make_console()) as progress:
         bar = progress.add_task(name, total=None)
-        write_submission(
-            chosen, place, denoiser(model, device_), out,
-            lambda done, total: progress.update(bar, completed=done, total=total),
-        )  # fmt: skip
+        write(denoiser(model, device_), lambda done, total: progress.update(bar, completed=done, total=total))
     click.echo(f"wrote {out}; {chosen.ask}")
 
 

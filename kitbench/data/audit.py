@@ -15,13 +15,15 @@ from pathlib import Path
 import numpy as np
 
 from kitbench.data.cards import Card
+from kitbench.data.headers import require_plain
 from kitbench.data.layout import ImageFiles, glob, layout_of_pairs, match, unnumbered
 from kitbench.data.locate import described, files_of_set, instead
-from kitbench.data.own import require_eight_bits
+from kitbench.data.own import require_readable_as_shown
 from kitbench.data.photograph import check_averaging, key_of, sample, verify
 from kitbench.data.pixels import file_sha256, load_pixels, pixel_sha256, pixels_of
 from kitbench.data.repetition import generated_set
 from kitbench.errors import InputError
+from kitbench.text import counted
 
 LISTED = 10
 """Names that are listed, where a cause concerns many files."""
@@ -46,7 +48,7 @@ def audit(card: Card, folder: Path) -> list[str]:
         return _audit_generated(card)
     paths, halves = _files(card, folder)
     if not paths:
-        return [f"missing: all of it; expected {card.count} files as {card.tree}"]
+        return [f"missing: all of it; expected {counted(card.count, 'file')} as {card.tree}"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         files = list(pool.map(lambda path: _inspect(card, folder, path), paths))
     lines = [f"altered: {file.fault}" for file in files if file.fault]
@@ -138,7 +140,7 @@ def _inspect(card: Card, folder: Path, path: Path) -> File:
     key = key_of(card, folder, path)
     try:
         if card.own:
-            require_eight_bits(path)
+            require_plain(path)
         pixels: np.ndarray | None = None if path.suffix == ".mat" else pixels_of(card, path, ())
     except InputError as error:
         return File(key, path, fault=_short(card, error))
@@ -172,6 +174,8 @@ def _verify(card: Card, folder: Path, entry: ImageFiles) -> str | None:
     if entry.target is None:
         return None
     try:
+        if card.own:
+            require_readable_as_shown(entry)
         verify(card, folder, entry, load_pixels(card, entry))
     except InputError as error:
         return f"altered: {_short(card, error)}"

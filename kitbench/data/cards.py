@@ -6,6 +6,7 @@ layout.py (which files are images, which are pairs), locate.py (where a set is),
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from functools import cache
@@ -18,6 +19,7 @@ from kitbench.errors import InputError, nearest
 from kitbench.spec.fields import Frozen
 from kitbench.spec.messages import parse
 from kitbench.spec.tasks import Kind
+from kitbench.text import counted
 
 Patterns = Annotated[tuple[str, ...], Field(min_length=1)]
 """Glob patterns relative to the set's folder."""
@@ -75,6 +77,8 @@ class Card(Frozen):
     """Instead of `layouts`, where the set has degraded inputs; the first that matches a file is used."""
     count: Annotated[int, Field(ge=1)]
     """Number of images or pairs; of files, where the targets are not public."""
+    blocks: tuple[int, ...] = ()
+    """Shape of the array in the .mat file of a set whose targets are not public; empty: it has image files."""
     numbered: tuple[str, str] | None = None
     """First and last file name, without suffix, of clean images that are numbered consecutively."""
     size: tuple[int, int] | None = None
@@ -105,6 +109,12 @@ class Card(Frozen):
     def tree(self) -> str:
         """The layouts, as messages show them."""
         return " or ".join(" + ".join(patterns) for patterns in self.trees) or "no files: it is generated"
+
+    @property
+    def contents(self) -> str:
+        """`12 images`, `100 pairs`, `1280 blocks`."""
+        number = math.prod(self.blocks[:-3]) if self.blocks else self.count
+        return counted(number, "block" if self.blocks else "pair" if self.pairs and not self.blind else "image")
 
     @property
     def advice(self) -> str:

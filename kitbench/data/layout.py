@@ -12,6 +12,7 @@ import numpy as np
 from kitbench.data.cards import Card, Pairs
 from kitbench.data.images import shape_of_blocks
 from kitbench.errors import InputError
+from kitbench.text import counted
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,9 @@ def listed(card: Card, folder: Path) -> list[ImageFiles]:
             return [ImageFiles(name_in(path, folder), path) for path in files if path not in left_out]
     if pairs := layout_of_pairs(card, folder):
         return _pair_up(card, pairs, folder)
-    raise InputError(f"Data set {card.name}: no image in {folder}; expected {card.count} files as {card.tree}.")
+    raise InputError(
+        f"Data set {card.name}: no image in {folder}; expected {counted(card.count, 'file')} as {card.tree}."
+    )
 
 
 def layout_of_pairs(card: Card, folder: Path) -> Pairs | None:

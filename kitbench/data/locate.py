@@ -6,9 +6,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from kitbench.data.cards import Card, cards
+from kitbench.data.images import shape_of_blocks
 from kitbench.data.layout import ImageFiles, listed, matches, unnumbered
 from kitbench.data.pixels import load_pixels, size_of
 from kitbench.errors import InputError
+from kitbench.text import counted
 
 
 def check_root(root: Path | None) -> None:
@@ -60,14 +62,21 @@ def files_of_set(card: Card, folder: Path) -> list[ImageFiles]:
     """The images of a set, sorted by path.
 
     Raises InputError for a folder without images, an input without its target, a target without its input, and a
-    wrong count; where the folder contains a set that another card describes, the message names it.
+    wrong count; where the folder contains a set that another card describes, the message names it. Of a .mat file
+    whose targets are not public, the shape of its array is compared with the card's.
     """
     found = listed(card, folder)
+    for path in (path for entry in found for path in entry.paths if card.blocks):
+        shape, expected = (" x ".join(map(str, s)) for s in (shape_of_blocks(path), card.blocks))
+        if shape != expected:
+            raise InputError(
+                f"Data set {card.name}: {path} holds an array of {shape}, expected {expected}; {card.advice}."
+            )
     if len(found) != card.count:
         missing = unnumbered(card, found)
         which = f" ({', '.join(missing[:3])}{' and more' if len(missing) > 3 else ''} missing)" if missing else ""
         raise InputError(
-            f"Data set {card.name}: {len(found)} {'pairs' if card.pairs else 'images'} in {folder}, "
+            f"Data set {card.name}: {counted(len(found), 'pair' if card.pairs else 'image')} in {folder}, "
             f"expected {card.count}{which}; {instead(card, folder)}."
         )
     return found

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from kitbench.data.photograph import Photograph
 from kitbench.errors import InputError
+from kitbench.text import counted
 
 SIDE = 16
 """Pixels; a power of two."""
@@ -49,15 +50,20 @@ def assert_disjoint(
     train: Mapping[str, Sequence[Photograph]],
     test: Mapping[str, Sequence[Photograph]],
     roles: tuple[str, str] = ("Training", "test"),
+    otherwise: str = "",
 ) -> None:
-    """Raises InputError where a test image shares a region with a training image, also flipped or rotated."""
+    """Raises InputError where a test image shares a region with a training image, also flipped or rotated.
+
+    roles: what the message calls the images. otherwise: what its advice says besides choosing disjoint sets.
+    """
     found = overlaps(train, test)
     if found:
         first = found[0]
         raise InputError(
             f"{roles[0]} and {roles[1]} images overlap: {first.train} contains all or part of {first.test}: "
             f"{first.shared} of its {first.squares} squares of {SIDE} x {SIDE} px are equal "
-            f"({len(found)} such pair{'s' * (len(found) > 1)} in all); choose disjoint sets."
+            f"({counted(len(found), 'such pair')} in all); choose disjoint sets"
+            f"{f', {otherwise}' if otherwise else ''}."
         )
 
 

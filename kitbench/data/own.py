@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
 from PIL import Image
 
 from kitbench.data.cards import Card, Pairs, card
+from kitbench.data.headers import orientation, require_plain
+from kitbench.data.layout import ImageFiles
 from kitbench.errors import InputError
 from kitbench.spec.tasks import Kind
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """Of the files that count as pictures, in lower or upper case."""
+NAMED = 3
+"""Files that a message names."""
 INPUT, TARGET = "input", "target"
 PAIRED: tuple[Kind, ...] = ("deblur", "derain", "denoise-real")
 """Tasks whose inputs may be pictures. Gaussian noise is always made, because its level is a condition."""
@@ -52,12 +57,30 @@ def pictures_in(folder: Path) -> list[Path]:
         raise InputError(f"Folder {folder} cannot be read ({error.strerror}); make it readable.") from error
 
 
+def other_files(folder: Path) -> list[Path]:
+    """The files in a folder that are no pictures of a format that is read, sorted, without hidden ones."""
+    named = (path for path in sorted(folder.iterdir()) if not path.name.startswith("."))
+    return [path for path in named if not path.is_dir() and (path.suffix.lower() not in SUFFIXES or not path.is_file())]
+
+
+def files_beside(card: Card) -> list[Path]:
+    """Of a user's folder, the files beside its pictures that are no pictures of a format that is read."""
+    folders = [Path(card.own, half) for half in (INPUT, TARGET)] if card.pairs else [Path(card.own)]
+    return [path for folder in folders for path in other_files(folder)]
+
+
+def left_out(others: Sequence[Path]) -> str:
+    """The line that names files which are no pictures of a format that is read."""
+    more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
+    return f"left out: {', '.join(path.name for path in others[:NAMED])}{more}, not PNG, JPEG, TIFF, WebP or BMP"
+
+
 def no_pictures(folder: Path) -> str:
     """The sentence for a folder without pictures, naming a subfolder that has some."""
     inside = next((path for path in sorted(folder.iterdir()) if path.is_dir() and _has_pictures(path)), None)
     hint = f"; its subfolder {inside} has some: name that" if inside else f"; put some there ({', '.join(SUFFIXES)})"
-    others = [path.name for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
-    hint = f" of a format that is read (found {', '.join(others[:3])}){hint}" if others and not inside else hint
+    others = [path.name for path in other_files(folder)[:NAMED]]
+    hint = f" of a format that is read (found {', '.join(others)}){hint}" if others and not inside else hint
     return f"Folder {folder} has no pictures{hint}."
 
 
@@ -69,15 +92,19 @@ def _has_pictures(folder: Path) -> bool:
         return False
 
 
-def require_eight_bits(path: Path) -> None:
-    """Raises InputError for a colour picture of 16 bits, of which Pillow reads the upper 8 without a word."""
-    try:
-        with Image.open(path) as image:
-            deep = ";16" in str(image.tile)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return  # what is wrong with it is said where it is read
-    if deep:
-        raise InputError(f"{path} has 16 bits a channel, expected 8-bit RGB or gray; convert the file.")
+def require_readable_as_shown(entry: ImageFiles) -> None:
+    """Raises InputError for a file of 16 bits or of several pictures, and for a pair whose pictures a viewer turns
+    differently: pixels are read as they are stored.
+    """
+    for path in entry.paths:
+        require_plain(path)
+    turned = {path: orientation(path) for path in entry.paths}
+    if len(set(turned.values())) > 1:
+        found = " and ".join(f"{path} has {value}" for path, value in turned.items())
+        raise InputError(
+            f"The pictures of a pair have different EXIF orientations ({found}), and pixels are read as they are "
+            f"stored; save both upright, without an EXIF orientation."
+        )
 
 
 def _card_of_folder(name: str) -> Card:

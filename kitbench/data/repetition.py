@@ -22,7 +22,7 @@ import numpy as np
 from kitbench.data.cards import Card
 from kitbench.data.images import to_gray
 from kitbench.data.locate import files_of_set
-from kitbench.data.own import require_eight_bits
+from kitbench.data.own import require_readable_as_shown
 from kitbench.data.photograph import Photograph, read_set
 from kitbench.data.pixels import pixel_sha256
 from kitbench.errors import InputError
@@ -84,13 +84,14 @@ def generated_set(card: Card, mode: Mode) -> list[Photograph]:
 def images_of(card: Card, root: Path | None, mode: Mode) -> list[Photograph]:
     """The images of any set: generated, or read from files as `read_set` does.
 
-    Raises InputError as that does, and for 16-bit pictures in a user's own folder.
+    Raises InputError as that does, and for pictures in a user's own folder that would not be read as a viewer shows
+    them (`require_readable_as_shown`).
     """
     if card.generated:
         return generated_set(card, mode)
     if card.own:
-        for path in (path for entry in files_of_set(card, Path(card.own)) for path in entry.paths):
-            require_eight_bits(path)
+        for entry in files_of_set(card, Path(card.own)):
+            require_readable_as_shown(entry)
     return read_set(card, root, mode)
 
 

@@ -21,7 +21,7 @@ from kitbench.spec.suite import Recipe
 from kitbench.store.folder import without_imported
 from kitbench.store.records import Cost
 from kitbench.system.environment import device_name
-from kitbench.text import duration
+from kitbench.text import counted, duration
 
 IMAGE_SECONDS = 0.03
 """What scoring a restored image takes beside restoring it: measures and crops."""
@@ -95,7 +95,8 @@ def announce(
     if work:
         seconds = makespan([expected.seconds for expected in work.values()], slots)
         at_a_time = f", {slots} at a time" if slots > 1 else ""
-        say("expected", f"about {duration(seconds)} for {len(work)} runs of {recipe.steps} steps{at_a_time}")
+        runs = f"{counted(len(work), 'run')} of {counted(recipe.steps, 'step')}"
+        say("expected", f"about {duration(seconds)} for {runs}{at_a_time}")
 
 
 def _setting(prepared: PreparedSuite, devices: Sequence[str]) -> list[tuple[str, str]]:
@@ -110,8 +111,8 @@ def _setting(prepared: PreparedSuite, devices: Sequence[str]) -> list[tuple[str,
     width, blocks = suite.backbone.width, list(suite.backbone.blocks)
     levels = ", ".join(map(str, sorted(set(suite.backbone.attention_levels))))
     lines.append(("backbone", f"width {width}, blocks {blocks}, attention at levels {levels} of {len(blocks)}"))
-    steps = f"{recipe.steps} steps of {recipe.batch} crops of {recipe.crop} px, {recipe.precision}"
-    lines.append(("recipe", f"{recipe.name}: {steps}; {recipe.card.time}"))
+    steps = f"{counted(recipe.steps, 'step')} of {counted(recipe.batch, 'crop')} of {recipe.crop} px"
+    lines.append(("recipe", f"{recipe.name}: {steps}, {recipe.precision}; {recipe.card.time}"))
     if recipe.ema:
         window = min(round(1 / (1 - recipe.ema)), recipe.steps)
         if window * FEWEST_WINDOWS > recipe.steps:
@@ -125,11 +126,11 @@ def _setting(prepared: PreparedSuite, devices: Sequence[str]) -> list[tuple[str,
             lines.append(("lpips", f"{net} is n/a, said once: {note} On this command line: --lpips-weights FILE."))
     world, pieces = prepared.world, prepared.pieces
     shared = f", {world.size} processes" if world.size > 1 else ""
-    at_a_time = f", {len(pieces[0])} crops at a time on each" if len(pieces) > 1 else ""
+    at_a_time = f", {counted(len(pieces[0]), 'crop')} at a time on each" if len(pieces) > 1 else ""
     threads = torch.get_num_threads()
     slots, numbered = len(devices), ", ".join(dict.fromkeys(name for name in devices if name.startswith("cuda:")))
     workers = f", {slots} worker processes" if slots > 1 else ""
-    each = f"{threads} thread{'s' * (threads > 1)}{' each' * (slots > 1)}"
+    each = f"{counted(threads, 'thread')}{' each' * (slots > 1)}"
     name = device_name(prepared.device) + (f" ({numbered})" if numbered else "")
     lines.append(("device", f"{name}{workers}, {each}{shared}{at_a_time}"))
     if prepared.device.type == "cuda" and suite.preset == "quick":

@@ -17,7 +17,7 @@ from kitbench.runs.prepare import PreparedSuite
 from kitbench.runs.train import loss_of
 from kitbench.spec.fields import CHANNELS, Mode
 from kitbench.store.records import Cost
-from kitbench.text import byte_size
+from kitbench.text import byte_size, counted
 
 CROPS_BYTES = 1 << 20
 """What one evaluation takes on disk, its crops with it."""
@@ -36,8 +36,8 @@ def require_space(prepared: PreparedSuite, cells: Sequence[Cell], costs: Mapping
     free = shutil.disk_usage(next(place for place in (out, *out.parents) if place.exists())).free
     if kept + working > free:
         raise InputError(
-            f"{prepared.options.out} has {byte_size(free)} left, and these {len(cells)} runs need about "
-            f"{byte_size(kept + working)}; free some, or choose another --out."
+            f"{prepared.options.out} has {byte_size(free)} left, expected {byte_size(kept + working)} for "
+            f"{counted(len(cells), 'run')}; free some, or choose another --out."
         )
 
 

@@ -34,6 +34,7 @@ from kitbench.store.records import now
 from kitbench.system.interrupt import Stop
 from kitbench.system.processes import process_context
 from kitbench.system.progress import heartbeat
+from kitbench.text import counted
 
 ATTEMPTS = 3
 """How often a piece of work is begun before it counts as failed, where its worker was killed each time."""
@@ -123,7 +124,7 @@ class Pool:
             self.workers = [self._start(device) for device in devices]
             while self.cells:
                 if self.stop():
-                    raise Interrupted(f"stopped with {len(self.cells)} runs unfinished, their state saved")
+                    raise Interrupted(f"stopped with {counted(len(self.cells), 'run')} unfinished, their state saved")
                 for worker in self.workers:
                     if worker.task is None:
                         self._assign(worker)

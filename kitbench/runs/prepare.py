@@ -38,6 +38,7 @@ from kitbench.system.environment import choose_device, device_name, make_repeata
 from kitbench.system.processes import World, current, pieces
 from kitbench.system.tracking import Tracker, trackers
 
+VALIDATION_KEY = "or another validation set: --set data.validation=SET"
 Unit = tuple[str, float | None]
 """An evaluation: a test set, and a noise level or None."""
 
@@ -221,7 +222,13 @@ def _require_unseen(init: RunFolder, scoring: PreparedScoring, console: Console)
     if found is not None:  # else its weights fit no network of these modes, which is said when they are put into one
         say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
         seen = seen_images(init, scoring.options.data, say)
-        assert_disjoint({n: own for n, own in seen.items() if n not in found.train}, found.test | found.validation)
+        _require_disjoint(replace(found, train={n: own for n, own in seen.items() if n not in found.train}))
+
+
+def _require_disjoint(sets: ImageSets) -> None:
+    """Raises InputError where a training image is also a test or validation image."""
+    assert_disjoint(sets.train, sets.test)
+    assert_disjoint(sets.train, sets.validation, ("Training", "validation"), VALIDATION_KEY)
 
 
 def prepare_scoring(suite: Suite, options: Options, checked: bool = True, training: bool = False) -> PreparedScoring:
@@ -239,8 +246,8 @@ def prepare_scoring(suite: Suite, options: Options, checked: bool = True, traini
     sets = {mode: read_sets(mode, chosen, options.data, training) for mode, chosen in named.items()}
     if checked:
         for found in sets.values():
-            assert_disjoint(found.train, found.test | found.validation)
-            assert_disjoint(found.validation, found.test, ("Validation", "test"))
+            _require_disjoint(found)
+            assert_disjoint(found.validation, found.test, ("Validation", "test"), VALIDATION_KEY)
     writable(options.out)
     protocols = {mode: named[mode].protocol or suite.protocol for mode in sets}
     notes = {

@@ -27,6 +27,7 @@ from kitbench.spec.tasks import Denoise
 from kitbench.store.folder import TRIALS, RunFolder
 from kitbench.store.records import Evaluation, Run, Trial, Tuning, read_record, shared_with_search
 from kitbench.system.processes import leads
+from kitbench.text import counted
 
 FACTOR = 2.0
 """Between two neighbouring rates of the grid."""
@@ -200,7 +201,7 @@ def _trials(
     complete, failed = run_suite(chosen, where, console)
     other = [sentence for sentence in failed if "training diverged" not in sentence]
     if other:
-        raise RunError(f"{len(other)} trials failed: " + "; ".join(other))
+        raise RunError(f"{counted(len(other), 'trial')} failed: " + "; ".join(other))
     found = []
     for folder in complete:
         record = folder.run
@@ -268,8 +269,8 @@ def _stored(suite: Suite, mode: Mode, out: Path) -> tuple[Path, Tuning] | None:
     if own and not found:
         path, record = own[0]
         raise InputError(
-            f"{path} was made with {record.steps} steps, this recipe has {suite.recipe.steps}; run `kitbench tune` "
-            f"with the same recipe."
+            f"{path} was made with {counted(record.steps, 'step')}, this recipe has {suite.recipe.steps}; run "
+            f"`kitbench tune` with the same recipe."
         )
     return next(iter(found), None)
 

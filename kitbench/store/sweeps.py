@@ -6,6 +6,7 @@ from typing import Literal
 
 from kitbench.spec.fields import Frozen, Setting
 from kitbench.store.records import Environment
+from kitbench.text import counted
 
 What = Literal["infer", "train"]
 Scope = Literal["attention", "block", "model"]
@@ -83,7 +84,7 @@ class Sweep(Frozen):
         if self.scope == "model":  # its channels are those of the suite's backbone
             return "the whole network of the suite denoise"
         part = {"attention": "attention alone", "block": "one block"}[self.scope]
-        return f"{part}, {self.dim} channels, {self.heads} head{'s' * (self.heads > 1)}"
+        return f"{part}, {self.dim} channels, {counted(self.heads, 'head')}"
 
     def curve(self, method: str, what: What) -> list[Point]:
         """The points of one method, by size."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from kitbench.errors import InputError
 from kitbench.store.folder import RunFolder
-from kitbench.text import capitalised
+from kitbench.text import capitalised, counted
 from kitbench.verdict.compare import Column, Columns, Compared, adjusted, compare, heading, paired_scores
 from kitbench.verdict.contrasts import ComparedRuns, blocks
 from kitbench.verdict.entries import entries
@@ -79,7 +79,7 @@ def _notes(compared: Sequence[Compared], method: str) -> tuple[str, ...]:
     if any(c.found.interval is not None for c in compared):
         notes.append("In square brackets the 95 % confidence interval over seeds and images.")
     if tested := sum(c.p_holm is not None for c in compared):
-        tests = f"{tested} difference{'s' * (tested > 1)}"
+        tests = f"{counted(tested, 'difference')}"
         notes.append(
             f"**Bold**: differs from zero at 5 %, with Holm's correction over {tests} of this table; intervals are not "
             f"corrected. It holds if {method} was chosen before the scores were seen."

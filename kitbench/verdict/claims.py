@@ -20,7 +20,7 @@ from kitbench.spec.tasks import Kind
 from kitbench.store.folder import TRIALS, RunFolder, find
 from kitbench.store.records import Tuning, read_record
 from kitbench.store.sweeps import Sweep
-from kitbench.text import shown
+from kitbench.text import counted, shown
 from kitbench.verdict.compare import Compared
 from kitbench.verdict.contrasts import (
     ONE,
@@ -260,7 +260,7 @@ def _longest(contrast: Contrast) -> Setup | None:
 
 
 def _seeds(number: int) -> str:
-    return f"{number} seed{'s' * (number > 1)}"
+    return counted(number, "seed")
 
 
 def _together(contrast: Contrast) -> str:
@@ -269,7 +269,7 @@ def _together(contrast: Contrast) -> str:
     which = ", the largest" if len(contrast.setups) > 1 else ""
     return (
         f"adjusted p of {contrast.a} - {contrast.b}: {contrast.p_holm:.3g}, from {largest:.3g}{which} "
-        f"(Holm's correction over {contrast.family} contrast{'s' * (contrast.family > 1)})"
+        f"(Holm's correction over {counted(contrast.family, 'contrast')})"
     )
 
 
@@ -300,7 +300,7 @@ def in_words(compared: Compared) -> str:
         text += f" (on these images alone [{found.interval_seeds.low:+.3f}, {found.interval_seeds.high:+.3f}])"
     if found.p is not None:
         text += f", p {found.p:.3g}"
-    seeds, images = (f"{n} {what}{'s' * (n > 1)}" for n, what in ((found.seeds, "seed"), (found.images, "image")))
+    seeds, images = (counted(n, what) for n, what in ((found.seeds, "seed"), (found.images, "image")))
     text += f", {seeds}, {images}"
     if compared.detectable is not None:
         text += f", which detect {shown(compared.detectable, 2)} dB or more with 80 % power"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 
 from kitbench.spec.fields import digest
 from kitbench.store.records import Run
+from kitbench.text import counted
 from kitbench.verdict.claims import QUESTIONS
 from kitbench.verdict.compare import Column, Columns, Compared, adjusted, compare
 from kitbench.verdict.contrasts import ComparedRuns
@@ -198,7 +199,7 @@ def _heading(budget: Budget, every: Sequence[Budget]) -> str:
 def _range(values: Sequence[int], what: str) -> str:
     """`1 seed`, `3 seeds`, `3 to 5 seeds`."""
     low, high = min(values), max(values)
-    return f"{low} {what}{'s' * (low > 1)}" if low == high else f"{low} to {high} {what}s"
+    return f"{counted(low, what)}" if low == high else f"{low} to {high} {what}s"
 
 
 def _difference(compared: Compared) -> str:

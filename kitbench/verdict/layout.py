@@ -16,7 +16,7 @@ import pandas as pd
 
 from kitbench.spec.shipped import builtin
 from kitbench.store.records import Run
-from kitbench.text import capitalised, shown
+from kitbench.text import capitalised, counted, shown
 from kitbench.verdict.compare import SCENES, Column, heading
 
 NOT_MEASURED = "n/a"
@@ -230,15 +230,15 @@ def caption_of(run: Run, suites: Iterable[str] = ()) -> str:
     if run.recipe is None or run.backbone is None:
         return f"{names}, {run.mode}: training-free methods"
     recipe, backbone = run.recipe, run.backbone
-    crops = f"{recipe.batch} crop{'s' * (recipe.batch > 1)}"
+    crops = f"{counted(recipe.batch, 'crop')}"
     threads = recipe.threads or run.environment.threads
-    where = f"{run.device}, {threads} thread{'s' * (threads > 1)}" if run.device == "cpu" else run.device
+    where = f"{run.device}, {counted(threads, 'thread')}" if run.device == "cpu" else run.device
     tuned = f", fine-tuned from {recipe.init.rpartition('/')[2]}" if recipe.init is not None else ""
     rate = "" if _shipped("lr").get(recipe.name) in (None, recipe.lr) else f", learning rate {recipe.lr:g}"
     ema = "" if _shipped("ema").get(recipe.name) in (None, recipe.ema) else f", ema {recipe.ema:g}"
     return (
         f"{names}, {run.mode}, recipe {recipe.name} "
-        f"({recipe.steps} steps of {crops} of {recipe.crop} px{rate}{ema}{tuned}), "
+        f"({counted(recipe.steps, 'step')} of {crops} of {recipe.crop} px{rate}{ema}{tuned}), "
         f"width {backbone.width}, attention at levels {', '.join(map(str, backbone.attention_levels))}, on {where}"
     )
 

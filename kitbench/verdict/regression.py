@@ -25,6 +25,7 @@ from tabulate import tabulate
 from kitbench.errors import InputError
 from kitbench.store.folder import RunFolder
 from kitbench.store.records import Run
+from kitbench.text import counted
 from kitbench.verdict.differences import unequal_fields
 from kitbench.verdict.reference import CostRow, Reference, Row, collect, made_with, name_of, shared_settings, shown
 
@@ -176,12 +177,12 @@ def score_tolerance(
     rest = scores - scores.mean(1, keepdims=True)
     freedom = len(seeds) - 1  # a seed affects all methods alike
     spread = math.sqrt(float(np.square(rest).sum()) / (methods * freedom))
-    why = f"from {len(seeds)} seeds"
+    why = f"from {counted(len(seeds), 'seed')}"
     if paired and methods > 1:
         rest = rest - rest.mean(0, keepdims=True)
         freedom = (methods - 1) * (len(seeds) - 1)
         spread = math.sqrt(float(np.square(rest).sum()) / freedom)
-        why = f"from {len(seeds)} seeds of {methods} methods, pairwise"
+        why = f"from {counted(len(seeds), 'seed')} of {methods} methods, pairwise"
     tolerance = float(stats.t.isf(0.05 / count, freedom)) * spread * math.sqrt(1 / new + 1 / old)
     return (tolerance, f"({why})") if tolerance > FLOOR[quantity] else (FLOOR[quantity], f"({why}; at least this)")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from kitbench.text import counted
 from kitbench.verdict.entries import Entry
 
 MEASURED = ("recall", "chance", "adjacent", "distance")
@@ -60,7 +61,7 @@ def noted(entries: Sequence[Entry]) -> Retrieval | None:
             by_level.setdefault(place["level"], []).append(place)
             k = place["k"]
             kind = f" with {place['condition']}" if place["condition"] else ""
-            images = f"{place['images']} image{'s' * (place['images'] > 1)} ({place['sets']}{kind})"
+            images = f"{counted(place['images'], 'image')} ({place['sets']}{kind})"
             samples[f"{place['crops']} degraded crops of {images}, at most {place['side']} px"] = None
         if by_level:
             runs[entry.run.key[:10]] = {

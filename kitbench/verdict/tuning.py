@@ -5,6 +5,7 @@ from __future__ import annotations
 from tabulate import tabulate
 
 from kitbench.store.records import Tuning
+from kitbench.text import counted
 
 
 def tuning_table(record: Tuning, form: str = "simple") -> str:
@@ -26,7 +27,7 @@ def tuning_caption(record: Tuning) -> str:
     beyond = f"; a rate beyond the grid may be better for {', '.join(edge)}" if edge else ""
     return (
         f"{record.suite}, {record.mode}, preset {record.preset}: PSNR in dB on {record.validation} after "
-        f"{record.steps} steps, seed {record.seed}; * the method's best{grown}{beyond}"
+        f"{counted(record.steps, 'step')}, seed {record.seed}; * the method's best{grown}{beyond}"
     )
 
 

@@ -140,7 +140,7 @@ ALTERED: dict[str, tuple[Callable[[RunFolder], object], str]] = {
     "surrogate": (of_training(lambda raw: raw.update(notes={"\ud800": 1})), r"in '\ud800'"),
     "card": (of_run(lambda raw: raw.update(card="a\x1b[2J")), r"in 'a\x1b[2J'"),
     # Training
-    "steps": (of_training(lambda raw: raw.update(steps=1)), "was trained for 1 steps, its recipe has 20"),
+    "steps": (of_training(lambda raw: raw.update(steps=1)), "was trained for 1 step, its recipe has 20"),
     "no log": (lambda folder: folder.log.unlink(), "lacks its training log"),
     "no checksum of the log": (of_training(lambda raw: raw.update(log_sha256=None)), "lacks its training log, or the"),
     "no checksum": (without_checksum, "/training.json does not state its own checksum"),
@@ -153,7 +153,7 @@ ALTERED: dict[str, tuple[Callable[[RunFolder], object], str]] = {
         of_scores(lambda raw: raw.update(scores=raw["scores"][:1] * 5)), "has an image of Set_A twice",
     ),
     "fewer images": (
-        of_scores(lambda raw: raw["scores"].pop()), "was scored on 1 images of Set_A (without 1), the others on 2",
+        of_scores(lambda raw: raw["scores"].pop()), "was scored on 1 image of Set_A (without 1), the others on 2",
     ),
     "other images": (of_scores(other_name), "was scored on 2 images of Set_A (without 1 and with other), the others"),
 }  # fmt: skip
@@ -253,7 +253,7 @@ def test_a_recipe_of_a_users_own_must_be_that_of_a_run_that_is_here(tmp_path: Pa
     said = imported(tmp_path / "theirs", tmp_path / "ours", code=2).stderr
     assert "was trained by another recipe mine: lr" in said
     store_whole(tmp_path / "ours", "local", of=own)
-    assert "1 runs imported" in imported(tmp_path / "theirs", tmp_path / "ours").output
+    assert "1 run imported" in imported(tmp_path / "theirs", tmp_path / "ours").output
 
 
 def test_a_refused_recipe_is_compared_with_the_nearest_one_shipped_or_of_a_run_that_is_here(tmp_path: Path) -> None:

@@ -98,13 +98,13 @@ def test_a_local_run_is_never_replaced(stranger: Path, tmp_path: Path) -> None:
         in done.output
     )
     assert "kitbench diff" in done.output
-    assert "1 runs imported" in done.output
+    assert "1 run imported" in done.output
     assert {path: path.read_bytes() for path in ours.path.rglob("*.json")} == before
     # Nor where it lies under another name.
     shutil.rmtree(tmp_path / "ours")
     ours = store_whole(tmp_path / "ours", "kit", 0, psnr=20.0)
     ours.path.rename(tmp_path / "ours" / "mine")
-    assert "1 runs imported" in invoke("import", tmp_path / "theirs.zip", "--out", tmp_path / "ours").output
+    assert "1 run imported" in invoke("import", tmp_path / "theirs.zip", "--out", tmp_path / "ours").output
     assert "0 runs imported" in invoke("import", tmp_path / "theirs.zip", "--out", tmp_path / "ours").output
 
 
@@ -217,7 +217,7 @@ def test_a_recipe_that_a_preset_of_a_shipped_suite_changes_is_a_shipped_one(tmp_
     assert family.recipe.name == "quick"
     assert family.recipe.steps != load_suite("denoise", "quick").recipe.steps
     store_whole(tmp_path / "theirs", "kit", of=family)
-    assert "1 runs imported" in invoke("import", exported(tmp_path / "theirs"), "--out", tmp_path / "ours").output
+    assert "1 run imported" in invoke("import", exported(tmp_path / "theirs"), "--out", tmp_path / "ours").output
 
 
 def test_a_run_scored_on_a_folder_of_any_name_is_exported(tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_a_run_that_failed_or_is_still_scored_is_left_out(stranger: Path, tmp_pa
     scored.write("progress.json", PROGRESS)
     said = invoke("export", stranger, "--out", tmp_path / "x.zip", "--by", BY).output
     assert said.count(": not complete\n") == 2
-    assert "(1 runs)" in said
+    assert "(1 run)" in said
 
 
 def test_a_damaged_log_is_not_exported(stranger: Path, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 import tifffile
 from PIL import Image, ImageCms, ImageOps
 
-from kitbench.apply.picture import TURNS, Picture, read_picture, write_picture
+from kitbench.apply.picture import Picture, read_picture, write_picture
+from kitbench.data.headers import TURNS
 from kitbench.errors import InputError
 from tests.apply.test_restore import photograph
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 from scipy.io import loadmat, savemat
 
-from kitbench.apply.submit import denoiser, submit
+from kitbench.apply.submit import denoiser, submission
 from kitbench.data.cards import Card, card
 from kitbench.errors import InputError, RunError
 from tests.conftest import run_kitbench
 
-BOXES = [[(1, 3, 12, 18), (9, 5, 20, 24)], [(4, 1, 15, 20), (2, 2, 9, 9)]]
+BOXES: list[list[tuple[int, ...]]] = [[(1, 3, 12, 18), (9, 5, 20, 24)], [(4, 1, 15, 20), (2, 2, 9, 9)]]
 """As MATLAB has them: top, left, bottom, right from 1, the ends included."""
 
 
@@ -30,7 +30,7 @@ def brighter(image: np.ndarray) -> np.ndarray:
 
 
 def send(chosen: Card, folder: Path, out: Path) -> None:
-    submit(chosen, folder, brighter, out, lambda done, total: None)
+    submission(chosen, folder, out)(brighter, lambda done, total: None)
 
 
 def sidd(folder: Path, shape: tuple[int, ...] = (2, 3, 16, 16, 3)) -> np.ndarray:
@@ -40,15 +40,15 @@ def sidd(folder: Path, shape: tuple[int, ...] = (2, 3, 16, 16, 3)) -> np.ndarray
     return noisy
 
 
-def dnd(folder: Path) -> list[np.ndarray]:
+def dnd(folder: Path, boxes_of: list[list[tuple[int, ...]]] = BOXES) -> list[np.ndarray]:
     (folder / "images_srgb").mkdir(parents=True)
-    photos = [np.random.default_rng(n).random((20, 24, 3), dtype=np.float32) for n in range(2)]
+    photos = [np.random.default_rng(n).random((20, 24, 3), dtype=np.float32) for n in range(len(boxes_of))]
     for number, photo in enumerate(photos):
         with h5py.File(folder / "images_srgb" / f"{number + 1:04d}.mat", "w", userblock_size=512) as file:
             file["InoisySRGB"] = photo.T
     with h5py.File(folder / "info.mat", "w", userblock_size=512) as file:
-        cells = file.create_dataset("info/boundingboxes", (1, 2), dtype=h5py.ref_dtype)
-        for number, boxes in enumerate(BOXES):
+        cells = file.create_dataset("info/boundingboxes", (1, len(boxes_of)), dtype=h5py.ref_dtype)
+        for number, boxes in enumerate(boxes_of):
             cell = file.create_dataset(f"#refs#/{number}", data=np.array(boxes, float).T)
             cells[0, number] = cell.ref
     return photos
@@ -56,7 +56,8 @@ def dnd(folder: Path) -> list[np.ndarray]:
 
 def test_sidd_gets_every_block_in_order(tmp_path: Path) -> None:
     noisy = sidd(tmp_path / "SIDD")
-    send(card("SIDD-benchmark"), tmp_path / "SIDD", tmp_path / "SubmitSrgb.csv")
+    small = card("SIDD-benchmark").model_copy(update={"blocks": noisy.shape})
+    send(small, tmp_path / "SIDD", tmp_path / "SubmitSrgb.csv")
     csv.field_size_limit(1 << 20)
     with (tmp_path / "SubmitSrgb.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -99,16 +100,29 @@ def test_what_cannot_be_submitted_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out.zip").exists()
 
 
+def test_blocks_of_another_shape_are_not_the_set(tmp_path: Path) -> None:
+    sidd(tmp_path / "SIDD", (40, 32, 3, 2, 3))
+    with pytest.raises(InputError, match=r"an array of 40 x 32 x 3 x 2 x 3, expected 40 x 32 x 256 x 256 x 3; restore"):
+        send(card("SIDD-benchmark"), tmp_path / "SIDD", tmp_path / "SubmitSrgb.csv")
+    assert not (tmp_path / "SubmitSrgb.csv").exists()
+    done = run_kitbench(tmp_path, "data", "check", "SIDD-benchmark", "--data", str(tmp_path), code=1)
+    assert "SIDD-benchmark: 1 fault in" in done.stdout
+    assert "an array of 40 x 32 x 3 x 2 x 3, expected" in done.stdout
+
+
 def test_a_trained_run_is_submitted_from_the_command_line(tmp_path: Path, tiny_runs: Path) -> None:
-    sidd(tmp_path / "SIDD", (1, 2, 32, 32, 3))
+    dnd(tmp_path / "DND", [[(1, 1, 18, 20)]] * 50)
     run = next(tiny_runs.glob("*colour*-kit-s0-*"), None) or next(tiny_runs.glob("*-kit-s0-*"))
-    arguments = ["submit", "SIDD-benchmark", "--run", str(run), "--data", str(tmp_path), "--device", "cpu"]
-    done = run_kitbench(tmp_path, *arguments, "--out", "SubmitSrgb.csv")
-    assert "wrote SubmitSrgb.csv" in done.stdout
-    assert len((tmp_path / "SubmitSrgb.csv").read_text().splitlines()) == 3
-    assert "takes a .csv" in run_kitbench(tmp_path, *arguments, "--out", "other.zip", code=2).stderr
-    arguments[1] = "DND"
-    assert "is not in" in run_kitbench(tmp_path, *arguments, "--out", "dnd.zip", code=2).stderr
+    arguments = ["submit", "DND", "--run", str(run), "--data", str(tmp_path), "--device", "cpu"]
+    done = run_kitbench(tmp_path, *arguments, "--out", "dnd.zip")
+    assert "wrote dnd.zip" in done.stdout
+    with zipfile.ZipFile(tmp_path / "dnd.zip") as archive:
+        regions = loadmat(io.BytesIO(archive.read("0050.mat")))["Idenoised"].ravel()
+    assert [region.shape for region in regions] == [(18, 20, 3)]
+    refused = run_kitbench(tmp_path, *arguments, "--out", "other.csv", code=2)
+    assert refused.stderr.startswith("kitbench: The server of DND takes a .zip file")  # before a bar is drawn
+    arguments[1] = "SIDD-benchmark"
+    assert "is not in" in run_kitbench(tmp_path, *arguments, "--out", "sidd.csv", code=2).stderr
 
 
 def test_values_that_are_not_finite_are_not_submitted() -> None:

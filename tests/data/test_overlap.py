@@ -17,6 +17,7 @@ from kitbench.data.pixels import pixel_sha256
 from kitbench.data.repetition import images_of
 from kitbench.errors import InputError
 from kitbench.spec import fields, loading, shipped
+from tests.conftest import Kitbench
 
 
 def photo(pixels: np.ndarray, name: str = "photo") -> Photograph:
@@ -93,6 +94,13 @@ def test_every_pair_that_overlaps_is_told_and_the_first_is_named(scene: np.ndarr
         InputError, match=r"Training and test images overlap: w/whole contains all or part of t/top: .*3 such pairs"
     ):
         assert_disjoint({"w": [photo(scene, "whole")]}, test)
+
+
+def test_the_message_says_whether_the_image_is_one_of_validation_and_how_to_choose_another(kitbench: Kitbench) -> None:
+    words = ("--train-set", "skimage-train", "--set", "data.validation=['skimage-train']", "--dry-run")
+    done = kitbench("run", "--suite", "tiny.toml", *words, code=2)
+    assert "Training and validation images overlap: skimage-train/" in done.stderr
+    assert "choose disjoint sets, or another validation set: --set data.validation=SET." in done.stderr
 
 
 def test_a_quarter_of_the_backgrounds_of_rain100l_are_crops_of_the_val_split_of_bsds500(data_root: Path) -> None:

@@ -22,7 +22,7 @@ from kitbench.spec import loading
 from kitbench.spec.fields import Mode
 from kitbench.spec.suite import SetNames
 from kitbench.store.folder import RunFolder
-from tests.conftest import TINY
+from tests.conftest import TINY, run_kitbench
 from tests.data.test_cards import image, own_pairs, write
 
 
@@ -136,6 +136,46 @@ def test_sixteen_bits_are_refused_and_not_cut_to_eight(suffix: str, tmp_path: Pa
         decode(tmp_path / "deep" / f"b.{suffix}")
     [line] = audit(found, tmp_path / "deep")
     assert f"b.{suffix} has 16 bits a channel" in line
+
+
+def test_pairs_that_a_viewer_turns_differently_are_refused(tmp_path: Path) -> None:
+    own_pairs(tmp_path, 2)
+    folder, exif = tmp_path / "own", Image.Exif()
+    exif[0x0112] = 3  # by half a turn, so that the size says nothing
+    for half in ("input", "target"):
+        Image.fromarray(image(0)).save(folder / half / "0.png", exif=exif)
+    found = card_of_set(f"{folder}/")
+    assert len(images_of(found, None, "colour")) == 2  # turned alike
+    assert audit(found, folder) == []
+    Image.fromarray(image(0)).save(folder / "input" / "0.png")
+    sentence = r"orientations \(.*input/0.png has 1 and .*target/0.png has 3\), and pixels are read as they are stored"
+    with pytest.raises(InputError, match=sentence):
+        images_of(found, None, "colour")
+    [line] = audit(found, folder)
+    assert "save both upright, without an EXIF orientation" in line
+
+
+@pytest.mark.parametrize("suffix", ["tif", "webp", "png"])
+def test_files_of_several_pictures_are_refused(tmp_path: Path, suffix: str) -> None:
+    first, second = (Image.fromarray(image(number)) for number in range(2))
+    (tmp_path / "own").mkdir()
+    first.save(tmp_path / "own" / f"a.{suffix}", save_all=True, append_images=[second])
+    found = card_of_set(f"{tmp_path}/own")
+    with pytest.raises(InputError, match=f"a.{suffix} holds 2 pictures"):
+        images_of(found, None, "colour")
+    [line] = audit(found, tmp_path / "own")
+    assert "give each as a file of its own" in line
+
+
+def test_files_of_other_formats_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "own" / "a.png", image(0))
+    for name in ("IMG_2.HEIC", "IMG_1.heic", ".DS_Store"):
+        (tmp_path / "own" / name).write_bytes(b"no picture")
+    done = run_kitbench(tmp_path, "data", "check", "./own")
+    assert (
+        done.stdout
+        == "./own: 1 image, all readable\n  left out: IMG_1.heic, IMG_2.HEIC, not PNG, JPEG, TIFF, WebP or BMP\n"
+    )
 
 
 def test_a_shipped_name_is_still_that_of_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

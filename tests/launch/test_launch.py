@@ -45,7 +45,7 @@ def test_a_dry_run_prints_cells_commands_and_resources_and_writes_nothing(in_pro
     before = sorted(tmp_path.rglob("*"))
     sets = ("--set", "recipe.steps=7", "--seeds", "3,4")
     here = in_process("run", "--suite", "tiny.toml", *sets, "--jobs", "2", "--dry-run").stdout
-    assert "5 cells are to be run" in here
+    assert "5 cells to be run" in here
     line = next(line for line in here.splitlines() if line.startswith("colour/kit/4"))
     assert line.split(maxsplit=1)[1] == (
         "python -m kitbench run --suite tiny.toml --set recipe.steps=7 --seeds 3,4 --out results"

@@ -271,7 +271,7 @@ def test_the_commands_plan_search_and_use_what_they_found(kitbench: Kitbench, tm
     recipe = ("--suite", "tiny.toml", "--method", "conv", "--set", "recipe.steps=3")
     search = ("tune", *recipe, "--rates", "1e-3,2e-3")
     planned = kitbench(*search, "--dry-run").stdout
-    assert "2 trials are to be run" in planned
+    assert "2 trials to be run" in planned
     assert re.findall(r"learning rate (\S+) +colour/conv/1000", planned) == ["0.001", "0.002"]
     assert not (tmp_path / "results").exists()
     found = kitbench(*search).stdout
@@ -305,7 +305,7 @@ def test_methods_with_other_best_rates_are_trained_side_by_side(kitbench: Kitben
     RunFolder(tmp_path / "results").write("tuning.json", record)
     recipe = ("--suite", "tiny.toml", "--set", "recipe.steps=3", "--tuned")
     planned = kitbench("run", *recipe, "--dry-run").stdout
-    assert "3 cells are to be run" in planned
+    assert "3 cells to be run" in planned
     kitbench("run", *recipe, "--only", "colour/kit/0")
     assert rates_in(tmp_path / "results") == {"kit": 2e-3}
     said = kitbench("run", *recipe, "--jobs", "2").stdout

@@ -26,7 +26,7 @@ from kitbench.store.files import writable, write_atomic
 from kitbench.store.sweeps import BRACKET, Point, Sweep
 from kitbench.system.environment import choose_device, environment
 from kitbench.system.progress import progress
-from kitbench.text import byte_size
+from kitbench.text import byte_size, counted
 
 PREVIOUS = "scale-previous.json"
 """Where a sweep is put that a new one takes the place of."""
@@ -54,7 +54,7 @@ def run_scale(options: SweepOptions, console: Console) -> Sweep:
     path = options.out / "scale.json"
     sweep = _resumed(sweep, path, console)
     console.print(
-        f"{len(sweep.methods)} method{'s' * (len(sweep.methods) > 1)}, "
+        f"{counted(len(sweep.methods), 'method')}, "
         f"{sweep.subject}, sides {sizes[0]} to {sizes[-1]} px, "
         f"on {sweep.device} with {sweep.threads} threads; a point may take {byte_size(sweep.memory_limit)} and "
         f"{options.patience:g} s a call, larger ones are predicted",
