@@ -26,7 +26,7 @@ from kitbench.runs.source import scoring_digest, source_digests
 from kitbench.spec.fields import digest
 from kitbench.spec.loading import load_suite, read_toml
 from kitbench.spec.shipped import builtin, suite_names
-from kitbench.spec.suite import Recipe, Suite
+from kitbench.spec.suite import LONGEST_NAME, NAME, Recipe, Suite
 from kitbench.spec.tasks import Denoise
 from kitbench.store.archive import ASK
 from kitbench.store.folder import RunFolder
@@ -106,6 +106,7 @@ def admit(folder: RunFolder, known: Known) -> None:
     _check_texts(folder)
     _check_source(run, name)
     _check_identity(run, name)
+    _check_suite(run, name)
     _check_training(folder, run)
     _check_recipe(run, name, known)
     paths = {folder.evaluation_path(e.data_set, e.sigma, e.stamp) for e in evaluations}
@@ -169,6 +170,20 @@ def _check_identity(run: Run, name: str) -> None:
             raise InputError(f"{name} contradicts itself: its {what} and what its key is made of do not agree; {ASK}.")
     if digest(run.settings) != digest(_settings(run, name)):
         raise InputError(f"{name} has other settings than its method {run.attention[:40]} makes of them; {ASK}.")
+
+
+def _check_suite(run: Run, name: str) -> None:
+    """The names of suite and preset must be such as a suite can have; a shipped suite must have the task and preset."""
+    kind = run.task.kind
+    if run.suite in suite_names():
+        raw = read_toml(run.suite, "suites", Path())
+        if raw["task"]["kind"] != kind or run.preset not in raw["presets"]:
+            raise InputError(
+                f"{name} has suite {run.suite}, preset {run.preset[:40]} and task {kind}, which the suite of that name "
+                f"does not have; {ASK}."
+            )
+    elif not NAME.fullmatch(run.suite) or len(run.preset) > LONGEST_NAME:
+        raise InputError(f"{name} has a name of its suite or preset that no suite can have; {ASK}.")
 
 
 def _cell(run: Run) -> Cell:

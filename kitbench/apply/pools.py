@@ -22,7 +22,8 @@ from kitbench.model.methods import Restore
 from kitbench.runs.prepare import set_sha256
 from kitbench.runs.source import scoring_digest
 from kitbench.scoring import evaluate
-from kitbench.scoring.lpips import LPIPS, available
+from kitbench.scoring.lpips import LPIPS
+from kitbench.scoring.perceptual import lpips_missing
 from kitbench.spec.fields import Mode, digest
 from kitbench.spec.pools import pool_protocol
 from kitbench.spec.suite import Protocol
@@ -47,6 +48,8 @@ class PoolScoring:
     lpips_weights: str | None = None
     _sets: dict[tuple[str, Mode], list[Photograph]] = field(default_factory=dict)
     _lpips: dict[str, LPIPS] = field(default_factory=dict)
+    _notes: dict[str, str | None] = field(default_factory=dict)
+    """By network: why it is missing."""
 
     def missing(self, folder: RunFolder) -> list[tuple[Evaluation, Protocol]]:
         """What is still to be scored of a run: an evaluation of the same images, and the protocol to score by.
@@ -72,6 +75,8 @@ class PoolScoring:
         ]
         if todo:
             trained_method(folder, self.method_file)
+        for _, protocol in todo:
+            self._why_missing(protocol)
         return todo
 
     def score(self, folder: RunFolder, stop: Stop, advance: Callable[[int, int], None]) -> int:
@@ -103,7 +108,7 @@ class PoolScoring:
                 record = Evaluation(
                     key=run.key, data_set=like.data_set, data_sha256=like.data_sha256, sigma=like.sigma,
                     protocol=protocol, stamp=protocol.stamp, numerics=numerics(scoring_digest()),
-                    lpips_note=available(protocol.lpips, self.lpips_weights) if protocol.lpips != "none" else None,
+                    lpips_note=self._why_missing(protocol),
                     scores=tuple(scores),
                 )  # fmt: skip
                 path = folder.evaluation_path(like.data_set, like.sigma, protocol.stamp)
@@ -122,10 +127,18 @@ class PoolScoring:
         """The network as a function of an image, and under which conditions images are scored."""
         assert run.recipe is not None
         net = protocol.lpips
-        if net != "none" and net not in self._lpips and available(net, self.lpips_weights) is None:
+        if net != "none" and net not in self._lpips and self._why_missing(protocol) is None:
             self._lpips[net] = LPIPS(net, self.lpips_weights)
         restore = evaluate.network(model, self.device, protocol, run.recipe.precision)
         return restore, evaluate.Conditions(like.data_set, run.task, like.sigma, protocol, self._lpips.get(net))
+
+    def _why_missing(self, protocol: Protocol) -> str | None:
+        """Why a protocol's LPIPS cannot be computed. Raises InputError for a file of weights that cannot be used."""
+        if protocol.lpips not in self._notes:
+            self._notes[protocol.lpips] = (
+                None if protocol.lpips == "none" else lpips_missing(protocol.lpips, self.lpips_weights)
+            )
+        return self._notes[protocol.lpips]
 
     def _checked(self, run: Run, like: Evaluation) -> str:
         """The digest of a test set's images here, which must be those that the run was scored on."""

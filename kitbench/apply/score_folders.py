@@ -21,7 +21,8 @@ from kitbench.data.own import no_pictures, one_picture_a_name, pictures_in
 from kitbench.data.photograph import Photograph
 from kitbench.errors import InputError
 from kitbench.scoring import evaluate
-from kitbench.scoring.lpips import LPIPS, available
+from kitbench.scoring.lpips import LPIPS
+from kitbench.scoring.perceptual import lpips_missing
 from kitbench.spec.suite import Protocol
 from kitbench.store.records import Score
 
@@ -105,10 +106,13 @@ def _upright(path: Path) -> np.ndarray:
 
 
 def network_of(protocol: Protocol, weights: str | None) -> tuple[LPIPS | None, str | None]:
-    """The protocol's LPIPS network, if it names one and its weights are here; and why not, where they are missing."""
+    """The protocol's LPIPS network, if it names one and its weights are here; and why not, where they are missing.
+
+    Raises InputError where `weights` names a file that cannot be used.
+    """
     if protocol.lpips == "none":
         return None, None
-    why = available(protocol.lpips, weights)
+    why = lpips_missing(protocol.lpips, weights)
     return (LPIPS(protocol.lpips, weights), None) if why is None else (None, why)
 
 

@@ -159,7 +159,7 @@ LPIPS = click.option(
     metavar="FILE",
     envvar="KITBENCH_LPIPS_WEIGHTS",
     show_envvar=True,
-    help="Backbone weights for LPIPS.",
+    help="Backbone weights for LPIPS: the file, or a folder that holds it.",
 )
 DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 JOBS = click.option(

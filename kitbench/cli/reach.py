@@ -21,6 +21,7 @@ from kitbench.cli.options import (
 )
 from kitbench.cli.output import give, make_console, one_run
 from kitbench.errors import InputError, RunError
+from kitbench.text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -143,7 +144,9 @@ def pools(
                     stop.idle = False
                     for run in todo:
                         made = scoring.score(run, stop, _bar(progress, run.path.name))
-                        progress.console.print(f"{run.path}: {made} evaluations", highlight=False, soft_wrap=True)
+                        progress.console.print(
+                            f"{run.path}: {counted(made, 'evaluation')}", highlight=False, soft_wrap=True
+                        )
         except RunError as error:
             raise RunError(f"{error}. {how_to_go_on()}") from error
     give("\n".join(map(sheet_markdown, pool_sheets(runs, data_sets, () if tiles is None else sizes))), out)
@@ -156,10 +159,13 @@ def _bar(progress: Progress, title: str) -> Callable[[int, int], None]:
 
 
 def _sizes(text: str) -> list[int]:
-    """Sides of tiles as they are typed, `64,128,whole`: pixels, 0 for whole images."""
+    """Sides of tiles as they are typed, `64,128,whole`: pixels, 0 for whole images; two or more, to be compared."""
     words = [word.strip() for word in text.split(",")]
     if not all(word == "whole" or (word.isdecimal() and int(word) >= SMALLEST) for word in words):
         raise InputError(
             f"--tile takes sides in pixels, at least {SMALLEST}, or whole, like 64,128,whole; found {text!r}."
         )
-    return list(dict.fromkeys(0 if word == "whole" else int(word) for word in words))
+    sizes = list(dict.fromkeys(0 if word == "whole" else int(word) for word in words))
+    if len(sizes) < 2:
+        raise InputError(f"--tile takes two sides or more, which are compared, like 64,whole; found {text!r}.")
+    return sizes

@@ -27,7 +27,8 @@ from kitbench.model.backbone import UNet, attention_levels
 from kitbench.model.methods import Loaded
 from kitbench.runs.cell import Axes, Cell, Rates, axes
 from kitbench.runs.initial import InitialWeights, initial_weights, seen_images
-from kitbench.scoring.lpips import LPIPS, available
+from kitbench.scoring.lpips import LPIPS
+from kitbench.scoring.perceptual import lpips_missing
 from kitbench.seeds import derive
 from kitbench.spec.fields import CHANNELS, Mode, digest
 from kitbench.spec.suite import Protocol, SetNames, Suite
@@ -251,7 +252,7 @@ def prepare_scoring(suite: Suite, options: Options, checked: bool = True, traini
     writable(options.out)
     protocols = {mode: named[mode].protocol or suite.protocol for mode in sets}
     notes = {
-        net: available(net, options.lpips_weights)
+        net: lpips_missing(net, options.lpips_weights)
         for net in {protocol.lpips for protocol in protocols.values()} - {"none"}
     }
     return PreparedScoring(
@@ -349,7 +350,16 @@ def load_methods(
     for name, loaded in references.items():
         if loaded.restore is None:
             raise InputError(f"Method {name!r} is not training-free; it cannot stand in `references`.")
-    return trained, references, {name: one.resolve(suite.methods[name].settings) for name, one in trained.items()}
+    settings = {name: one.resolve(suite.methods[name].settings) for name, one in trained.items()}
+    first: dict[str, str] = {}
+    for name, loaded in trained.items():
+        same = first.setdefault(digest([loaded.source_sha256 or suite.methods[name].attention, settings[name]]), name)
+        if same != name:
+            raise InputError(
+                f"Methods {same!r} and {name!r} are one attention with the same settings, which would be trained "
+                f"twice; leave one out, or change a setting."
+            )
+    return trained, references, settings
 
 
 def check_methods(

@@ -80,8 +80,14 @@ def load_suite(
     label = raw.get("name", name)
     presets = raw.pop("presets", {})
     default = raw.pop("default_preset", None)
+    if not isinstance(presets, dict) or not presets:
+        raise InputError(f"Suite {label!r} has no presets; add a table of changed keys like [presets.quick].")
     preset = preset or default
-    if not isinstance(presets, dict) or not isinstance(preset, str) or preset not in presets:
+    if preset is None:
+        raise InputError(
+            f"Suite {label!r} names no default_preset; add that key, or give --preset: {' or '.join(presets)}."
+        )
+    if not isinstance(preset, str) or preset not in presets:
         raise InputError(f"Suite {label!r} has no preset {preset!r}; {nearest(str(preset), presets)}")
     if not isinstance(presets[preset], dict):
         raise InputError(
@@ -91,7 +97,8 @@ def load_suite(
     raw["preset"] = preset
     _one_source_for_both(raw)
     for kind in ("recipe", "protocol"):
-        raw[kind] = _resolve(raw.get(kind), kind, base)
+        if kind in raw:
+            raw[kind] = _resolve(raw[kind], kind, base)
     _resolve_protocols(raw, base)
     _place_folders(raw, base)
     raw["methods"] = {
@@ -140,6 +147,10 @@ def _resolve(value: object, kind: Literal["recipe", "protocol"], base: Path) -> 
     if isinstance(value, dict) and isinstance(value.get("from"), str):
         changes = {key: change for key, change in value.items() if key != "from"}
         return _merge(read_toml(value["from"], plural, base), changes)
+    if not isinstance(value, dict) or "from" in value:
+        raise InputError(
+            f"The {kind} is {value!r}; give its name, or a table like {{ from = 'NAME', key = value }} (kitbench list)."
+        )
     return value
 
 

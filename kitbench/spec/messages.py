@@ -14,6 +14,7 @@ from kitbench.spec.tasks import Kind
 M = TypeVar("M", bound=BaseModel)
 EXPECTED = {
     "tuple_type": "expected a list, like [1, 2]",
+    "model_type": "expected a table of keys",
     "too_short": "expected at least one value",
     "finite_number": "expected a finite number",
     "setting": "expected true, false, a number or text",
@@ -46,6 +47,8 @@ def _sentence(model: type[BaseModel], error: ValidationError, where: str) -> str
         return f"In {where}: the key {place!r} is missing; add it."
     if fault["type"].startswith("union_tag"):
         kinds = ", ".join(get_args(Kind))
+        if "kind" not in fault["input"]:
+            return f"In {where}: the key '{place}.kind' is missing; give one of {kinds}."
         return f"In {where}: {place}.kind is {fault['input'].get('kind')!r}; give one of {kinds}."
     message = EXPECTED.get(fault["type"], fault["msg"].removeprefix("Value error, "))
     at = (

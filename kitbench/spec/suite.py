@@ -8,6 +8,7 @@ files; loading.py reads them. All objects are validated and frozen.
 from __future__ import annotations
 
 import posixpath
+import re
 import tomllib
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
@@ -17,6 +18,10 @@ from pydantic import AfterValidator, Field, model_validator
 from kitbench.spec.fields import Frozen, Mode, Setting, digest
 from kitbench.spec.shipped import builtin
 from kitbench.spec.tasks import Task, condition
+
+LONGEST_NAME = 80
+NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._+-]{{0,{LONGEST_NAME - 1}}}")
+"""Of a suite or a method: files are named after it, in archives of runs too."""
 
 
 class Protocol(Frozen):
@@ -238,7 +243,7 @@ class Suite(Frozen):
     """Training-free methods, whose rows stand beside the trained ones."""
     recipe: Recipe
     protocol: Protocol
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1)]
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31, strict=True)], ...], Field(min_length=1)]
 
     @property
     def stamps(self) -> list[str]:
@@ -252,12 +257,17 @@ class Suite(Frozen):
         if not self.methods and not self.references:
             raise ValueError("neither methods nor references name anything to run")
         for name in (self.name, *self.methods):
-            if not name or "/" in name or name.startswith(".") or not name.isprintable():
-                raise ValueError(f"{name!r} cannot name a suite or a method, as files are named after it; rename it")
+            if not NAME.fullmatch(name):
+                shown = name if len(name) <= LONGEST_NAME else f"{name[:20]}..."
+                raise ValueError(
+                    f"{shown!r} cannot name a suite or a method, as files are named after it; give at most "
+                    f"{LONGEST_NAME} letters of A to Z, digits and . _ + -, and begin with a letter or digit"
+                )
         if self.methods and not self.backbone.attention_levels:
             raise ValueError("backbone.attention_levels is empty, and all methods would be one network; name a level")
-        if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds must differ from one another, found {list(self.seeds)}")
+        for key, values in (("seeds", self.seeds), ("references", self.references)):
+            if len(set(values)) != len(values):
+                raise ValueError(f"{key} must differ from one another, found {list(values)}")
         if len(set(map(condition, self.task.conditions))) != len(self.task.conditions):  # files are named after it
             raise ValueError(
                 f"noise levels of sigma_test must differ in six digits, found {list(self.task.conditions)}"

@@ -37,6 +37,10 @@ By = Annotated[
 ]  # fmt: skip
 """Who made a run: one line, printed in every table that the run stands in. No character ends the line, controls a
 terminal or changes the direction of the text."""
+Count = Annotated[int, Field(ge=0, le=10**18)]
+"""Of parameters or multiply-adds."""
+Bytes = Annotated[int, Field(ge=0, le=1 << 60)]
+Seconds = Annotated[float, Field(ge=0, le=1e9)]
 Record = TypeVar("Record", bound=Frozen)
 
 
@@ -73,26 +77,34 @@ class Numerics(Frozen):
 class Cost(Frozen):
     """What a method costs, at a stated resolution."""
 
-    parameters: int
-    attention_parameters: int
-    resolution: int
+    parameters: Count
+    attention_parameters: Count
+    resolution: Annotated[int, Field(ge=1, le=1 << 20)]
     """Side in pixels of the square image for which macs is stated."""
-    macs: int | None
+    macs: Count | None
     """Closed form, one forward of one image; None where the method states none."""
-    macs_counted: int | None
-    macs_needed: int | None = None
+    macs_counted: Count | None
+    macs_needed: Count | None = None
     """What the definition of the attention needs, where its implementation executes more; None: not more."""
     macs_note: str | None
     """None where closed form and counters agree; otherwise what differs, and which operators have no formula."""
-    train_peak_bytes: int | None
+    train_peak_bytes: Bytes | None
     """Peak memory of one training step, above what was allocated before it."""
     memory_note: str | None
-    calibration_seconds: float | None = None
+    calibration_seconds: Seconds | None = None
     """Seconds of a fixed piece of work on the same device in the same minute: the time of a step divided by it can be
     compared between machines."""
-    step_seconds: float | None = None
+    step_seconds: Seconds | None = None
     """Of a training step on a whole batch: median, measured before training with no other run under way, all methods in
     turn; on the CPU, processor time. None: not measured."""
+
+    @model_validator(mode="after")
+    def _attention_is_part(self) -> Self:
+        if self.attention_parameters > self.parameters:
+            raise ValueError(
+                f"{self.attention_parameters} parameters in the attention are more than the {self.parameters} in all"
+            )
+        return self
 
     @property
     def stated_macs(self) -> int | None:
@@ -142,11 +154,11 @@ class Training(Frozen):
     """training.json"""
 
     schema_version: Literal[1] = 1
-    steps: int
-    seconds: float
-    seconds_per_step: float
+    steps: Annotated[int, Field(ge=1)]
+    seconds: Seconds
+    seconds_per_step: Seconds
     """Median over the intervals between log lines, data loading included; other runs may have been under way."""
-    contended: float | None = None
+    contended: Annotated[float, Field(ge=0)] | None = None
     """Share of the training time that threads waited for a processor: above a few hundredths, other processes slowed
     the steps. None: not recorded."""
     loss: float
@@ -167,7 +179,7 @@ class Score(Frozen):
     """dB; None where restored and clean are equal (infinite)."""
     ssim: float
     lpips: float | None
-    seconds: float
+    seconds: Seconds
 
 
 class Evaluation(Frozen):

@@ -139,6 +139,10 @@ ALTERED: dict[str, tuple[Callable[[RunFolder], object], str]] = {
     "direction": (of_training(lambda raw: raw.update(notes={"found": "\u202eb"})), r"in '\u202eb'"),
     "surrogate": (of_training(lambda raw: raw.update(notes={"\ud800": 1})), r"in '\ud800'"),
     "card": (of_run(lambda raw: raw.update(card="a\x1b[2J")), r"in 'a\x1b[2J'"),
+    # Suite
+    "suite of another task": (of_run(lambda raw: raw.update(suite="derain")), "suite derain, preset smoke and task denoise"),
+    "unknown preset": (of_run(lambda raw: raw.update(preset="mine")), "preset mine and task denoise, which the suite"),
+    "suite": (of_run(lambda raw: raw.update(suite="a b|c")), "a name of its suite or preset that no suite can have"),
     # Training
     "steps": (of_training(lambda raw: raw.update(steps=1)), "was trained for 1 step, its recipe has 20"),
     "no log": (lambda folder: folder.log.unlink(), "lacks its training log"),

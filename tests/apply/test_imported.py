@@ -114,7 +114,7 @@ def test_without_weights_a_run_is_not_to_be_finished_but_trained_elsewhere(invok
     Image.new("RGB", (64, 64)).save("picture.png")
     for words in (
         ("eval", "--run", run, "--test-set", "skimage-gray"),
-        ("pools", run, "--tile", "32"),
+        ("pools", run, "--tile", "32,64"),
         ("restore", "picture.png", "--run", run),
         ("explain", "picture.png", "--run", run, "--at", "1,1"),
         ("run", "--suite", "tiny.toml", "--method", "conv", "--seeds", "3", "--set", f"recipe.init={run}"),

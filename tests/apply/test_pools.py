@@ -103,7 +103,7 @@ def test_a_stored_run_is_scored_in_tiles_from_its_weights(runs: Path) -> None:
     [whole] = folder.evaluations()
     done = run(runs, "--tile", "64,whole")
     assert done.exit_code == 0, done.output
-    assert "1 evaluations" in done.output  # whole images were scored before, under the same protocol
+    assert "1 evaluation\n" in done.output  # whole images were scored before, under the same protocol
     [tiled] = [e for e in folder.evaluations() if e.stamp != whole.stamp]
     assert (tiled.protocol.tile, tiled.protocol.overlap, tiled.protocol.placement) == (64, 16, "even")
     assert (tiled.data_sha256, tiled.sigma, tiled.key) == (whole.data_sha256, whole.sigma, whole.key)
@@ -157,6 +157,13 @@ def test_a_size_that_is_none_is_refused(tiles: str, runs: Path) -> None:
     assert "--tile takes sides in pixels, at least 32, or whole, like 64,128,whole" in done.output
 
 
+def test_one_size_is_nothing_to_compare_and_refused_before_anything_is_scored(runs: Path) -> None:
+    done = run(runs, "--tile", "96")
+    assert done.exit_code == 2
+    assert "--tile takes two sides or more, which are compared, like 64,whole; found '96'." in done.output
+    assert len(kit_of(runs).evaluations()) == 1
+
+
 def test_what_cannot_be_scored_is_refused_before_anything_is_written(runs: Path) -> None:
     folder = kit_of(runs)
     other = run(runs, "--test-set", "CBSD68")
@@ -165,12 +172,12 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_written(runs: Path)
     [evaluation] = folder.evaluations()
     path = folder.evaluation_path(evaluation.data_set, evaluation.sigma, evaluation.stamp)
     folder.write(str(path.relative_to(folder.path)), evaluation.model_copy(update={"data_sha256": "00"}))
-    changed = run(runs, "--tile", "64")
+    changed = run(runs, "--tile", "64,128")
     assert changed.exit_code == 2
     assert "are not those that run" in changed.output
     folder.write(str(path.relative_to(folder.path)), evaluation)
     folder.weights.unlink()
-    gone = run(runs, "--tile", "64")
+    gone = run(runs, "--tile", "64,128")
     assert gone.exit_code == 2
     assert "is stored without its weights" in gone.output
     assert len(folder.evaluations()) == 1
@@ -181,7 +188,7 @@ def test_no_run_is_scored_where_one_of_them_cannot_be(runs: Path, tiny_runs: Pat
     shutil.copytree(conv.path, runs / conv.path.name)
     *_, last = [folder for folder in find([runs]) if folder.trained]
     last.weights.unlink()
-    done = run(runs, "--tile", "64")
+    done = run(runs, "--tile", "64,128")
     assert done.exit_code == 2
     assert f"{last.path.name} is stored without its weights" in done.output
     assert {len(folder.evaluations()) for folder in find([runs])} == {1}

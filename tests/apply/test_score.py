@@ -110,6 +110,9 @@ def test_lpips_is_a_column_where_its_weights_are_given(folders: Path, monkeypatc
     assert found[0].lpips == pytest.approx(np.abs(a - b).mean(), abs=1e-6)
     assert LPIPS is lpips.LPIPS
     monkeypatch.setenv("KITBENCH_LPIPS_WEIGHTS", str(folders / "none.pth"))
+    refused = invoke(folders, "score", "restored", "clean", "--protocol", "awgn8", code=2)
+    assert "none.pth" in refused.stderr
+    monkeypatch.setenv("KITBENCH_LPIPS_WEIGHTS", str(folders))
     done = invoke(folders, "score", "restored", "clean", "--protocol", "awgn8")
     assert "without LPIPS: " in done.stderr.replace("\n", " ")
     assert "LPIPS" not in done.stdout

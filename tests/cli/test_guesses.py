@@ -238,8 +238,19 @@ def test_diff_rounds_shows_what_moved_and_names_the_image_that_moved_most(here: 
 
 def test_the_missing_weights_of_lpips_are_told_once_with_the_option_that_names_them(here: Path) -> None:
     (here / "tiny.toml").write_text(TINY.replace('lpips = "none"', 'lpips = "squeeze"'))
-    words = ("run", "--suite", "tiny.toml", "--method", "input", "--lpips-weights", "nowhere")
+    (here / "weights").mkdir()
+    words = ("run", "--suite", "tiny.toml", "--method", "input", "--lpips-weights", "weights")
     assert "--lpips-weights FILE" in call(*words).stdout
     again = call(*words, "--set", "task.sigma_test=[15, 25]").stdout
     assert "lpips" not in again
     assert "σ15" in again
+
+
+@pytest.mark.parametrize("name", ["nowhere.pth", "tiny.toml"])
+def test_a_file_of_weights_that_is_named_and_is_none_is_refused(here: Path, name: str) -> None:
+    """Only where it is missing from its usual place, or from a folder, LPIPS is left out with a note."""
+    (here / "tiny.toml").write_text(TINY.replace('lpips = "none"', 'lpips = "squeeze"'))
+    words = ("run", "--suite", "tiny.toml", "--method", "input", "--lpips-weights", name)
+    done = call(*words, code=2)
+    assert name in done.stderr
+    assert not (here / "results").exists()

@@ -166,6 +166,24 @@ def test_a_number_changed_by_hand_is_noticed(tmp_path: Path) -> None:
         folder.evaluations()
 
 
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"parameters": -5}, "cost.parameters: Input should be greater than or equal to 0"),
+        ({"attention_parameters": 1235}, "1235 parameters in the attention are more than the 1234 in all"),
+        ({"macs": -1}, "cost.macs: Input should be greater than or equal to 0"),
+        ({"train_peak_bytes": 10**30}, "cost.train_peak_bytes: Input should be less than or equal to"),
+        ({"step_seconds": -1}, "cost.step_seconds: Input should be greater than or equal to 0"),
+        ({"resolution": 0}, "cost.resolution: Input should be greater than or equal to 1"),
+    ],
+)
+def test_a_cost_that_nothing_has_is_no_record(tmp_path: Path, change: dict[str, object], fault: str) -> None:
+    folder = store(tmp_path, "kit", 30.0)
+    rewrite(folder.path / "training.json", lambda raw: raw["cost"].update(change))
+    with pytest.raises(InputError, match=fault):
+        assert folder.training
+
+
 def test_a_pipe_in_the_place_of_a_record_is_not_waited_for(tmp_path: Path) -> None:
     folder = store(tmp_path, "kit", 30.25)
     (folder.path / "run.json").unlink()
