@@ -41,8 +41,8 @@ def __dir__() -> list[str]:
 class _CallablePackage(ModuleType):
     """The package kitbench.attention, which is also the function of that name: see kitbench/api/layers.py."""
 
-    def __call__(self, name: str, **options: Any) -> Any:
-        return importlib.import_module("kitbench.api.layers").attention_layer(name, **options)
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return importlib.import_module("kitbench.api.layers").attention_layer(*arguments, **options)
 
 
 class _Kitbench(ModuleType):

@@ -36,7 +36,7 @@ def _checked(
     restored: ArrayLike, clean: ArrayLike, data_range: float | None
 ) -> tuple[NDArray[np.generic], NDArray[np.generic], float]:
     """Both images and the value of white. Raises InputError where one of them does not fit the other or the range."""
-    a, b = np.asarray(restored), np.asarray(clean)
+    a, b = _array(restored), _array(clean)
     for image in (a, b):
         if image.dtype not in (np.uint8, np.float32, np.float64):
             raise InputError(f"Images must be uint8, float32 or float64, found {image.dtype}; convert them first.")
@@ -56,6 +56,16 @@ def _checked(
     white = 1.0 if data_range is None else float(data_range)
     _within(a, b, white)
     return a, b, white
+
+
+def _array(image: ArrayLike) -> NDArray[np.generic]:
+    try:
+        return np.asarray(image)
+    except (TypeError, ValueError, RuntimeError) as error:  # a tensor on a GPU or with gradients, a ragged list
+        raise InputError(
+            f"An image of type {type(image).__name__} cannot be read as an array ({error}); give a NumPy array, of a "
+            f"tensor x.detach().cpu().numpy()."
+        ) from error
 
 
 def _within(a: NDArray[np.generic], b: NDArray[np.generic], white: float) -> None:

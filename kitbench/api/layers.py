@@ -6,20 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kitbench.errors import InputError
 from kitbench.model.methods import load_method
 
 
-def attention_layer(name: str | Path, *, dim: int, heads: int = 1, shift: bool = False, **settings: Any) -> nn.Module:
+def attention_layer(name: str | Path, dim: int, heads: int = 1, *, shift: bool = False, **settings: Any) -> nn.Module:
     """An attention of kitbench as a torch module that maps tokens [B, H, W, dim] to the same shape and dtype.
 
     name: a shipped method (`kit`, `window`, `local`, `global`, ...), or the path of a .py file with a class Attention.
     dim: channels. heads: must divide `dim`. shift: the method's shifted form, in every second block of our networks.
     settings: the method's own, as docs/methods.md lists them; what is not given has its default.
-    The residual and the normalisation are left to the network. Called with an input of another layout, the module
-    raises InputError. Raises InputError for an unknown method or setting, or values that do not fit.
+    The residual and the normalisation are left to the network. Called with an input that is empty, or of another layout
+    or dtype than its weights, the module raises InputError. Raises InputError for an unknown method or setting, or
+    values that do not fit.
     """
     name = str(name)
     loaded = load_method(name)
@@ -28,13 +30,16 @@ def attention_layer(name: str | Path, *, dim: int, heads: int = 1, shift: bool =
             f"Method {name!r} is no attention layer: it restores whole images; give one with a class Attention, for "
             "example 'kit'."
         )
+    for what, number in (("dim", dim), ("heads", heads)):
+        if not isinstance(number, int) or number < 1:
+            raise InputError(f"{what} is {number!r}; give a whole number that is 1 or more.")
     layer = loaded.build(dim, heads, shift, **loaded.resolve(settings))
-    layer.register_forward_pre_hook(_ChannelsLast(name, dim))
+    layer.register_forward_pre_hook(_Checked(name, dim))
     return layer
 
 
 @dataclass(frozen=True)
-class _ChannelsLast:
+class _Checked:
     """Checks the input of a layer before its forward pass."""
 
     name: str
@@ -53,4 +58,14 @@ class _ChannelsLast:
             )
             raise InputError(
                 f"Attention {self.name!r} takes tokens [B, H, W, {self.dim}] (channels last), found {found}; {advice}."
+            )
+        if not x.numel():
+            raise InputError(
+                f"Attention {self.name!r} was given an empty tensor {list(x.shape)}; give at least one token."
+            )
+        weights = next(module.parameters(), x)
+        if x.dtype != weights.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise InputError(
+                f"Attention {self.name!r} was given {x.dtype}, its weights are {weights.dtype}; convert one of them, "
+                f"or call it under torch.autocast."
             )

@@ -37,7 +37,9 @@ def results_table(
     What was not measured is missing (NaN).
     Nothing is averaged over seeds: see `python -m kitbench table` for that. Raises InputError.
     """
-    given = [paths] if isinstance(paths, str | Path) else list(paths)
+    given = [paths] if isinstance(paths, str | Path) else list(paths) if isinstance(paths, Iterable) else [paths]
+    if not all(isinstance(path, str | Path) for path in given):
+        raise InputError(f"paths is {paths!r}; give the path of a folder of runs, or a list of paths.")
     return _table(find([Path(path) for path in given]), protocol, per_image)
 
 
@@ -110,8 +112,8 @@ def run_from_python(
     suite: str | Path,
     *,
     preset: str | None = None,
-    methods: Sequence[str] = (),
-    seeds: Sequence[int] = (),
+    methods: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
     settings: Mapping[str, Any] | None = None,
     out: str | Path = "results",
     **options: Unpack[RunOptions],
@@ -126,10 +128,10 @@ def run_from_python(
     Returns one row per run, test set, condition and protocol: the columns of `results_table`.
     Raises InputError before anything is written, and RunError where runs failed or were interrupted (state saved).
     """
-    _check(methods, seeds, options)
-    suite = str(suite)
+    _check({"methods": methods, "seeds": seeds, "settings": settings, "out": out}, options)
+    suite, seeds = str(suite), list(seeds or ())
     changed = [f"{key}={_toml(key, value)}" for key, value in (settings or {}).items()]
-    names = [str(method) for method in methods]
+    names = [str(method) for method in methods or ()]
     resolved = load_suite(suite, preset, changed, names, seeds, method_kinds() if names else {})
     from rich.console import Console
 
@@ -151,7 +153,7 @@ def run_from_python(
     return _table(complete, None, per_image=False)
 
 
-def _check(methods: object, seeds: object, options: Mapping[str, Any]) -> None:
+def _check(given: Mapping[str, object], options: Mapping[str, Any]) -> None:
     """Raises InputError for what Python lets pass where the command line would refuse it, and in another thread than
     the main one, in which nobody can wait for Ctrl-C.
     """
@@ -160,19 +162,27 @@ def _check(methods: object, seeds: object, options: Mapping[str, Any]) -> None:
             f"kitbench.run was called in the thread {threading.current_thread().name!r}, where it could not answer "
             f"Ctrl-C; call it in the main thread, or in a process of its own."
         )
-    if isinstance(methods, str):
-        raise InputError(f"methods is the text {methods!r}; give a list, as in methods=[{methods!r}].")
-    if not isinstance(seeds, Iterable):
-        raise InputError(f"seeds is {seeds!r}; give a list, as in seeds=[{seeds!r}].")
+    for name in ("methods", "seeds"):
+        found = given[name]
+        if isinstance(found, str) or not isinstance(found, Iterable | None):
+            what = f"the text {found!r}" if isinstance(found, str) else repr(found)
+            raise InputError(f"{name} is {what}; give a list, as in {name}=[{found!r}].")
+        if found is not None and not list(found):
+            raise InputError(f"{name} is empty; leave it out to run those of the suite.")
+    settings, out = given["settings"], given["out"]
+    if not isinstance(settings, Mapping | None):
+        raise InputError(f"settings is {settings!r}; give changed keys, as in settings={{'recipe.steps': 2000}}.")
+    if not isinstance(out, str | Path):
+        raise InputError(f"out is {out!r}; give the path of a folder.")
     unknown = options.keys() - RunOptions.__annotations__.keys()
     if unknown:
         raise InputError(
             f"run has no option {', '.join(sorted(unknown))}; known: {', '.join(RunOptions.__annotations__)}."
         )
     for name, least in LEAST.items():
-        found = options.get(name)
-        if found is not None and (not isinstance(found, Integral) or int(found) < least):
-            raise InputError(f"{name} is {found!r}; give a whole number that is {least} or more.")
+        number = options.get(name)
+        if number is not None and (not isinstance(number, Integral) or int(number) < least):
+            raise InputError(f"{name} is {number!r}; give a whole number that is {least} or more.")
 
 
 def _toml(key: str, value: Any) -> str:

@@ -76,6 +76,7 @@ def test_a_package_that_is_imported_first_can_still_be_called() -> None:
             r"takes tokens \[B, H, W, 32\] \(channels last\), found \[2, 16, 24, 8\]; give a tensor whose last",
         ),
         ((16, 24, 32), r"found \[16, 24, 32\]"),
+        ((0, 16, 24, 32), r"was given an empty tensor \[0, 16, 24, 32\]"),
     ],
 )
 def test_another_layout_is_refused_with_what_to_do(shape: tuple[int, ...], sentence: str) -> None:
@@ -90,11 +91,24 @@ def test_another_layout_is_refused_with_what_to_do(shape: tuple[int, ...], sente
         ("nlm", {}, "is no attention layer"),
         ("kit", {"kk": 3}, "has no setting 'kk'"),
         ("kit", {"heads": 5}, "cannot be built"),
+        ("kit", {"dim": 0}, "dim is 0; give a whole number that is 1 or more"),
+        ("kit", {"heads": 1.5}, "heads is 1.5; give a whole number"),
     ],
 )
-def test_a_layer_that_cannot_be_is_refused(name: str, options: dict[str, int], sentence: str) -> None:
+def test_a_layer_that_cannot_be_is_refused(name: str, options: dict[str, float], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         kitbench.attention(name, **{"dim": 32, "heads": 2, **options})
+
+
+@pytest.mark.parametrize("name", ["kit", "conv"])
+def test_an_input_of_another_dtype_is_refused_unless_autocast_converts_it(name: str) -> None:
+    layer, x = kitbench.attention(name, 32, 2), torch.randn(1, 16, 24, 32)
+    with pytest.raises(
+        InputError, match=r"was given torch.float64, its weights are torch.float32; convert one of them"
+    ):
+        layer(x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x.bfloat16()).isfinite().all()
 
 
 # Metrics
@@ -142,6 +156,8 @@ FLOAT = np.full((12, 12, 3), 0.5)
         (FLOAT[None], FLOAT[None], {}, "one image at a time"),
         (FLOAT[:0], FLOAT[:0], {}, r"is empty, found \[0, 12, 3\]"),
         (FLOAT > 0, FLOAT > 0, {}, "found bool"),
+        (torch.ones(12, 12, requires_grad=True), FLOAT, {}, r"of type Tensor cannot be read as an array .*detach\(\)"),
+        ([[1.0], [1.0, 2.0]], FLOAT, {}, "of type list cannot be read as an array"),
     ],
 )
 def test_a_range_or_shape_that_is_not_stated_is_refused(metric, a, b, options, sentence) -> None:
@@ -194,6 +210,9 @@ def test_a_table_of_nothing_says_what_there_is(tmp_path: Path) -> None:
         kitbench.results(tmp_path, protocol="derain8")
     with pytest.raises(InputError, match="is not a folder"):
         kitbench.results(tmp_path / "gone")
+    for paths in (3, [3], None):
+        with pytest.raises(InputError, match="; give the path of a folder of runs, or a list of paths"):
+            kitbench.results(paths)  # type: ignore[arg-type]
 
 
 def test_a_run_that_is_not_understood_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -202,6 +221,10 @@ def test_a_run_that_is_not_understood_is_refused_before_anything_is_written(tmp_
         ({"methods": ["kitt"]}, "has no method 'kitt'"),
         ({"job": 2}, "run has no option job; known: data, device"),
         ({"methods": "conv"}, r"methods is the text 'conv'; give a list, as in methods=\['conv'\]"),
+        ({"methods": []}, "methods is empty; leave it out to run those of the suite"),
+        ({"seeds": ()}, "seeds is empty; leave it out"),
+        ({"settings": "recipe.steps=3"}, r"settings is 'recipe.steps=3'; give changed keys"),
+        ({"out": None}, "out is None; give the path of a folder"),
         ({"seeds": 3}, r"seeds is 3; give a list, as in seeds=\[3\]"),
         ({"jobs": 0}, "jobs is 0; give a whole number that is 1 or more"),
         ({"jobs": "2"}, "jobs is '2'; give a whole number"),
@@ -214,7 +237,7 @@ def test_a_run_that_is_not_understood_is_refused_before_anything_is_written(tmp_
         ({"settings": {"recipe.init": None}}, r"settings\['recipe.init'\] is None; give text"),
     ):
         with pytest.raises(InputError, match=sentence):
-            kitbench.run("denoise", preset="smoke", out=tmp_path / "out", **options)
+            kitbench.run("denoise", **{"preset": "smoke", "out": tmp_path / "out", **options})
     assert not (tmp_path / "out").exists()
 
 
