@@ -32,6 +32,8 @@ def export(paths: tuple[Path, ...], out: Path, by: str | None) -> None:
     if out.suffix.lower() != ".zip":
         if out.suffix.lower() not in (".csv", ".parquet"):
             raise InputError(f"--out {out} must end in .zip (runs), .csv or .parquet (a results file).")
+        if by is not None:
+            raise InputError("--by says who made the runs of an archive (.zip); leave it out for a results file.")
         writable_file(out)
         found = results(runs)
         write_results(found, out)

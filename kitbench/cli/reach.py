@@ -63,6 +63,8 @@ def retrieval(
     from kitbench.verdict.sheets import sheet_markdown
 
     sigmas = _levels(sigma)
+    if protocol is not None and not paths:
+        raise InputError("--protocol chooses among the scores of stored RUNS; name some, or leave it out.")
     if out is not None:
         writable_file(out)
     gained = gain_sheets(find(paths), protocol) if paths else []

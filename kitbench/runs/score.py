@@ -98,7 +98,7 @@ def score_cell(scoring: PreparedScoring, cell: Cell, restore: Restore, reporter:
             beat(done)
             reporter.advance("scoring", done, total, score_text(unit, found[1]))
             if stop() and done < total:
-                raise Interrupted(f"stopped while scoring {folder.path.name}; the same command goes on there")
+                raise Interrupted(f"stopped while scoring {folder.path.name}; complete evaluations are kept")
 
         score_share(scoring, cell, share, restore, each)
         everyone = world.gather(scores)

@@ -85,6 +85,13 @@ class Reference(Frozen):
         return self
 
 
+COSTS = {
+    "parameters": "parameters", "macs": "MACs", "peak_bytes": "peak memory of a step (bytes)",
+    "step": "time of a step (calibration runs)",
+}  # fmt: skip
+"""What messages call the fields of `CostRow`."""
+
+
 def shown(value: float | None) -> str:
     return "missing" if value is None else f"{value:,.0f}" if float(value).is_integer() else f"{value:,.4f}"
 
@@ -190,10 +197,10 @@ def changes(old: Reference, new: Reference) -> list[str]:
         changed += [f"{name_of(place)}: {what}" for what in _row_changes(rows[0].get(place), rows[1].get(place))]
     costs = [{(row.comparison, row.method): row for row in r.costs} for r in (old, new)]
     for key in sorted(costs[0].keys() | costs[1].keys()):
-        for field in ("parameters", "macs", "peak_bytes", "step"):
+        for field, what in COSTS.items():
             a, b = (getattr(c.get(key), field, None) for c in costs)
             if a != b:
-                changed.append(f"{key[1]}: {field} {shown(a)} -> {shown(b)}")
+                changed.append(f"{key[1]}: {what} {shown(a)} -> {shown(b)}")
     return changed
 
 
@@ -209,6 +216,6 @@ def _row_changes(old: Row | None, new: Row | None) -> Iterable[str]:
         a, b = (None if row is None else float(np.mean(list(getattr(row, field).values()))) for row in (old, new))
         if a != b:
             moved = "" if a is None or b is None else f" ({b - a:+.4f})"
-            yield f"{quantity} {shown(a)} -> {shown(b)}{unit}{moved}"
+            yield f"{quantity} {shown(a)} -> {shown(b)}{'' if b is None else unit}{moved}"
         elif old is not None and new is not None and getattr(old, field) != getattr(new, field):
             yield f"{quantity} of single seeds, with the same mean"

@@ -27,7 +27,17 @@ from kitbench.store.folder import RunFolder
 from kitbench.store.records import Run
 from kitbench.text import counted
 from kitbench.verdict.differences import unequal_fields
-from kitbench.verdict.reference import CostRow, Reference, Row, collect, made_with, name_of, shared_settings, shown
+from kitbench.verdict.reference import (
+    COSTS,
+    CostRow,
+    Reference,
+    Row,
+    collect,
+    made_with,
+    name_of,
+    shared_settings,
+    shown,
+)
 
 MEMORY = 0.05
 TIME = 0.5
@@ -190,15 +200,14 @@ def score_tolerance(
 def _costs(row: CostRow, found: CostRow | None, time: float) -> Iterable[Comparison]:
     if found is None:
         return  # its scores are missing too, which already fails
-    for quantity, new, old in (("parameters", found.parameters, row.parameters), ("MACs", found.macs, row.macs)):
-        yield Comparison(row.method, quantity, new, old, "no tolerance", new != old, found.runs)
-    for quantity, value, before, share in (
-        ("peak memory of a step (bytes)", found.peak_bytes, row.peak_bytes, MEMORY),
-        ("time of a step (calibration runs)", found.step, row.step, time),
-    ):
+    for field in ("parameters", "macs"):
+        new, old = getattr(found, field), getattr(row, field)
+        yield Comparison(row.method, COSTS[field], new, old, "no tolerance", new != old, found.runs)
+    for field, share in (("peak_bytes", MEMORY), ("step", time)):
+        value, before = getattr(found, field), getattr(row, field)
         if before is not None:
             worse = value is None or value > before * (1 + share)
-            yield Comparison(row.method, quantity, value, before, f"tolerance {share:.0%} more", worse, found.runs)
+            yield Comparison(row.method, COSTS[field], value, before, f"tolerance {share:.0%} more", worse, found.runs)
 
 
 def junit(lines: Sequence[Comparison]) -> bytes:

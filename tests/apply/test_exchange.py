@@ -293,6 +293,8 @@ def test_a_damaged_log_is_not_exported(stranger: Path, tmp_path: Path) -> None:
 
 def test_exports_say_what_they_need(stranger: Path, tmp_path: Path) -> None:
     assert "--by is missing: say in one line" in invoke("export", stranger, "--out", tmp_path / "x.zip", code=2).stderr
+    done = invoke("export", stranger, "--out", tmp_path / "x.csv", "--by", BY, code=2)
+    assert "--by says who made the runs of an archive (.zip); leave it out for a results file." in done.stderr
     assert "must end in .zip" in invoke("export", stranger, "--out", tmp_path / "x.tar", code=2).stderr
     for folder in find([stranger]):
         (folder.path / "training.json").unlink()

@@ -146,6 +146,12 @@ def test_a_wrong_noise_level_is_refused(text: str) -> None:
     assert "--sigma takes noise levels from 0 to 255, like 0,15,25" in done.output
 
 
+def test_a_protocol_without_runs_is_refused() -> None:
+    done = run("--protocol", "awgn8")
+    assert done.exit_code == 2
+    assert "--protocol chooses among the scores of stored RUNS; name some, or leave it out." in done.output
+
+
 # The gain from copies
 
 IMAGES = ("copies-a", "copies-b", "copies-c", "periodic-a", "periodic-b", "periodic-c")

@@ -32,6 +32,13 @@ def cells(*arguments: str) -> list[str]:
 # Methods
 
 
+def test_one_attention_is_not_trained_twice_under_two_names(here: Path) -> None:
+    (here / "tiny.toml").write_text(TINY.replace("[methods.conv]", '[methods.same]\nattention = "kit"\npatch = 4'))
+    done = call("run", "--suite", "tiny.toml", "--dry-run", code=2)
+    assert "Methods 'kit' and 'same' are one attention with the same settings, which would be trained" in done.stderr
+    call("run", "--suite", "tiny.toml", "--set", "methods.same.k=2", "--dry-run")
+
+
 @pytest.mark.parametrize(
     "words", [["--method", "kit", "--method", "conv"], ["--method", "kit,conv"], ["--methods", "kit, conv"]]
 )

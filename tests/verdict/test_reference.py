@@ -277,7 +277,9 @@ def test_an_update_prints_all_that_changes(kitbench: Kitbench, tmp_path: Path) -
     one, two, three = (old.model_copy(update={"rows": (row,)}) for row in (first, swapped, other))
     assert reference.changes(one, two) == ["kit on Set_A (colour) σ25: PSNR of single seeds, with the same mean"]
     assert reference.changes(one, three) == [f"kit on Set_A (colour) σ25: images {row.data_sha256[:8]} -> bbbbbbbb"]
-    assert "kit: macs 2,500,000,000 -> missing" in reference.changes(old, old.model_copy(update={"costs": ()}))
+    assert "kit: MACs 2,500,000,000 -> missing" in reference.changes(old, old.model_copy(update={"costs": ()}))
+    [psnr, _] = reference.changes(one, one.model_copy(update={"rows": ()}))
+    assert psnr.endswith("-> missing")
 
 
 @pytest.mark.parametrize(
