@@ -18,6 +18,11 @@ def finish(prepared: PreparedSuite, cell: Cell) -> None:
             log(prepared.suite.recipe.steps, test_means(folder))
 
 
+def imported_meanwhile(prepared: PreparedSuite, cell: Cell) -> bool:
+    """Whether somebody else's run stands in the cell's place by now, with all that is asked for: nothing is added."""
+    return prepared.folder(cell).origin is not None and not prepared.unfinished(cell)
+
+
 def failed_meanwhile(folder: RunFolder, since: str) -> str | None:
     """Why the run failed in another process since that time (UTC, ISO 8601); None where it did not."""
     failed = folder.failed

@@ -23,7 +23,7 @@ from kitbench.runs.announce import Expected
 from kitbench.runs.cell import Cell
 from kitbench.runs.display import Display
 from kitbench.runs.failure import record_failure
-from kitbench.runs.finish import failed_meanwhile, finish
+from kitbench.runs.finish import failed_meanwhile, finish, imported_meanwhile
 from kitbench.runs.prepare import Options, PreparedSuite, Unit
 from kitbench.runs.probe import Probe
 from kitbench.runs.score import Numbered, Share, score_text, store_evaluation
@@ -188,6 +188,11 @@ class Pool:
         """Lock the run, and cut what is to be scored into pieces."""
         prepared, cell = self.prepared, progressing.cell
         folder = prepared.folder(cell)
+        if imported_meanwhile(prepared, cell):
+            self.display.say(cell, "was imported meanwhile")
+            self._drop(progressing)
+            self.display.finished(cell, 0.0)
+            return
         try:
             progressing.locked.enter_context(folder.lock())
             begin(folder, record_of(prepared, cell))

@@ -17,7 +17,7 @@ from kitbench.runs.announce import Expected, announce, expected
 from kitbench.runs.cell import Cell
 from kitbench.runs.display import CellReporter, Display
 from kitbench.runs.failure import record_failure
-from kitbench.runs.finish import failed_meanwhile, finish
+from kitbench.runs.finish import failed_meanwhile, finish, imported_meanwhile
 from kitbench.runs.limits import require_space
 from kitbench.runs.plan import planned
 from kitbench.runs.pool import Pool, start_server
@@ -137,6 +137,9 @@ def run_cell(work: CellWork) -> None:
     """Train a cell from where it stands, do the evaluations that are missing, and finish it."""
     prepared, cell, folder = work.prepared, work.cell, work.folder
     first = prepared.world.first
+    if prepared.world.agree(imported_meanwhile(prepared, cell)):
+        work.reporter.say("was imported meanwhile")
+        return
     with _locked(prepared.world, folder) as killed:
         if killed:
             work.reporter.say(f"{killed} was killed; going on from what it stored")

@@ -12,9 +12,11 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from kitbench.apply.exchange import import_runs
 from kitbench.apply.reproduce import compare_runs
 from kitbench.cli.main import cli
 from kitbench.errors import InputError
+from kitbench.runs import queue
 from kitbench.runs.prepare import PreparedScoring
 from kitbench.store.folder import RunFolder, find
 from kitbench.store.records import Origin
@@ -90,6 +92,22 @@ def test_a_run_that_would_add_scores_to_imported_runs_is_refused(
     assert f"was imported (run by {BY}) and has no scores on skimage-test σ40 under awgn8.v1" in said
     assert "make your own in another --out" in said
     assert contents() == before
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_run_that_is_imported_while_a_command_is_at_work_is_no_failure(
+    jobs: str, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(of("conv"), Path("later") / of("conv").name)
+
+    def announce(*given: object, whole: Callable[..., object] = queue.announce) -> None:
+        whole(*given)
+        assert len(import_runs(Path("x.zip"), Path("later")).done) == 3
+
+    monkeypatch.setattr(queue, "announce", announce)
+    said = invoke("run", "--suite", "tiny.toml", "--seeds", "0,1", "--jobs", jobs, "--out", "later").output
+    assert said.count("was imported meanwhile") == 3
+    assert {folder.run.method for folder in find([Path("later")])} == {"conv", "kit", "input"}
 
 
 def test_lpips_is_not_added_to_an_imported_run(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
