@@ -19,7 +19,7 @@ from kitbench.data.repetition import images_of
 from kitbench.errors import InputError, Interrupted
 from kitbench.model.backbone import UNet
 from kitbench.model.methods import Restore
-from kitbench.runs.prepare import set_sha256
+from kitbench.runs.sets import set_sha256
 from kitbench.runs.source import scoring_digest
 from kitbench.scoring import evaluate
 from kitbench.scoring.lpips import LPIPS

@@ -24,8 +24,9 @@ from rich.console import Console
 from kitbench.apply.stored_suite import suite_of
 from kitbench.errors import InputError, RunError
 from kitbench.model import methods
-from kitbench.runs.prepare import Options, PreparedSuite, prepare, set_sha256
+from kitbench.runs.prepare import Options, PreparedSuite, prepare
 from kitbench.runs.queue import run_suite
+from kitbench.runs.sets import set_sha256
 from kitbench.spec.fields import digest
 from kitbench.spec.suite import Suite
 from kitbench.store.folder import RunFolder, find, without_imported

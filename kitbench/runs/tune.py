@@ -19,8 +19,9 @@ from kitbench.errors import InputError, RunError
 from kitbench.model.methods import load_method
 from kitbench.runs.cell import decisive
 from kitbench.runs.initial import initial_weights
-from kitbench.runs.prepare import Options, choose_sets
+from kitbench.runs.prepare import Options
 from kitbench.runs.queue import planned_cells, run_suite
+from kitbench.runs.sets import choose_sets
 from kitbench.spec.fields import Mode, digest
 from kitbench.spec.suite import Data, SetNames, Source, Suite
 from kitbench.spec.tasks import Denoise

@@ -7,8 +7,9 @@ from typing import Literal, Protocol
 
 from kitbench.errors import RunError
 from kitbench.runs.cell import Cell
-from kitbench.runs.prepare import PreparedSuite, set_sha256
+from kitbench.runs.prepare import PreparedSuite
 from kitbench.runs.probe import Probe
+from kitbench.runs.sets import set_sha256
 from kitbench.runs.source import source_digests
 from kitbench.store.folder import RunFolder
 from kitbench.store.records import Run

@@ -17,7 +17,7 @@ from kitbench.data.own import card_of_set, no_pictures, pictures_in
 from kitbench.data.photograph import read_set
 from kitbench.data.repetition import images_of
 from kitbench.errors import InputError
-from kitbench.runs.prepare import choose_sets, set_sha256
+from kitbench.runs.sets import choose_sets, set_sha256
 from kitbench.spec import loading
 from kitbench.spec.fields import Mode
 from kitbench.spec.suite import SetNames

@@ -21,7 +21,8 @@ from kitbench.runs import tune
 from kitbench.runs.cell import Cell, Rates, axes, decisive
 from kitbench.runs.failure import record_failure
 from kitbench.runs.plan import Planned
-from kitbench.runs.prepare import Options, choose_sets
+from kitbench.runs.prepare import Options
+from kitbench.runs.sets import choose_sets
 from kitbench.spec import loading
 from kitbench.spec.shipped import suite_names
 from kitbench.spec.suite import Suite
