@@ -134,7 +134,7 @@ def _card_of_folder(name: str) -> Card:
         pairs = (Pairs(inputs=inputs, targets=targets),)
     return Card(
         name=name, title="your own pictures", tasks=PAIRED if there else get_args(Kind), home="", licence="",
-        citation="", own=os.fspath(folder), count=len(files[0]), colour=_is_colour(files[-1][0]),
+        citation="", own=os.fspath(folder), count=len(files[0]), colour=any(map(_is_colour, files[-1])),
         layouts=() if there else tuple(patterns), pairs=pairs,
     )  # fmt: skip
 

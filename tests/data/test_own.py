@@ -138,6 +138,18 @@ def test_sixteen_bits_are_refused_and_not_cut_to_eight(suffix: str, tmp_path: Pa
     assert f"b.{suffix} has 16 bits a channel" in line
 
 
+def test_a_gray_picture_that_comes_first_does_not_make_a_folder_gray(tmp_path: Path) -> None:
+    write(tmp_path / "own" / "b.png", image(0))
+    cv2.imwrite(str(tmp_path / "own" / "a.png"), np.zeros((16, 24), np.uint16))
+    found = card_of_set(f"{tmp_path}/own")
+    assert found.colour
+    with pytest.raises(InputError, match=r"a.png has 16 bits a channel"):
+        images_of(found, None, "colour")
+    write(tmp_path / "own" / "a.png", image(0, colour=False))
+    with pytest.raises(InputError, match=r"a.png is gray, expected colour"):
+        images_of(found, None, "colour")
+
+
 def test_pairs_that_a_viewer_turns_differently_are_refused(tmp_path: Path) -> None:
     own_pairs(tmp_path, 2)
     folder, exif = tmp_path / "own", Image.Exif()
