@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -15,6 +15,7 @@ M = TypeVar("M", bound=BaseModel)
 EXPECTED = {
     "tuple_type": "expected a list, like [1, 2]",
     "model_type": "expected a table of keys",
+    "string_pattern_mismatch": "has characters that are not allowed there",
     "too_short": "expected at least one value",
     "finite_number": "expected a finite number",
     "setting": "expected true, false, a number or text",
@@ -50,7 +51,7 @@ def _sentence(model: type[BaseModel], error: ValidationError, where: str) -> str
         if "kind" not in fault["input"]:
             return f"In {where}: the key '{place}.kind' is missing; give one of {kinds}."
         return f"In {where}: {place}.kind is {fault['input'].get('kind')!r}; give one of {kinds}."
-    message = EXPECTED.get(fault["type"], fault["msg"].removeprefix("Value error, "))
+    message = said_of(fault)
     at = (
         f"{place} is {fault['input']!r}: "
         if place and not isinstance(fault["input"], dict)
@@ -59,6 +60,12 @@ def _sentence(model: type[BaseModel], error: ValidationError, where: str) -> str
         else ""
     )
     return f"In {where}: {at}{message[0].lower()}{message[1:]}."
+
+
+def said_of(fault: Mapping[str, Any]) -> str:
+    """What an error of pydantic's report says, in words that are not Python's: `expected a finite number`."""
+    text: str = EXPECTED.get(fault["type"], fault["msg"].removeprefix("Value error, "))
+    return text
 
 
 def _walk(model: type[BaseModel] | None, path: Sequence[str]) -> tuple[type[BaseModel] | None, list[str]]:

@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from kitbench.spec.fields import Frozen, Mode, Setting, digest
 from kitbench.spec.shipped import builtin
@@ -24,10 +24,19 @@ NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._+-]{{0,{LONGEST_NAME - 1}}}")
 """Of a suite or a method: files are named after it, in archives of runs too."""
 
 
+ID = r"^[a-z0-9][a-z0-9-]*$"
+
+
+def _protocol_id(name: object) -> object:
+    if isinstance(name, str) and not re.match(ID, name):
+        raise ValueError("a protocol's id consists of a to z, digits and -, and begins with a letter or digit")
+    return name
+
+
 class Protocol(Frozen):
     """How a result is scored. Rows of different protocols are never merged, averaged or compared."""
 
-    id: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+    id: Annotated[str, Field(pattern=ID), BeforeValidator(_protocol_id)]
     version: Annotated[int, Field(ge=1)]
     summary: str
     noise_seed: Literal["hash", "numpy0"]

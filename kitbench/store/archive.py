@@ -23,6 +23,7 @@ from pydantic import ValidationError
 import kitbench
 from kitbench.errors import InputError
 from kitbench.spec.fields import Frozen
+from kitbench.spec.messages import said_of
 from kitbench.store.files import replace_with
 from kitbench.store.folder import RunFolder
 from kitbench.store.records import LARGEST, By, now
@@ -146,6 +147,6 @@ def _manifest(path: Path, data: bytes) -> Manifest:
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         place = ".".join(map(str, fault["loc"]))
-        raise InputError(f"{path} has no valid {MANIFEST}: {place}: {fault['msg']}; {ASK}.") from error
+        raise InputError(f"{path} has no valid {MANIFEST}: {place}: {said_of(fault)}; {ASK}.") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} has no valid {MANIFEST} ({error}); {ASK}.") from error

@@ -17,6 +17,7 @@ from pydantic import Field, StringConstraints, ValidationError, field_validator,
 
 from kitbench.errors import InputError
 from kitbench.spec.fields import Frozen, Mode, Setting, digest
+from kitbench.spec.messages import said_of
 from kitbench.spec.suite import Backbone, Protocol, Recipe
 from kitbench.spec.tasks import Task, condition
 
@@ -377,4 +378,4 @@ def read_record(model: type[Record], path: Path, mend: str = MEND) -> Record:
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         place = ".".join(map(str, fault["loc"]))
-        raise InputError(f"{path} is not a valid record: {place}: {fault['msg']}; {mend}.") from error
+        raise InputError(f"{path} is not a valid record: {place}: {said_of(fault)}; {mend}.") from error

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from kitbench.errors import InputError
 from kitbench.spec.fields import Frozen, Mode
+from kitbench.spec.messages import said_of
 from kitbench.store.files import replace_with
 from kitbench.store.folder import RunFolder
 from kitbench.store.records import By, Evaluation
@@ -160,7 +161,7 @@ def read_results(path: Path) -> list[Result]:
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         place = ".".join(map(str, fault["loc"]))
-        raise InputError(f"{path} is not a results file: {place}: {fault['msg']}; give another file.") from error
+        raise InputError(f"{path} is not a results file: {place}: {said_of(fault)}; give another file.") from error
 
 
 def _csv(path: Path) -> list[dict[str, Any]]:

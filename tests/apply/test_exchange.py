@@ -162,6 +162,10 @@ FAULTS: dict[str, tuple[Callable[[Contents], object], str]] = {
         lambda c: c.update({MANIFEST: b'{"schema_version": 2}'}),
         "has schema version '2', this kitbench reads 1",
     ),
+    "by a table": (
+        lambda c: c.update({MANIFEST: c[MANIFEST].replace(BY.encode(), b"a|b")}),
+        "has characters that are not allowed there; ask its author",
+    ),
     "no json": (lambda c: c.update({MANIFEST: b"{"}), f"has no valid {MANIFEST}"),
 }
 

@@ -154,7 +154,7 @@ def test_an_evaluation_without_images_is_no_record(tmp_path: Path) -> None:
     folder = store(tmp_path, "kit", 30.25)
     [path] = (folder.path / "eval").iterdir()
     rewrite(path, lambda raw: raw.update(scores=[]))
-    with pytest.raises(InputError, match="is not a valid record: scores: Tuple should have at least 1 item"):
+    with pytest.raises(InputError, match="scores: expected at least one value"):
         rows([folder])
 
 
