@@ -86,6 +86,8 @@ def _dnd(paths: list[Path], denoise: Denoise, out: Path, report: Report) -> None
             noisy = _photograph(path)
             regions = np.empty(len(places[number]), object)
             for k, (top, left, bottom, right) in enumerate(places[number]):
+                if not (0 <= top < bottom <= noisy.shape[0] and 0 <= left < right <= noisy.shape[1]):
+                    raise InputError(f"{path} lacks region {k + 1} that info.mat states; restore the set.")
                 regions[k] = np.clip(denoise(noisy[top:bottom, left:right]), 0, 1).astype(np.float32)
             buffer = io.BytesIO()
             contents = {"Idenoised": regions, "israw": False, "eval_version": "1.0"}

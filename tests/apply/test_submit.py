@@ -94,6 +94,10 @@ def test_what_cannot_be_submitted_is_refused(tmp_path: Path) -> None:
         send(card("SIDD-benchmark"), tmp_path, tmp_path / "out.mat")
     dnd(tmp_path / "DND")
     small = card("DND").model_copy(update={"count": 2})
+    outside = small.model_copy(update={"count": 1})
+    dnd(tmp_path / "outside", [[(1, 1, 12, 12), (10, 1, 21, 24)]])
+    with pytest.raises(InputError, match=r"0001.mat lacks region 2 that info.mat states; restore the set"):
+        send(outside, tmp_path / "outside", tmp_path / "out.zip")
     (tmp_path / "DND" / "info.mat").write_bytes(b"nothing")
     with pytest.raises(InputError, match="does not hold the regions of DND"):
         send(small, tmp_path / "DND", tmp_path / "out.zip")
