@@ -138,8 +138,8 @@ def data_fetch(names: tuple[str, ...], data: Path) -> None:
     pool, stopped = ThreadPoolExecutor(SETS_AT_A_TIME), Event()
     try:
         with Progress(*columns, TimeRemainingColumn(), console=make_console()) as progress:
-            bars = _bars(progress, stopped)
-            asked = [pool.submit(fetch, card, data, bars) for card in cards]
+            # Two sets may have files of one name.
+            asked = [pool.submit(fetch, card, data, _bars(progress, stopped)) for card in cards]
             wait(asked)
     except KeyboardInterrupt as pressed:
         stopped.set()
@@ -161,7 +161,7 @@ def data_fetch(names: tuple[str, ...], data: Path) -> None:
 
 
 def _bars(progress: Progress, stopped: Event) -> Callable[[str, int, int | None], None]:
-    """A bar for each file that is being fetched; once `stopped` is set, its thread ends at the next piece."""
+    """A bar for each file of a set that is being fetched; once `stopped` is set, its thread ends at the next piece."""
     bars: dict[str, Any] = {}
 
     def report(file: str, done: int, total: int | None) -> None:
