@@ -15,7 +15,7 @@ from kitbench.errors import RunError
 @click.command()
 @click.option(
     "--method", "--methods", "method", multiple=True, metavar="NAME|FILE", callback=listed,
-    default=("kit", "global:form=materialised", "global:form=sdpa", "window", "local"), show_default=True,
+    default=("conv", "kit", "global:form=materialised", "global:form=sdpa", "window", "local"), show_default=True,
     help="A name or a .py file, with settings NAME:key=value:key=value. Several: repeat, or A,B.",
 )  # fmt: skip
 @click.option("--sizes", default="64:4096", show_default=True, help="Sides in pixels: A:B (doubling) or A,B,C.")

@@ -340,13 +340,15 @@ def _best_of_all(kind: Kind, contrasts: Sequence[Contrast], runs: Runs) -> Part:
 def _recall(runs: Runs) -> Part:
     """What KiT's runs noted of their retrieval after training, one value per seed: the mean over levels."""
     question = "Does hashing find more of the k nearest patches than chance would?"
-    return _noted(runs, question, lambda found: found.by_seed("recall") - found.by_seed("chance"), "of the gain", 0.0)
+    return _noted(
+        runs, question, lambda found: found.by_seed("recall") - found.by_seed("chance"), "recall minus chance", 0.0
+    )
 
 
 def _reach(runs: Runs) -> Part:
     """Whether KiT reaches beyond what touches: the share of its neighbours that do not, one value per seed."""
     question = "Do more than half of the neighbours of a patch lie beyond the 8 patches that touch it?"
-    return _noted(runs, question, lambda found: 1 - found.by_seed("adjacent"), "of that share", 0.5)
+    return _noted(runs, question, lambda found: 1 - found.by_seed("adjacent"), "share beyond", 0.5)
 
 
 def _noted(runs: Runs, question: str, value: Callable[[Retrieval], np.ndarray], what: str, bound: float) -> Part:
@@ -373,11 +375,11 @@ def _noted(runs: Runs, question: str, value: Callable[[Retrieval], np.ndarray], 
     after = f"{block.steps:,} steps, " if block else ""
     facts = (f"{after}{_seeds(len(values))}: {found}", *_unlike(runs, [found.runs]))
     interval = mean_interval(values)
-    short = f"mean of levels {values.mean():.3f}"
+    short = f"{what}, mean of levels, {values.mean():.3f}"
     if interval is None:
         reason = "no interval over seeds"
         return Part(question, UNDECIDED, facts, tuple(found.runs), command, reason, f"{short}, {_seeds(len(values))}")
-    facts += (f"mean over levels, 95 % interval over seeds {what} [{interval.low:+.3f}, {interval.high:+.3f}]",)
+    facts += (f"{what}, mean over levels, 95 % interval over seeds [{interval.low:+.3f}, {interval.high:+.3f}]",)
     below, above = interval.high < bound, interval.low > bound
     verdict: Verdict = "supported" if above else "not supported" if below else UNDECIDED
     reason = "" if above or below else "the interval holds the bound"

@@ -1,9 +1,10 @@
 """Contrasts: differences between two methods that were chosen before any score was seen, and what decides them.
 
 A contrast is measured under up to four setups: under one recipe for all methods and with each method at its own best
-learning rate (from `kitbench tune`), at the two longest trainings that were run. It is decided where every setup
-decides it: its p value is the largest of its setups', and those of all contrasts of a page are corrected together by
-Holm's method, so that a page holds a false decision in at most 5 % of cases, whatever is true in which setup.
+learning rate (from `kitbench tune`), at the longest training that was run, and the longest shorter one that was run
+with FEWEST_SEEDS seeds of both methods. It is decided where every setup decides it: its p value is the largest of its
+setups', and those of all contrasts of a page are corrected together by Holm's method, so that a page holds a false
+decision in at most 5 % of cases, whatever is true in which setup.
 """
 
 from __future__ import annotations
@@ -183,21 +184,26 @@ class Runs:
         return self.searches.of_both(block.run_of(a), block.run_of(b))
 
     def under_one_recipe(self, a: str, b: str) -> dict[int, ComparedRuns]:
-        """By steps, the comparisons that measure the contrast a - b under one recipe: the two longest with such pairs.
+        """By steps, the comparisons that measure the contrast a - b under one recipe: the longest training, and the
+        longest shorter one with FEWEST_SEEDS seeds of both, else the next shorter one.
 
         Of several of one length, that at the recipe's own rate, else the weightiest.
         """
         found: dict[int, list[ComparedRuns]] = {}
+        seeds: dict[int, int] = {}
         for block in self.with_methods(a, b):
-            if paired_scores([block.methods[a], block.methods[b]]) is not None:
+            if (scores := paired_scores([block.methods[a], block.methods[b]])) is not None:
                 found.setdefault(block.steps, []).append(block)
+                seeds[block.steps] = max(seeds.get(block.steps, 0), len(scores.seeds))
+        lengths = sorted(found, reverse=True)
+        shorter = [steps for steps in lengths[1:] if seeds[steps] >= FEWEST_SEEDS] or lengths[1:]
         return {
             steps: next((block for block in found[steps] if self._at_usual_rate(block, a, b)), found[steps][0])
-            for steps in sorted(found)[-2:]
+            for steps in (*shorter[:1], *lengths[:1])
         }
 
     def compare(self, a: str, b: str) -> dict[Setup, Compared]:
-        """The contrast a - b under every setup that was run, at the two longest trainings."""
+        """The contrast a - b under every setup that was run, at the two lengths of `under_one_recipe`."""
         found: dict[Setup, Compared | None] = {}
         for steps, one in self.under_one_recipe(a, b).items():
             found[Setup(ONE, steps)] = compare_methods(one, a, b)

@@ -58,6 +58,27 @@ def step_ratios(folder: str, a: str, b: str) -> list[float]:
     return [both[a] / both[b] for both in measured.values() if {a, b} <= both.keys()]
 
 
+def time_shares(a: tuple[str, str], b: tuple[str, str]) -> list[float]:
+    """Time of whole trainings of a over that of b, of the same seeds: by the steps timed before training, by the same in
+    units of the calibration, and by the median step of the training.
+
+    a, b: a folder and a method.
+    """
+    found = []
+    for folder, method in (a, b):
+        of_seed = {}
+        for run in find([REFERENCE / folder]):
+            training, recipe = run.training, run.run.recipe
+            if run.run.method == method and training is not None and recipe is not None:
+                step, unit = training.cost.step_seconds, training.cost.calibration_seconds
+                assert step is not None
+                assert unit is not None
+                of_seed[run.run.seed] = [recipe.steps * one for one in (step, step / unit, training.seconds_per_step)]
+        found.append(of_seed)
+    one, other = found
+    return [x / y for seed in one.keys() & other.keys() for x, y in zip(one[seed], other[seed], strict=True)]
+
+
 def gaps(a: Scores, b: Scores) -> list[float]:
     """a - b in dB, of the seeds that both have."""
     return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]

@@ -33,6 +33,7 @@ from tests.statements.stored import (
     says,
     scores,
     step_ratios,
+    time_shares,
     up,
 )
 
@@ -64,7 +65,16 @@ def test_what_attention_is_worth_in_deraining() -> None:
     assert 0 < far < kit < 0.05 < window
     says(
         RESULTS,
-        f"the table tells random patches and KiT from it, adjusted p {far:.3f} and {kit:.3f}, and not windows, {window:.3f}",
+        f"Among all pairs the table tells random patches and KiT from `conv`, adjusted p {far:.3f} and {kit:.3f}, and not "
+        f"windows, {window:.3f}",
+    )
+    against = adjusted([compare_methods(block, name, "conv") for name in ("global", "kit", "kit-random", "window")])
+    assert all(one.decided and one.found.mean > 0 for one in against)
+    p = [one.p_holm or 0.0 for one in against]
+    says(
+        RESULTS,
+        "**every attention with three seeds restored better than none here**",
+        f"with `--against conv`, which asks for fewer differences, it tells all four of them ({min(p):.5f} to {max(p):.3f})",
     )
     higher = sum(gain > 0 for gain in image_gains(RAIN, "window", "conv"))
     says(RESULTS, f"windows lie above `conv` in {higher} of the 100 pictures")
@@ -161,14 +171,17 @@ def test_another_rate_does_not_bring_no_attention_up_to_windows_in_deraining() -
 def test_deblurring_tells_nothing_apart() -> None:
     none, *attentions = (mean(name, "Levin09", SHAKE, sigma=None) for name in ("conv", "kit", "kit-random", "window"))
     means = [none, *attentions]
+    seeds = len(scores("conv", "Levin09", SHAKE, sigma=None))
+    assert seeds == 2
     says(
         "README.md",
-        f"| camera shake | `conv` | no attention more than {up(max(attentions) - none)} dB above `conv` | 1 |",
+        f"| camera shake | `conv` | KiT, windows and random patches at most {up(max(attentions) - none)} dB above `conv` | "
+        f"{seeds} |",
     )
     gains = [value - mean("input", "Levin09", SHAKE, sigma=None, lr=0.0) for value in means]
     says(
         RESULTS,
-        f"All four lie within {up(max(means) - min(means))} dB of one another, in one seed",
+        f"All four lie within {up(max(means) - min(means))} dB of one another in the mean over two seeds",
         f"They gain {min(gains):.1f} to {max(gains):.1f} dB over the blurred input",
     )
 
@@ -176,16 +189,18 @@ def test_deblurring_tells_nothing_apart() -> None:
 def test_real_noise_gains_nothing_from_longer_training_on_synthetic_noise() -> None:
     methods = ("conv", "kit", "kit-random", "window")
     long = {name: scores(name, "CC15", CAMERA, sigma=None) for name in methods}
-    assert {tuple(found) for found in long.values()} == {("0", "1")}
-    lost = []
+    assert {tuple(found) for found in long.values()} == {("0", "1", "2")}
+    lost, kept = [], []
     for name in methods:
         short = scores(name, "CC15", SHORT_CAMERA, sigma=None, lr=SHORT_LR).values()
-        assert max(long[name].values()) < min(short)
-        lost += [fmean(short) - value for value in long[name].values()]
+        lost += [fmean(short) - value for value in long[name].values() if value < min(short)]
+        kept += [name for value in long[name].values() if value >= min(short)]
+    assert kept == ["kit-random"]
     above = {name: gaps(long[name], long["conv"]) for name in methods if name != "conv"}
     gains = [gain for gained in above.values() for gain in gained]
     assert min(gains) > 0
-    assert all(max(two) == window for *two, window in zip(*above.values(), above["window"], strict=True))
+    assert sum(far > own for far, own in zip(above["kit-random"], above["window"], strict=True)) == 1
+    assert all(own > near for near, own in zip(above["kit"], above["window"], strict=True))
     validated = [
         (run.run.method, [line.validation_psnr_db for line in run.logged() if line.validation_psnr_db])
         for run in find([REFERENCE / CAMERA])
@@ -193,17 +208,18 @@ def test_real_noise_gains_nothing_from_longer_training_on_synthetic_noise() -> N
     ]
     first, last = [values[0] for _, values in validated], [values[-1] for _, values in validated]
     assert all(values[-1] > max(values) - 0.02 for _, values in validated)  # no run has passed its best
-    lowest = min(values[-1] for name, values in validated if name != "conv")
-    assert lowest > max(values[-1] for name, values in validated if name == "conv")
     says(
         RESULTS,
-        f"`conv` is the lowest of the four in both seeds, by {min(gains):.2f} to {max(gains):.2f} dB, and windows are "
-        f"the highest, {above['window'][0]:.2f} and {above['window'][1]:.2f} dB above it",
-        f"{min(lost):.2f} to {max(lost):.2f} dB below their mean",
+        f"`conv` is the lowest of the four in each of three seeds, by {min(gains):.2f} to {max(gains):.2f} dB; windows lie "
+        f"{min(above['window']):.2f} to {max(above['window']):.2f} dB above it, and random patches above windows in one seed",
+        f"but for one run of random patches: {min(lost):.2f} to {max(lost):.2f} dB below their means",
         f"rose, from {min(first):.1f} to {max(first):.1f} dB after 1,000 steps to {min(last):.1f} to "
         f"{max(last):.1f} dB at the end",
     )
-    says("README.md", f"`conv` lowest of four in both seeds, by {min(gains):.2f} to {max(gains):.2f} dB on 15 pictures")
+    says(
+        "README.md",
+        f"`conv` lowest of four in each seed, by {min(gains):.2f} to {max(gains):.2f} dB on 15 pictures; all fall back",
+    )
 
 
 def test_kit_is_decided_to_be_worse_than_global_attention_in_deraining() -> None:
@@ -232,7 +248,9 @@ def test_at_equal_training_time_the_lead_of_global_attention_in_deraining_is_not
     longer = step_ratios(SHORT_RAIN, "global", "kit")
     assert len(longer) == 2
     steps = f"{min(longer):.1f} to {max(longer):.1f} times"
-    early, late = (f"{min(longer) * of / 240:.0f} to {max(longer) * of / 240:.0f} % of" for of in (12_000, 14_000))
+    shares = time_shares((AS_LONG_RAIN, "global"), (RAIN, "kit"))
+    late = f"{100 * min(shares):.0f} to {100 * max(shares):.0f} %"
+    early = f"{100 * min(shares) * 12 / 14:.0f} to {100 * max(shares) * 12 / 14:.0f} %"
     kit = scores("kit", "Rain100L", RAIN, sigma=None)
     behind = gaps(kit, scores("global", "Rain100L", SHORT_RAIN, sigma=None))
     ahead = gaps(scores("global", "Rain100L", AS_LONG_RAIN, sigma=None), kit)
@@ -245,14 +263,15 @@ def test_at_equal_training_time_the_lead_of_global_attention_in_deraining_is_not
     says(
         RESULTS,
         f"a training step of {steps} KiT's time here",
-        f"Trained for 14,000 steps, which take {late} the time of KiT's 24,000, global attention lies {lead:.2f} dB "
-        f"above KiT ({each[0]}, {each[1]} and {each[2]} in seeds 0, 1 and 2; 95 % interval over seeds "
-        f"[{interval.low:+.2f}, {interval.high:+.2f}]); trained for 12,000, {early} that time, it lies below "
+        f"Trained for 14,000 steps, which take {late} of the time of KiT's 24,000 (by steps timed before training, with or "
+        f"without the calibration, or by the median step of the training), global attention lies {lead:.2f} dB above KiT ({each[0]}, {each[1]} and {each[2]} in seeds 0, 1 and 2; 95 % interval over seeds "
+        f"[{interval.low:+.2f}, {interval.high:+.2f}]); trained for 12,000, a seventh less, it lies below "
         f"KiT in each of the three seeds, by {fmean(behind):.2f} dB in the mean",
         f"A step of global attention takes {steps} KiT's: at about equal training time it was {lead:.2f} dB ahead, "
         "which three seeds do not decide",
     )
-    says("README.md", f"(three seeds; at equal training time by {lead:.2f} dB, not decided)")
+    says(RESULTS, f"it compared KiT with global attention after {early} of KiT's time")
+    says("README.md", f"at equal training time by {lead:.2f} dB, not decided)")
 
 
 def test_the_recipes_rate_is_the_best_of_three_in_deraining_at_both_lengths() -> None:

@@ -118,7 +118,7 @@ def test_claims_that_the_numbers_support_are_supported_with_figure_interval_and_
     assert (retrieval.verdict, neighbours.verdict) == ("supported", "supported")
     assert "each at its own best rate, 3,000 steps: kit - kit-k1 +0.1" in evidence_of(neighbours)
     assert recall.words == "not decided: no interval over seeds"  # every seed the same
-    assert recall.figure == "mean of levels 0.600, 5 seeds"
+    assert recall.figure == "recall minus chance, mean of levels, 0.600, 5 seeds"
     assert evidence_of(recall) == (
         "3,000 steps, 5 seeds: of the 3 neighbours besides itself, at level 1 recall 0.700 (random patches 0.100), 20% touch the "
         "query patch, median distance 5 patches; at level 2 recall 0.900 (random patches 0.300), 40% touch the query "
@@ -154,7 +154,10 @@ def test_recall_and_reach_are_decided_by_what_several_seeds_measured(tmp_path: P
         assert found[4].parts[0].words == words
         assert bool(found[4].parts[0].command) == words.startswith("not decided")
     half = 2.776 * 0.01 * np.sqrt(2.5) / np.sqrt(5)  # Student, 4 degrees of freedom; the spread of 0, .01, ... .04
-    assert f"of that share [{0.38 - half:+.3f}, {0.38 + half:+.3f}]" in evidence_of(found[4].parts[0])
+    assert (
+        f"share beyond, mean over levels, 95 % interval over seeds [{0.38 - half:+.3f}, {0.38 + half:+.3f}]"
+        in evidence_of(found[4].parts[0])
+    )
 
 
 def test_what_was_measured_on_one_clean_image_decides_nothing(tmp_path: Path) -> None:

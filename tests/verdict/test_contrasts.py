@@ -140,6 +140,17 @@ def test_runs_that_cannot_be_paired_are_no_setup(tmp_path: Path) -> None:
     assert verdict(tmp_path) == (UNDECIDED, "the order changes with the length of training")
 
 
+def test_a_length_of_few_seeds_does_not_stand_for_the_shorter_one_where_another_has_enough(tmp_path: Path) -> None:
+    for steps in (700, 9000):
+        tuned(runs(tmp_path, BETTER, steps=steps), BETTER, steps=steps)
+    runs(tmp_path, WORSE, seeds=(0, 1), steps=3000)
+    assert verdict(tmp_path) == ("supported", "")
+    runs(tmp_path, WORSE, seeds=(2,), steps=3000)
+    assert verdict(tmp_path)[1] == "no runs of each at its own best rate, 3,000 steps (run `kitbench tune`)"
+    runs(tmp_path, BETTER, seeds=(0,), steps=20_000)  # the longest counts, with any number of seeds
+    assert "20,000 steps" in verdict(tmp_path)[1]
+
+
 def test_the_reason_names_the_setup_that_lacks_seeds_and_no_other(tmp_path: Path) -> None:
     for steps, seeds in ((700, (0,)), (3000, range(5))):
         tuned(runs(tmp_path, BETTER, seeds, steps), BETTER, steps=steps)

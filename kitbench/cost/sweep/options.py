@@ -12,7 +12,7 @@ from kitbench.model import methods
 from kitbench.spec.fields import Setting
 from kitbench.store.sweeps import Scope, What
 
-DEFAULT_METHODS = ("kit", "global:form=materialised", "global:form=sdpa", "window", "local")
+DEFAULT_METHODS = ("conv", "kit", "global:form=materialised", "global:form=sdpa", "window", "local")
 DEFAULT_SIZES = "64:4096"
 
 

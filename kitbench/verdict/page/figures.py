@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def pictures_of(
     name = heading(column)
     shown = []
     for kind, field_name, scale, label in (
-        ("multiply-adds", "gmacs", 1.0, "GMACs of one image"),
+        ("multiply-adds", "gmacs", 1.0, f"GMACs of an image of {_side(records)} px"),
         ("memory", "train_peak_bytes", 2.0**20, "peak memory of a training step, MiB"),
     ):
         points = {
@@ -114,6 +114,13 @@ def pictures_of(
         drawn = pictures.difference_plot(compared, look.form)
         shown.append(Figure(f"{_prefix(trained.first.run)}-differences", title, drawn))
     return shown
+
+
+def _side(records: Sequence[Mapping[Hashable, Any]]) -> str:
+    """Side in pixels of the square image that multiply-adds are stated for."""
+    return " or ".join(
+        f"{side:.0f}" for side in sorted({row["resolution"] for row in records if row["resolution"] > 0})
+    )
 
 
 def curves_of(block: ComparedRuns, folders: dict[str, RunFolder], look: pictures.Look) -> Curves:
