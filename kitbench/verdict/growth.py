@@ -67,7 +67,7 @@ def linear_operations(sweeps: Sequence[Sweep]) -> Part:
 
 def linear_measured(sweeps: Sequence[Sweep]) -> Part:
     """Part: do the measured memory and time of KiT grow with exponents in pixels of LINEAR or less?"""
-    question = f"Do the memory and the time of KiT grow with exponents in pixels of {LINEAR} or less?"
+    question = f"Do the memory and the time of KiT in restoration grow with exponents in pixels of {LINEAR} or less?"
     return _exponents(sweeps, "kit", ("memory", "time"), question, _linear)
 
 

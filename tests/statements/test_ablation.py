@@ -85,7 +85,7 @@ def test_one_patch_alone_after_a_long_training() -> None:
         f"the first two seeds put KiT {fmean(tuned[:2]):.2f} dB above the patch alone, all six {fmean(tuned):.2f}.",
     )
     assert f"{fmean(gained):.2f}" == f"{fmean(tuned):.2f}"
-    says("README.md", f"over its own patch alone KiT gains {fmean(gained):.2f} dB (six seeds, not decided)")
+    says("README.md", f"Over its own patch alone KiT gains {fmean(gained):.2f} dB (six seeds, not decided)")
     for more, random in ((gained, far), (tuned, far_best)):
         less = gaps({seed: kit[seed] for seed in own}, random)
         assert 0.4 < fmean(more) / fmean(less) < 0.6  # "in about equal parts"
