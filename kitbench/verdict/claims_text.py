@@ -31,6 +31,6 @@ def overview(found: Sequence[Claim]) -> str:
     lines = []
     for claim in found:
         lines.append((f"**{claim.number}. {claim.statement}**", f"**{claim.verdict}**", ""))
-        lines += [(part.question, part.short, part.figure or "not measured by these runs") for part in claim.parts]
+        lines += [(part.question, part.short, part.measured) for part in claim.parts]
     header = ("Statement, and questions that decide it", "Verdict", "Measured")
     return tabulate(lines, header, "pipe", disable_numparse=True) + "\n"

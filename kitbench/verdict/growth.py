@@ -35,6 +35,11 @@ class Part:
     """Whether counted operations decide it, which follow from the definition of the method and not from a trial."""
 
     @property
+    def measured(self) -> str:
+        """What was measured, in a few words, or that nothing was."""
+        return self.figure or "not measured by these runs"
+
+    @property
     def short(self) -> str:
         """The verdict, and whether it follows by construction."""
         return (
