@@ -46,3 +46,21 @@ def test_the_time_of_global_attention_grows_with_the_square_of_the_pixels() -> N
         RESULTS,
         f"its time from {sides[0]} to {sides[-1]} px (exponent {found.value:.2f} ± {found.half_width:.2f})",
     )
+
+
+def test_what_a_whole_network_needs_for_a_megapixel() -> None:
+    sweep = Sweep.model_validate_json((REFERENCE / "scale-model-cpu" / "scale.json").read_text())
+    points = {(p.method, p.what): p for p in sweep.points if p.size == 1024}
+    restoring, training = ([p for (_, at), p in points.items() if at == what] for what in ("infer", "train"))
+    assert len(restoring) == len(training) == 5
+    [needed] = {round(p.bytes / 2**20) for p in restoring}
+    steps = sorted(p.bytes / 2**30 for p in training)
+    seconds = {name: p.seconds for (name, what), p in points.items() if what == "infer"}
+    assert seconds["global"] is None
+    says(
+        RESULTS,
+        f"Restoring an image of 1024 x 1024 px needs {needed} MiB with any of them, a training step on one "
+        f"{steps[0]:.1f} to {steps[-1]:.1f} GiB",
+        f"image takes {seconds['conv']:.1f} s with `conv`, {seconds['window']:.1f} s with windows, "
+        f"{seconds['kit']:.1f} s with KiT, {seconds['local']:.1f} s with local attention, and with global attention minutes",
+    )
