@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def attention_layer(name: str | Path, dim: int, heads: int = 1, *, shift: bool =
             "example 'kit'."
         )
     for what, number in (("dim", dim), ("heads", heads)):
-        if not isinstance(number, int) or number < 1:
+        if not isinstance(number, Integral) or number < 1:
             raise InputError(f"{what} is {number!r}; give a whole number that is 1 or more.")
     layer = loaded.build(dim, heads, shift, **loaded.resolve(settings))
     layer.register_forward_pre_hook(_Checked(name, dim))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -36,17 +37,22 @@ LYING = (5, 6, 7, 8)
 """Orientations that exchange height and width."""
 
 
+_limit_lifted = threading.RLock()
+"""Held while Pillow's limit, which all threads share, is lifted."""
+
+
 @contextmanager
 def picture_header(file: Path | io.BytesIO) -> Iterator[Image.Image]:
     """A picture whose pixels are not decoded. Its size is no reason to refuse it."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata
-            with Image.open(file) as header:
-                yield header
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+    with _limit_lifted:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of odd metadata
+                with Image.open(file) as header:
+                    yield header
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def orientation(path: Path) -> int:

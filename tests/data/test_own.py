@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -12,6 +13,7 @@ from PIL import Image
 from kitbench.apply.folders import pictures_named
 from kitbench.data.audit import audit
 from kitbench.data.cards import cards
+from kitbench.data.headers import require_plain
 from kitbench.data.images import decode, to_gray
 from kitbench.data.own import card_of_set, no_pictures, pictures_in
 from kitbench.data.photograph import read_set
@@ -177,6 +179,15 @@ def test_files_of_several_pictures_are_refused(tmp_path: Path, suffix: str) -> N
         images_of(found, None, "colour")
     [line] = audit(found, tmp_path / "own")
     assert "give each as a file of its own" in line
+
+
+def test_the_limit_of_pillow_stays_when_many_threads_read_headers(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", image(0))
+    limit = Image.MAX_IMAGE_PIXELS
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: require_plain(tmp_path / "a.png"), range(400)))
+    assert limit is not None
+    assert limit == Image.MAX_IMAGE_PIXELS
 
 
 def test_files_of_other_formats_are_named(tmp_path: Path) -> None:
