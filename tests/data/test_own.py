@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import random
-import time
-from concurrent.futures import ThreadPoolExecutor
+import threading
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -16,7 +13,7 @@ from PIL import Image
 from kitbench.apply.folders import pictures_named
 from kitbench.data.audit import audit
 from kitbench.data.cards import cards
-from kitbench.data.headers import require_plain
+from kitbench.data.headers import picture_header
 from kitbench.data.images import decode, to_gray
 from kitbench.data.own import card_of_set, no_pictures, pictures_in
 from kitbench.data.photograph import read_set
@@ -184,19 +181,21 @@ def test_files_of_several_pictures_are_refused(tmp_path: Path, suffix: str) -> N
     assert "give each as a file of its own" in line
 
 
-def test_the_limit_of_pillow_stays_when_many_threads_read_headers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_limit_of_pillow_stays_when_two_threads_read_headers(tmp_path: Path) -> None:
     write(tmp_path / "a.png", image(0))
-    limit, opened = Image.MAX_IMAGE_PIXELS, Image.open
+    limit, inside, left = Image.MAX_IMAGE_PIXELS, threading.Event(), threading.Event()
 
-    def slowly(*arguments: Any, **options: Any) -> Image.Image:
-        time.sleep(0.005 * random.random())  # noqa: S311
-        return opened(*arguments, **options)
+    def second() -> None:
+        with picture_header(tmp_path / "a.png"):
+            inside.set()
+            left.wait(10)
 
-    monkeypatch.setattr(Image, "open", slowly)
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: require_plain(tmp_path / "a.png"), range(100)))
+    other = threading.Thread(target=second)
+    with picture_header(tmp_path / "a.png"):
+        other.start()
+        inside.wait(0.3)  # it has to wait
+    left.set()
+    other.join()
     assert limit is not None
     assert limit == Image.MAX_IMAGE_PIXELS
 
