@@ -15,7 +15,7 @@ from PIL import Image
 from tabulate import tabulate
 
 from kitbench.apply.folders import BESIDE, RESTORED
-from kitbench.data.headers import LYING, TURNS, UNREADABLE, orientation, require_plain
+from kitbench.data.headers import TRANSPOSED, TURNS, UNREADABLE, orientation, require_plain
 from kitbench.data.images import decode
 from kitbench.data.own import no_pictures, one_picture_a_name, pictures_in
 from kitbench.data.photograph import Photograph
@@ -96,7 +96,7 @@ def _kind(path: Path) -> str:
     if mode not in ("L", "RGB"):
         raise InputError(f"{path} has pixel format {mode}, expected 8-bit RGB or gray; convert the file.")
     require_plain(path)
-    width, height = size[::-1] if orientation(path) in LYING else size
+    width, height = size[::-1] if orientation(path) in TRANSPOSED else size
     return f"{width} x {height} px, {'gray' if mode == 'L' else mode}"
 
 

@@ -33,7 +33,7 @@ TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     8: lambda image: np.rot90(image),
 }
 """What shows [H, W, C] upright, by its EXIF orientation."""
-LYING = (5, 6, 7, 8)
+TRANSPOSED = (5, 6, 7, 8)
 """Orientations that exchange height and width."""
 
 

@@ -22,7 +22,15 @@ from kitbench.model.backbone import UNet, attention_levels
 from kitbench.model.methods import Loaded
 from kitbench.runs.cell import Axes, Cell, Rates, axes
 from kitbench.runs.initial import InitialWeights, initial_weights, seen_images
-from kitbench.runs.sets import ImageSets, choose_sets, read_sets, require_disjoint, require_training, set_sha256
+from kitbench.runs.sets import (
+    ImageSets,
+    choose_sets,
+    read_sets,
+    require_disjoint,
+    require_training,
+    require_unseen,
+    set_sha256,
+)
 from kitbench.scoring.lpips import LPIPS
 from kitbench.scoring.perceptual import lpips_missing
 from kitbench.seeds import derive
@@ -205,7 +213,7 @@ def _require_unseen(init: RunFolder, scoring: PreparedScoring, console: Console)
     if found is not None:  # else its weights fit no network of these modes, which is said when they are put into one
         say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
         seen = seen_images(init, scoring.options.data, say)
-        require_disjoint(replace(found, train={n: own for n, own in seen.items() if n not in found.train}))
+        require_unseen({n: own for n, own in seen.items() if n not in found.train}, found)
 
 
 def prepare_scoring(suite: Suite, options: Options, checked: bool = True, training: bool = False) -> PreparedScoring:

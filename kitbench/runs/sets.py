@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -102,10 +102,15 @@ def read_sets(mode: Mode, named: SetNames, root: Path | None, training: bool) ->
     return ImageSets(train, images(named.test), images(named.validation) if training else {})
 
 
+def require_unseen(train: Mapping[str, Sequence[Photograph]], sets: ImageSets) -> None:
+    """Raises InputError where an image that is trained on is also a test or validation image."""
+    assert_disjoint(train, sets.test)
+    assert_disjoint(train, sets.validation, ("Training", "validation"), VALIDATION_KEY)
+
+
 def require_disjoint(sets: ImageSets) -> None:
     """Raises InputError where an image has two of the roles training, validation and test."""
-    assert_disjoint(sets.train, sets.test)
-    assert_disjoint(sets.train, sets.validation, ("Training", "validation"), VALIDATION_KEY)
+    require_unseen(sets.train, sets)
     assert_disjoint(sets.validation, sets.test, ("Validation", "test"), VALIDATION_KEY)
 
 
